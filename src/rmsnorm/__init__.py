@@ -1,0 +1,13 @@
+"""RMS normalisation for PyTorch: ``y = x / sqrt(mean(x²) + eps) · weight``, fast, exact to a stated bound.
+
+The public page is this list; everything else is private or lives beside the corridor (see README).
+"""
+
+from ._info import info as info
+from ._info import version as _version
+from .functional import add_rms_norm as add_rms_norm
+from .functional import rms_norm as rms_norm
+from .module import RMSNorm as RMSNorm
+
+__all__ = ["RMSNorm", "add_rms_norm", "info", "rms_norm"]
+__version__ = _version()

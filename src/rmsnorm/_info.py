@@ -1,0 +1,53 @@
+"""The only file that describes the running configuration: versions, library, CPU target, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+
+
+@dataclass(frozen=True)
+class Info:
+    """What ``rmsnorm.info()`` returns; prints as one ``name: value`` line each."""
+
+    rmsnorm: str
+    torch: str
+    python: str
+    native: bool
+    """Whether the C++ kernels serve CPU tensors."""
+    why_not_native: str | None
+    cpu_target: str | None
+    """The kernels in use, or None without the native library."""
+    cpu_targets: list[str]
+    """All that this build and this CPU have, best first."""
+    threads: int
+    triton: str | None
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {value}" for name, value in vars(self).items())
+
+
+def version() -> str:
+    """The installed version of this package."""
+    return importlib.metadata.version("rmsnorm")
+
+
+def info() -> Info:
+    """Versions, the native library or why there is none, the CPU target, torch's threads, and Triton's version."""
+    return Info(
+        rmsnorm=version(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        native=_native.why_not() is None,
+        why_not_native=_native.why_not(),
+        cpu_target=_native.cpu_target(),
+        cpu_targets=_native.cpu_targets(),
+        threads=torch.get_num_threads(),
+        triton=importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+    )

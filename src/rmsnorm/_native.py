@@ -1,0 +1,87 @@
+"""The only file that loads the C++ library, and the only one that knows why it is missing.
+
+Environment: ``RMSNORM_NATIVE=0`` leaves the library out; ``RMSNORM_CPU_TARGET`` (``avx512``, ``avx2``,
+``baseline``) chooses the kernels instead of the best that this CPU has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("librmsnorm.so")
+KNOWN_TARGETS = ("avx512", "avx2", "baseline")
+
+_library: ctypes.CDLL | None = None
+_why_not: str | None = "it was not loaded yet"
+_warned = False
+
+
+def load() -> None:
+    """Loads the library, or remembers why it can't be. A forced CPU target that can't be had is an error."""
+    global _library, _why_not
+    target = os.environ.get("RMSNORM_CPU_TARGET", "")
+    if target and target not in KNOWN_TARGETS:
+        raise ValueError(
+            f"RMSNORM_CPU_TARGET={target!r} is not a CPU target: choose one of {', '.join(KNOWN_TARGETS)}, or unset it"
+        )
+    if os.environ.get("RMSNORM_NATIVE", "1") == "0":
+        _why_not = "RMSNORM_NATIVE=0 turned it off"
+    elif not LIBRARY.exists():
+        _why_not = (
+            f"{LIBRARY.name} was not built when the package was installed: it needs a C++20 compiler "
+            "(g++ 11 or newer); install one, then reinstall rmsnorm"
+        )
+    else:
+        try:
+            torch.ops.load_library(LIBRARY)
+            _library, _why_not = ctypes.CDLL(str(LIBRARY)), None
+        except OSError as error:
+            _why_not = f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
+    if _library is not None:
+        _library.rmsnorm_cpu_target.restype = ctypes.c_char_p
+        _library.rmsnorm_cpu_targets.restype = ctypes.c_char_p
+        if target:
+            set_cpu_target(target)
+
+
+def why_not() -> str | None:
+    """The reason why the native library is not in use, or None."""
+    return _why_not
+
+
+def cpu_target() -> str | None:
+    """The name of the kernels in use, with the extension they use for bf16 if there is one."""
+    return _library.rmsnorm_cpu_target().decode() if _library else None
+
+
+def cpu_targets() -> list[str]:
+    """The targets that were built and that this CPU can run, best first."""
+    return _library.rmsnorm_cpu_targets().decode().split() if _library else []
+
+
+def set_cpu_target(name: str) -> None:
+    """Uses the kernels of the named target from now on, in every thread."""
+    if _library is None or not _library.rmsnorm_set_cpu_target(name.encode()):
+        raise RuntimeError(
+            f"CPU target {name!r} can't run here: this CPU and this build have {', '.join(cpu_targets()) or 'none'}"
+        )
+
+
+def warn_if_missing(input: Tensor) -> None:
+    """Says once, when the first CPU tensor takes the slow path, why it does. Silent where the user asked for it."""
+    global _warned
+    if _warned or _why_not is None or input.device.type != "cpu" or os.environ.get("RMSNORM_NATIVE") == "0":
+        return
+    _warned = True
+    warnings.warn(
+        f"rmsnorm runs without its native CPU kernels, several times slower: {_why_not}",
+        RuntimeWarning,
+        stacklevel=2 if sys.version_info < (3, 12) else 3,
+    )

@@ -1,0 +1,117 @@
+"""The only file that names operators: their schemas, their shapes without data, and their default kernels.
+
+Every operator exists on every device from here on: the default kernel is ``reference.py``. The C++ library
+(``csrc/ops.cpp``) registers itself for CPU, a more specific key, and torch's dispatcher prefers it. So "no
+compiler" and "another device" are the same path, and no code of ours chooses.
+
+Outputs are always contiguous. A gradient that is not asked for comes back as an empty tensor of shape ``[0]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+
+_lib = torch.library.Library("rmsnorm", "DEF")
+
+_SCHEMAS = {
+    "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first) -> Tensor",
+    "rms_norm_out": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, "
+    "Tensor(a!) out) -> ()",
+    "rms_norm_forward": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first)"
+    " -> (Tensor output, Tensor rstd)",
+    "rms_norm_backward": "(Tensor grad, Tensor? grad_sum, Tensor input, Tensor rstd, Tensor? weight, int dims, "
+    "float eps, float offset, bool need_input, bool need_weight) -> (Tensor grad_input, Tensor grad_weight)",
+    "add_rms_norm": "(Tensor input, Tensor residual, Tensor? weight, int dims, float eps, float offset, "
+    "bool round_first) -> (Tensor output, Tensor sum)",
+    "add_rms_norm_forward": "(Tensor input, Tensor residual, Tensor? weight, int dims, float eps, float offset, "
+    "bool round_first) -> (Tensor output, Tensor sum, Tensor rstd)",
+}
+
+
+def _rms_norm(input, weight, dims, eps, offset, round_first):
+    _native.warn_if_missing(input)
+    return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+
+
+def _rms_norm_out(input, weight, dims, eps, offset, round_first, out):
+    out.copy_(_rms_norm(input, weight, dims, eps, offset, round_first))
+
+
+def _rms_norm_forward(input, weight, dims, eps, offset, round_first):
+    _native.warn_if_missing(input)
+    return reference.rms_norm(input, weight, dims, eps, offset, round_first)
+
+
+def _rms_norm_backward(
+    grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
+):
+    dx, dw = reference.rms_norm_backward(grad, input, weight, dims, eps, offset)
+    if grad_sum is not None:
+        dx = dx + grad_sum
+    none = input.new_empty(0)
+    return dx.contiguous() if need_input else none, dw if need_weight and dw is not None else none
+
+
+def _add_rms_norm(input, residual, weight, dims, eps, offset, round_first):
+    return _add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first)[:2]
+
+
+def _add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first):
+    _native.warn_if_missing(input)
+    sum = (input + residual).contiguous()
+    output, rstd = reference.rms_norm(sum, weight, dims, eps, offset, round_first)
+    return output, sum, rstd
+
+
+def _like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return input.new_empty(input.shape, dtype=dtype)
+
+
+def _fake_rms_norm(input, weight, dims, eps, offset, round_first):
+    return _like(input, reference.result_dtype(input, weight, round_first))
+
+
+def _fake_rms_norm_out(input, weight, dims, eps, offset, round_first, out):
+    return None
+
+
+def _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first):
+    rstd = input.new_empty(
+        (*input.shape[: input.dim() - dims], *[1] * dims), dtype=reference.accumulation_dtype(input.dtype)
+    )
+    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), rstd
+
+
+def _fake_rms_norm_backward(
+    grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
+):
+    dx = _like(input) if need_input else input.new_empty(0)
+    dw = _like(weight) if need_weight and weight is not None else input.new_empty(0)
+    return dx, dw
+
+
+def _fake_add_rms_norm(input, residual, weight, dims, eps, offset, round_first):
+    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), _like(input)
+
+
+def _fake_add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first):
+    output, rstd = _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first)
+    return output, _like(input), rstd
+
+
+for _name, _schema in _SCHEMAS.items():
+    _lib.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    _lib.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=_lib)
+
+_native.load()
+
+rms_norm = torch.ops.rmsnorm.rms_norm.default
+rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
+rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
+rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default
+add_rms_norm = torch.ops.rmsnorm.add_rms_norm.default
+add_rms_norm_forward = torch.ops.rmsnorm.add_rms_norm_forward.default

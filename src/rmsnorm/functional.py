@@ -1,0 +1,201 @@
+"""The only file that validates arguments and words the errors; the functions that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _autograd, _ops, reference
+
+_ROUND_FIRST = {"torch": False, "llama": True}
+_EPS_DOUBLE = torch.finfo(torch.float64).eps
+_EPS = torch.finfo(torch.float32).eps
+_NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Root mean square normalisation over the last dimensions; a drop-in for ``torch.nn.functional.rms_norm``.
+
+        y = x / sqrt(mean(x²) + eps) · (offset + weight)
+
+    The mean runs over the last ``len(normalized_shape)`` dimensions. Statistics are computed in fp32 or better
+    (fp64 for fp32 and fp64 inputs), never in half precision.
+
+    Args:
+        input: ``[*, *normalized_shape]``; float32, bfloat16, float16, float64 run natively on CPU, complex types
+            and other devices by the reference definition. Any strides.
+        normalized_shape: the sizes of the dimensions to normalise over; an int means the last one.
+        weight: ``[*normalized_shape]`` in any floating type, or None for no gain (``offset`` is then unused).
+        eps: added to the mean square, in squared units of the input. None means the machine epsilon of the
+            accumulation type (1.19e-7; 2.2e-16 for float64), as in torch. 0 is allowed.
+        offset: added to the weight in fp32. 1.0 for Gemma and Qwen3-Next, whose stored weights are around 0.
+        casting_mode: ``"torch"`` multiplies by the gain in the accumulation type and rounds once (torch, Gemma,
+            OLMo 2, gpt-oss); ``"llama"`` rounds the normalised value to the input's type, then multiplies by the
+            gain under type promotion (Llama, Mistral, Qwen, T5).
+        out: a tensor to write to, of the output's shape and dtype; for inference only.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of ``input`` (or ``out``). With ``casting_mode="llama"`` and a
+        wider weight, the promoted dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that don't fit, or ``out`` together with gradients.
+        ValueError: an unknown casting mode.
+
+    Example:
+        >>> rms_norm(torch.tensor([0.1, 0.1, 0.2, 0.3]), 4, eps=0.0)
+        tensor([0.5164, 0.5164, 1.0328, 1.5492])
+
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467.
+    """
+    dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if out is not None:
+        _check_out(out, input, weight, round_first)
+        _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
+        return out
+    if not native:
+        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+    if _differentiable(input) or (weight is not None and _differentiable(weight)):
+        return _autograd.RMSNormFunction.apply(input, weight, dims, eps, offset, round_first)[0]
+    return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
+
+    The sum is rounded to its dtype first and the rounded sum is normalised, so the results are those of the two
+    steps done one after the other.
+
+    Args:
+        input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
+        normalized_shape, weight, eps, offset, casting_mode: as in :func:`rms_norm`.
+
+    Returns:
+        ``(output, sum)``, both contiguous. Either, both or none may be used in a loss.
+
+    Raises:
+        RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
+        ValueError: an unknown casting mode.
+    """
+    if residual.shape != input.shape or residual.device != input.device:
+        raise RuntimeError(
+            f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
+            f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
+        )
+    dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if not native or residual.dtype is not input.dtype:
+        sum = input + residual
+        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
+    if _differentiable(input) or _differentiable(residual) or (weight is not None and _differentiable(weight)):
+        output, sum, _ = _autograd.AddRMSNormFunction.apply(input, residual, weight, dims, eps, offset, round_first)
+        return output, sum
+    return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _resolve(
+    name: str,
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    casting_mode: str,
+) -> tuple[int, float, bool, bool]:
+    """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
+
+    ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    dims = len(shape)
+    if not dims or input.shape[-dims:] != shape or (weight is not None and weight.shape != shape):
+        _raise_shape(name, input, shape, weight)
+    if casting_mode not in _ROUND_FIRST:
+        check_casting_mode(name, casting_mode)
+    round_first = _ROUND_FIRST[casting_mode]
+    dtype = input.dtype
+    native = dtype in _NATIVE_TYPES
+    if weight is not None:
+        if weight.device != input.device:
+            raise RuntimeError(
+                f"{name}: input is on {input.device} and weight on {weight.device}; move one of them, "
+                f"e.g. weight.to({str(input.device)!r})"
+            )
+        if weight.dtype is not dtype:
+            # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
+            native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
+    if not native:
+        _check_floating(name, input, weight)
+    if eps is None:
+        eps = _EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else _EPS
+    return dims, eps, round_first, native
+
+
+def check_casting_mode(name: str, casting_mode: str) -> None:
+    """Raises ValueError for a casting mode that doesn't exist."""
+    if casting_mode not in _ROUND_FIRST:
+        modes = ", ".join(map(repr, _ROUND_FIRST))
+        raise ValueError(f"{name}: unknown casting_mode {casting_mode!r}; choose one of {modes}")
+
+
+def _raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> NoReturn:
+    # The first sentences are torch's own, word for word: code that matches them keeps working.
+    if not shape:
+        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got {list(shape)}")
+    if input.shape[-len(shape) :] != shape:
+        tail = ", ".join(map(str, shape))
+        raise RuntimeError(
+            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [*, {tail}], but got input of "
+            f"size {list(input.shape)}; normalized_shape must be the sizes of the last dimensions of input"
+        )
+    assert weight is not None
+    raise RuntimeError(
+        f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
+        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}"
+    )
+
+
+def _check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
+    for label, tensor in (("input", input), ("weight", weight)):
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise RuntimeError(
+                f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
+                f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
+            )
+
+
+def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+    dtype = reference.result_dtype(input, weight, round_first)
+    if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
+        raise RuntimeError(
+            f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
+            f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
+        )
+    if any(t is not None and _differentiable(t) for t in (out, input, weight)):
+        raise RuntimeError(
+            "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
+            "drop out=, or call it under torch.no_grad()"
+        )

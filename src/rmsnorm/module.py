@@ -1,0 +1,87 @@
+"""The only file with a layer: it owns the parameter and remembers the options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    r"""Root mean square normalisation layer; a drop-in for ``torch.nn.RMSNorm`` (and a subclass of it).
+
+        y = x / sqrt(mean(x²) + eps) · (offset + weight)
+
+    Args:
+        normalized_shape: sizes of the last dimensions to normalise over; an int means the last one.
+        eps: see :func:`rmsnorm.rms_norm`. None means the machine epsilon of the accumulation type.
+        elementwise_affine: False for a layer without weight.
+        device, dtype: of the weight.
+        offset: added to the weight in fp32. The weight starts at ``1 - offset``, so a fresh layer has gain 1
+            (Gemma's ``1 + weight`` starts at 0).
+        casting_mode: ``"torch"`` or ``"llama"``; see :func:`rmsnorm.rms_norm`.
+
+    Shape:
+        ``[*, *normalized_shape]`` to the same. ``forward(x, residual)`` returns ``(output, x + residual)``.
+
+    The state_dict is torch's: one ``weight``, both ways.
+
+    Example:
+        >>> layer = RMSNorm(4, eps=0.0)
+        >>> layer(torch.tensor([0.1, 0.1, 0.2, 0.3])).detach()
+        tensor([0.5164, 0.5164, 1.0328, 1.5492])
+    """
+
+    __constants__ = [*torch.nn.RMSNorm.__constants__, "offset", "casting_mode"]
+    # Class-level defaults: pickles of torch's layer and layers whose class is swapped in place need no migration.
+    offset: float = 0.0
+    casting_mode: str = "torch"
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offset: float = 0.0,
+        casting_mode: str = "torch",
+    ) -> None:
+        functional.check_casting_mode("RMSNorm", casting_mode)
+        self.offset = offset
+        self.casting_mode = casting_mode
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Sets the weight so that the gain ``offset + weight`` is 1."""
+        if self.elementwise_affine:
+            torch.nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Normalises ``x``; with a residual, returns ``(output, x + residual)``."""
+        if residual is not None:
+            return functional.add_rms_norm(
+                x,
+                residual,
+                self.normalized_shape,
+                self.weight,
+                self.eps,
+                offset=self.offset,
+                casting_mode=self.casting_mode,
+            )
+        return functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting_mode=self.casting_mode
+        )
+
+    def extra_repr(self) -> str:
+        """torch's text, and the options that differ from torch's."""
+        text = super().extra_repr()
+        if self.offset:
+            text += f", offset={self.offset}"
+        if self.casting_mode != "torch":
+            text += f", casting_mode={self.casting_mode!r}"
+        return text
