@@ -1,0 +1,72 @@
+// The only file that asks what this CPU can do, and holds the choice of target. Its extern "C" functions are what
+// _native.py calls through ctypes.
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "kernel.h"
+
+namespace rmsnorm {
+
+extern const Target target_baseline;
+#if defined(__x86_64__)
+extern const Target target_avx2, target_avx512, target_avx512bf16;
+#endif
+
+const Target* const* available_targets() {
+  static const Target* list[5] = {};
+  static const bool filled = [] {
+    int count = 0;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) list[count++] = &target_avx512bf16;
+    else if (avx512) list[count++] = &target_avx512;
+    if (avx2) list[count++] = &target_avx2;
+#endif
+    list[count] = &target_baseline;
+    return true;
+  }();
+  (void)filled;
+  return list;
+}
+
+static std::atomic<const Target*> chosen{nullptr};
+
+const Target& current_target() {
+  const Target* target = chosen.load(std::memory_order_relaxed);
+  if (!target) chosen.store(target = available_targets()[0], std::memory_order_relaxed);
+  return *target;
+}
+
+} // namespace rmsnorm
+
+using rmsnorm::Target;
+
+// "avx512bf16" is the avx512 target with the bf16 conversion instruction: users choose it as avx512.
+static bool answers_to(const Target& target, const char* name) {
+  return !strcmp(target.name, name) || (!strcmp(name, "avx512") && !strcmp(target.name, "avx512bf16"));
+}
+
+extern "C" __attribute__((visibility("default"))) const char* rmsnorm_cpu_target() {
+  return rmsnorm::current_target().name;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* rmsnorm_cpu_targets() {
+  static const std::string names = [] {
+    std::string list;
+    for (auto target = rmsnorm::available_targets(); *target; ++target) list += std::string((*target)->name) + " ";
+    return list;
+  }();
+  return names.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) bool rmsnorm_set_cpu_target(const char* name) {
+  for (auto target = rmsnorm::available_targets(); *target; ++target)
+    if (answers_to(**target, name)) {
+      rmsnorm::chosen = *target;
+      return true;
+    }
+  return false;
+}

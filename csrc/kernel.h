@@ -1,0 +1,89 @@
+// The only file that both sides of the boundary include: what a kernel is asked to do, in plain pointers.
+//
+// A kernel is handed a batch of rows as an array of row pointers. So any outer layout (strided, transposed,
+// expanded, sliced) costs nothing but the pointers, and how rows are grouped depends on their index alone.
+#pragma once
+
+#include <cstdint>
+
+namespace rmsnorm {
+
+enum class Type : int8_t { none, f32, f64, bf16, f16 };
+
+inline int64_t size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::none ? 0 : 2;
+}
+
+// The type in which statistics leave the kernel and gains are formed: fp32, or fp64 for fp64.
+inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+// Most rows in one batch. Short rows are batched so that the square root and the divisions of one row overlap with
+// the sums of the next; a power of two, so that batches never straddle a flush of the weight's gradient.
+constexpr int64_t kBatch = 16;
+
+// Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.
+constexpr int64_t kFlush = 32;
+
+struct Forward {
+  int64_t columns;
+  double eps;
+  Type input;
+  Type output;      // the input's, or f32 for a half input that is rounded before an f32 gain
+  Type gain_type;   // none, the input's, or wide(input)
+  bool round_first; // round to the input's type before the gain (Llama) instead of after it (torch)
+  bool add;         // sum = input + residual first
+  const void* gain;
+};
+
+struct ForwardRows {
+  int64_t count;
+  const void* input[kBatch];
+  const void* residual[kBatch];
+  void* sum[kBatch];
+  void* output[kBatch];
+  void* rstd; // one wide(input) value per row of this batch, or null
+};
+
+struct Backward {
+  int64_t columns;
+  double eps;
+  Type input; // also the gradient's type
+  bool need_input;
+  bool need_weight;
+  bool add;         // a gradient arrives at the sum itself
+  const void* gain; // wide(input), or null
+};
+
+struct BackwardRows {
+  int64_t count;
+  const void* input[kBatch];
+  const void* grad[kBatch];
+  const void* grad_sum[kBatch];
+  void* grad_input[kBatch];
+  const void* rstd;  // one wide(input) value per row of this batch
+  void* grad_weight; // wide(input)[columns], added to
+};
+
+using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
+using BackwardKernel = void (*)(const Backward&, const BackwardRows&);
+
+// One instance per CPU target, all compiled from target.cpp.
+struct Target {
+  const char* name;
+  ForwardKernel (*forward)(const Forward&);
+  BackwardKernel (*backward)(const Backward&);
+  // gain = offset + weight, in wide(input); weight of any type.
+  void (*make_gain)(Type weight_type, const void* weight, double offset, Type gain_type, void* gain, int64_t count);
+  // total[i] += partial[i], then partial[i] = 0, for partial in the given wide type.
+  void (*flush)(Type type, void* partial, double* total, int64_t count);
+  // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
+  void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
+                 void* grad_weight);
+};
+
+// The targets that were built and that this CPU can run, best first; ends with null.
+const Target* const* available_targets();
+// The target in use: the best one, or the one that was set.
+const Target& current_target();
+
+} // namespace rmsnorm

@@ -1,0 +1,124 @@
+// The only file that turns tensors' sizes and strides into row pointers, and rows into batches and chunks.
+// It knows bytes and rows, not torch: ops.cpp fills the operands, and chooses the threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <memory>
+
+#include "kernel.h"
+
+namespace rmsnorm {
+
+constexpr int kMaxDims = 64; // torch's own limit
+
+// The tensors of one call, walked together: `data[k] + sum(index · stride[k])` is the row of operand k.
+template <int N>
+struct Operands {
+  std::array<char*, N> data = {};
+  int dims = 0;
+  int64_t rows = 1;
+  std::array<int64_t, kMaxDims> size;
+  std::array<std::array<int64_t, kMaxDims>, N> stride; // bytes
+
+  // Adds the next outer dimension, outermost first; merges it with the previous one where every operand allows it.
+  void push(int64_t count, const std::array<int64_t, N>& strides) {
+    rows *= count;
+    if (count == 1) return;
+    bool merge = dims > 0;
+    for (int k = 0; merge && k < N; ++k) merge = stride[k][dims - 1] == strides[k] * count;
+    if (merge) size[dims - 1] *= count;
+    else size[dims++] = count;
+    for (int k = 0; k < N; ++k) stride[k][dims - 1] = strides[k];
+  }
+};
+
+// Walks rows in order, from any row on.
+template <int N>
+class Cursor {
+ public:
+  Cursor(const Operands<N>& operands, int64_t row) : operands_(operands), pointer_(operands.data) {
+    for (int d = operands.dims - 1; d >= 0; --d) {
+      index_[d] = row % operands.size[d];
+      row /= operands.size[d];
+      for (int k = 0; k < N; ++k) pointer_[k] += index_[d] * operands.stride[k][d];
+    }
+  }
+
+  char* operator[](int k) const { return pointer_[k]; }
+
+  void next() {
+    for (int d = operands_.dims - 1; d >= 0; --d) {
+      for (int k = 0; k < N; ++k) pointer_[k] += operands_.stride[k][d];
+      if (++index_[d] < operands_.size[d]) return;
+      for (int k = 0; k < N; ++k) pointer_[k] -= operands_.stride[k][d] * operands_.size[d];
+      index_[d] = 0;
+    }
+  }
+
+ private:
+  const Operands<N>& operands_;
+  std::array<char*, N> pointer_;
+  std::array<int64_t, kMaxDims> index_;
+};
+
+// Rows per batch: as many as stay in half of a 32 KiB first-level cache between the sum and the store, in powers of 2.
+inline int64_t batch_rows(int64_t columns, Type type) {
+  int64_t rows = kBatch;
+  while (rows > 1 && rows * columns * size_of(type) > 16384) rows /= 2;
+  return rows;
+}
+
+enum ForwardOperand { kInput, kOutput, kResidual, kSum, kForwardOperands };
+
+inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, char* rstd,
+                         int64_t begin, int64_t end) {
+  const ForwardKernel kernel = target.forward(f);
+  const int64_t most = batch_rows(f.columns, f.input);
+  Cursor<kForwardOperands> cursor(operands, begin);
+  ForwardRows rows;
+  for (int64_t row = begin; row < end; row += rows.count) {
+    rows.count = std::min(most, end - row);
+    rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
+    for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
+      rows.input[r] = cursor[kInput];
+      rows.output[r] = cursor[kOutput];
+      rows.residual[r] = cursor[kResidual];
+      rows.sum[r] = cursor[kSum];
+    }
+    kernel(f, rows);
+  }
+}
+
+enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kBackwardOperands };
+
+// Backward works on chunks of rows, each with its own total of the weight's gradient, so that the result depends on
+// the number of rows and not on the threads. At least 32 rows, or the totals cost more than the rows; at most 128
+// chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB).
+inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 127) / 128); }
+
+// Rows of one chunk; `partial` is wide(input)[columns] and zero, `total` is double[columns], or both null.
+inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
+                          const char* rstd, char* partial, double* total, int64_t begin, int64_t end) {
+  const BackwardKernel kernel = target.backward(b);
+  const int64_t most = batch_rows(b.columns, b.input);
+  Cursor<kBackwardOperands> cursor(operands, begin);
+  BackwardRows rows;
+  rows.grad_weight = partial;
+  for (int64_t row = begin; row < end; row += rows.count) {
+    rows.count = std::min(most, end - row);
+    rows.rstd = rstd + row * size_of(wide(b.input));
+    for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
+      rows.input[r] = cursor[kX];
+      rows.grad[r] = cursor[kGrad];
+      rows.grad_input[r] = cursor[kGradInput];
+      rows.grad_sum[r] = cursor[kGradSum];
+    }
+    kernel(b, rows);
+    const int64_t done = row + rows.count - begin;
+    if (partial && (done % kFlush == 0 || begin + done == end)) target.flush(wide(b.input), partial, total, b.columns);
+  }
+}
+
+} // namespace rmsnorm

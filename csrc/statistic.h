@@ -1,0 +1,145 @@
+// The only file that sums a row: how products are accumulated, and how a mean square becomes 1/rms.
+//
+//   input       products            summed in                            1/rms kept as
+//   bf16, f16   exact in fp32       fp32, 64 lanes, into fp64 each 4096  fp32
+//   f32         exact in fp64       fp64, 32 lanes                       fp32 pair high + low
+//   f64         fp64 and its error  fp64 with compensation, 16 lanes     fp64 pair high + low
+//
+// The order is fixed by the column alone. Errors of the sum, relative: bf16 and f16 at most 67·2⁻²⁴ in fp32 chains of
+// 64 additions, which is 0.004 ulp of f16 after the root; f32 below n·2⁻⁵³; f64 about 2⁻¹⁰⁴·n.
+// The pair keeps x·r within 0.51 ulp, so that one more rounding, by the gain, stays below 1.6 ulp.
+#pragma once
+
+// A sum of products of two vectors: `add` for any product, `add_square` for x·x.
+template <class T>
+struct Sum { // half types
+  static constexpr int kUnroll = 4;
+  static constexpr int64_t kBlock = 4096;
+  F part[4] = {};
+  D total = {};
+
+  RMSNORM_INLINE void add(int u, const F& a, const F& b) { part[u] = part[u] + a * b; }
+  RMSNORM_INLINE void add_square(int u, const F& x) { part[u] = add_exact_product(x, x, part[u]); }
+  RMSNORM_INLINE void end_block() {
+    total = total + widen((part[0] + part[1]) + (part[2] + part[3]));
+    for (auto& p : part) p = F{};
+  }
+};
+
+template <>
+struct Sum<float> {
+  static constexpr int kUnroll = 2;
+  static constexpr int64_t kBlock = INT64_MAX;
+  D part[2] = {};
+  D total;
+
+  RMSNORM_INLINE void add(int u, const F& a, const F& b) {
+    part[u] = add_exact_product(widen(a), widen(b), part[u]);
+  }
+  RMSNORM_INLINE void add_square(int u, const F& x) {
+    const D wide = widen(x);
+    part[u] = add_exact_product(wide, wide, part[u]);
+  }
+  RMSNORM_INLINE void end_block() { total = part[0] + part[1]; }
+};
+
+template <>
+struct Sum<double> {
+  static constexpr int kUnroll = 1;
+  static constexpr int64_t kBlock = INT64_MAX;
+  D total = {};
+  D lost = {};
+
+  RMSNORM_INLINE void add(int, const D& a, const D& b) {
+    const D product = a * b, error = fma(a, b, splat(0.0) - product);
+    const D sum = total + product, back = sum - total;
+    lost = lost + (((total - (sum - back)) + (product - back)) + error);
+    total = sum;
+  }
+  RMSNORM_INLINE void add_square(int u, const D& x) { add(u, x, x); }
+  RMSNORM_INLINE void end_block() {}
+};
+
+// A value of about twice a double's precision: high + low, unevaluated.
+struct Double2 {
+  double high, low;
+};
+
+RMSNORM_INLINE Double2 two_sum(double a, double b) {
+  const double sum = a + b, back = sum - a;
+  return {sum, (a - (sum - back)) + (b - back)};
+}
+
+template <class T>
+RMSNORM_INLINE Double2 value_of(const Sum<T>& sum) {
+  return {reduce(sum.total), 0.0};
+}
+template <>
+RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
+  double lanes[kLanes];
+  store(lanes, sum.total);
+  Double2 value = {lanes[0], reduce(sum.lost)};
+  for (int i = 1; i < kLanes; ++i) {
+    const Double2 next = two_sum(value.high, lanes[i]);
+    value = {next.high, value.low + next.low};
+  }
+  return two_sum(value.high, value.low);
+}
+
+// Runs add(sum, span, u) over all columns and returns the sum.
+template <class T, class Add>
+RMSNORM_INLINE Double2 sum_columns(int64_t columns, Add&& add) {
+  Sum<T> sum;
+  int64_t begin = 0;
+  do { // at least once, so that an empty row sums to zero
+    const int64_t end = columns - begin > Sum<T>::kBlock ? begin + Sum<T>::kBlock : columns;
+    for_columns<Sum<T>::kUnroll>(begin, end, [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
+    sum.end_block();
+    begin = end;
+  } while (begin < columns);
+  return value_of(sum);
+}
+
+// 1/rms of a row as high + low, and whether a plain kernel may use it.
+template <class S>
+struct Rstd {
+  S high, low;
+  bool safe;
+};
+
+// The mean square (plus eps) for which products, 1/rms and their errors stay inside the normal numbers of fp32
+// (fp64 for fp64), with room for weights and gradients of any sane size. Rows outside go to rescue.h.
+template <class T>
+constexpr double kSmallest = sizeof(T) == 8 ? 0x1p-800 : 0x1p-100;
+template <class T>
+constexpr double kLargest = sizeof(T) == 8 ? 0x1p800 : 0x1p100;
+
+template <class T>
+RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double eps) {
+  using S = Scalar<T>;
+  const double n = (double)columns;
+  if constexpr (sizeof(T) == 8) {
+    const double mean = sum.high / n;
+    const double mean_low = (__builtin_fma(-mean, n, sum.high) + sum.low) / n;
+    const Double2 v = two_sum(mean, eps);
+    const double low = v.low + mean_low, r = 1.0 / __builtin_sqrt(v.high);
+    // One Newton step in twice the precision: r·(1 - v·r²)/2 is what r lacks.
+    const double q = r * v.high, q_low = __builtin_fma(r, v.high, -q);
+    const double residual = (__builtin_fma(-q, r, 1.0) - q_low * r) - (low * r) * r;
+    const bool safe = v.high >= kSmallest<T> && v.high <= kLargest<T>;
+    return {r, safe ? 0.5 * (r * residual) : 0.0, safe};
+  } else {
+    const double v = sum.high / n + eps, r = 1.0 / __builtin_sqrt(v);
+    const S high = (S)r;
+    // A row of fp32 subnormals is rescued even under a large eps: x·r alone would round below the normal numbers.
+    const bool subnormal = sizeof(T) == 4 && sum.high > 0 && sum.high < kSmallest<T>;
+    return {high, (S)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal};
+  }
+}
+
+// x·r of a safe row.
+template <class T>
+RMSNORM_INLINE Vector<T> normalise(const Vector<T>& x, Vector<T> high, Vector<T> low) {
+  if constexpr (sizeof(T) == 2) return x * high;
+  return fma(x, high, x * low);
+}

@@ -1,0 +1,33 @@
+// The only file that is compiled once per CPU target: setup.py gives it RMSNORM_TARGET and that target's flags.
+//
+// Everything is in an unnamed namespace and no standard template is instantiated, so that no function compiled for a
+// wide CPU can be merged by the linker with its twin for a narrow one (tests/test_native.py looks for such symbols).
+#include <cstdint>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernel.h"
+
+namespace rmsnorm {
+namespace {
+
+#include "simd.h"
+
+#include "statistic.h"
+
+#include "rescue.h"
+
+#include "forward.h"
+
+#include "backward.h"
+
+#include "weight.h"
+
+} // namespace
+
+extern const Target RMSNORM_TARGET;
+const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish};
+
+} // namespace rmsnorm

@@ -1,0 +1,54 @@
+// The only file for work per column: the gain before the rows, and the weight's gradient after them.
+#pragma once
+
+template <class Function>
+RMSNORM_INLINE void with_type(Type type, Function&& function) {
+  switch (type) {
+    case Type::bf16: return function(bf16{});
+    case Type::f16: return function(f16{});
+    case Type::f64: return function(double{});
+    default: return function(float{});
+  }
+}
+
+// fp64 weights have fp64 gains, and no other weight meets an fp64 vector but through here.
+RMSNORM_INLINE D to_wide(const D& x, double) { return x; }
+RMSNORM_INLINE D to_wide(const F& x, double) { return widen(x); }
+RMSNORM_INLINE F to_wide(const F& x, float) { return x; }
+RMSNORM_INLINE F to_wide(const D& x, float) { return narrow(x); }
+
+void make_gain(Type weight_type, const void* weight, double offset, Type gain_type, void* gain, int64_t count) {
+  const auto convert = [&](auto weight_tag, auto gain_tag) {
+    const auto* from = (const decltype(weight_tag)*)weight;
+    auto* to = (decltype(gain_tag)*)gain;
+    const auto shift = splat((decltype(gain_tag))offset);
+    for_columns<1>(0, count, [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
+  };
+  with_type(weight_type, [&](auto weight_tag) {
+    gain_type == Type::f64 ? convert(weight_tag, double{}) : convert(weight_tag, float{});
+  });
+}
+
+void flush(Type type, void* partial, double* total, int64_t count) {
+  const auto add = [&](auto tag) {
+    auto* from = (decltype(tag)*)partial;
+    for_columns<1>(0, count, [&](auto span, auto) {
+      const auto part = span.load_from(from);
+      span.store_to(total, span.load_from((const double*)total) + to_wide(part, double{}));
+      span.store_to(from, decltype(part){});
+    });
+  };
+  type == Type::f64 ? add(double{}) : add(float{});
+}
+
+void finish(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
+            void* grad_weight) {
+  with_type(type, [&](auto tag) {
+    using W = decltype(tag);
+    for_columns<1>(begin, end, [&](auto span, auto) {
+      D sum = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + span.load_from(totals + chunk * columns);
+      span.store_to((W*)grad_weight, to_wide(sum, Scalar<W>{}));
+    });
+  });
+}
