@@ -12,6 +12,13 @@
 #define RMSNORM_EMULATED inline __attribute__((noinline))
 
 #if defined(__AVX512F__)
+#define RMSNORM_AVX512
+#endif
+#if defined(__AVX512BF16__)
+#define RMSNORM_AVX512BF16
+#endif
+
+#if defined(RMSNORM_AVX512)
 constexpr int kBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
@@ -102,7 +109,7 @@ RMSNORM_INLINE void store_register(T* p, Register x) {
 // ---- fp32 <-> fp64 ---------------------------------------------------------------------------------------------
 
 RMSNORM_INLINE DoubleReg widen(HalfFloatReg x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (DoubleReg)_mm512_cvtps_pd((__m256)x);
 #elif defined(__AVX2__)
   return (DoubleReg)_mm256_cvtps_pd((__m128)x); // gcc 12 splits __builtin_convertvector into two halves
@@ -112,7 +119,7 @@ RMSNORM_INLINE DoubleReg widen(HalfFloatReg x) {
 }
 
 RMSNORM_INLINE HalfFloatReg narrow(DoubleReg x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (HalfFloatReg)_mm512_cvtpd_ps((__m512d)x);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_cvtpd_ps((__m256d)x);
@@ -122,7 +129,7 @@ RMSNORM_INLINE HalfFloatReg narrow(DoubleReg x) {
 }
 
 RMSNORM_INLINE HalfFloatReg lower(FloatReg x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (HalfFloatReg)_mm512_castps512_ps256((__m512)x);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_castps256_ps128((__m256)x);
@@ -132,7 +139,7 @@ RMSNORM_INLINE HalfFloatReg lower(FloatReg x) {
 }
 
 RMSNORM_INLINE HalfFloatReg upper(FloatReg x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (HalfFloatReg)_mm512_extractf32x8_ps((__m512)x, 1);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_extractf128_ps((__m256)x, 1);
@@ -142,7 +149,7 @@ RMSNORM_INLINE HalfFloatReg upper(FloatReg x) {
 }
 
 RMSNORM_INLINE FloatReg join(HalfFloatReg low, HalfFloatReg high) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (FloatReg)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
 #elif defined(__AVX2__)
   return (FloatReg)_mm256_set_m128((__m128)high, (__m128)low);
@@ -175,7 +182,7 @@ RMSNORM_INLINE F narrow(const D& x) {
 #endif
 
 RMSNORM_FMA D fma(const D& a, const D& b, D c) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   for (int i = 0; i < kDoubleRegs; ++i) c.v[i] = (DoubleReg)_mm512_fmadd_pd((__m512d)a.v[i], (__m512d)b.v[i], (__m512d)c.v[i]);
 #elif defined(__FMA__)
   for (int i = 0; i < kDoubleRegs; ++i) c.v[i] = (DoubleReg)_mm256_fmadd_pd((__m256d)a.v[i], (__m256d)b.v[i], (__m256d)c.v[i]);
@@ -187,7 +194,7 @@ RMSNORM_FMA D fma(const D& a, const D& b, D c) {
 }
 
 RMSNORM_FMA F fma(const F& a, const F& b, F c) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   for (int i = 0; i < kFloatRegs; ++i) c.v[i] = (FloatReg)_mm512_fmadd_ps((__m512)a.v[i], (__m512)b.v[i], (__m512)c.v[i]);
 #elif defined(__FMA__)
   for (int i = 0; i < kFloatRegs; ++i) c.v[i] = (FloatReg)_mm256_fmadd_ps((__m256)a.v[i], (__m256)b.v[i], (__m256)c.v[i]);
@@ -253,7 +260,7 @@ RMSNORM_EMULATED FloatReg from_f16_bits(BitsReg half) {
 }
 
 RMSNORM_INLINE BitsReg zero_extend(ShortReg x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   return (BitsReg)_mm512_cvtepu16_epi32((__m256i)x);
 #elif defined(__AVX2__)
   return (BitsReg)_mm256_cvtepu16_epi32((__m128i)x);
@@ -264,7 +271,7 @@ RMSNORM_INLINE BitsReg zero_extend(ShortReg x) {
 
 // The sixteen lanes, each below 2^16, as sixteen shorts.
 RMSNORM_INLINE void store_shorts(uint16_t* to, const BitsReg (&bits)[kFloatRegs]) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits[0]));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)bits[0], (__m256i)bits[1]);
@@ -303,7 +310,7 @@ RMSNORM_INLINE F load(const f16* p) {
   F r;
   for (int i = 0; i < kFloatRegs; ++i) {
     const ShortReg shorts = load_shorts(p, i);
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
     r.v[i] = (FloatReg)_mm512_cvtph_ps((__m256i)shorts);
 #elif defined(__F16C__)
     r.v[i] = (FloatReg)_mm256_cvtph_ps((__m128i)shorts);
@@ -322,7 +329,7 @@ RMSNORM_INLINE void store(double* p, const D& x) {
 }
 
 RMSNORM_INLINE void store(bf16* p, const F& x) {
-#if defined(__AVX512BF16__)
+#if defined(RMSNORM_AVX512BF16)
   // vcvtneps2bf16 takes subnormals for zero; a lane that is subnormal (and not zero) needs the long way.
   const __m512 lanes = (__m512)x.v[0];
   if (__builtin_expect(_mm512_fpclass_ps_mask(lanes, 0x20) == 0, 1)) {
@@ -337,7 +344,7 @@ RMSNORM_INLINE void store(bf16* p, const F& x) {
 }
 
 RMSNORM_INLINE void store(f16* p, const F& x) {
-#if defined(__AVX512F__)
+#if defined(RMSNORM_AVX512)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   for (int i = 0; i < kFloatRegs; ++i)

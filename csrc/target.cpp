@@ -7,6 +7,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(RMSNORM_EMULATE_AVX512)
+#include "../tests/native/emulate_avx512.h" // the tests' way to run these sources on a CPU without AVX-512
+#endif
 
 #include "kernel.h"
 

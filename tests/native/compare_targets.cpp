@@ -1,0 +1,169 @@
+// Runs the kernels of several targets on the same rows and compares every bit that they write; exits with 1 at the
+// first difference. Also what the sanitizers run: every row lies at the very end of its own allocation, at an odd
+// address where the type allows it, so that one element read or written too far is seen.
+//
+// Link with any of the objects that target.cpp makes; the first one there, in the order below, is the reference.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/rows.h"
+
+namespace rmsnorm {
+extern const Target target_baseline __attribute__((weak)), target_avx2 __attribute__((weak));
+extern const Target target_avx512 __attribute__((weak)), target_avx512bf16 __attribute__((weak));
+}
+using namespace rmsnorm;
+
+namespace {
+
+constexpr Type kTypes[] = {Type::f32, Type::f64, Type::bf16, Type::f16};
+constexpr int64_t kColumns[] = {0, 1, 3, 15, 16, 17, 31, 33, 64, 127, 129, 576, 1027, 4096, 5137, 9001};
+
+// A float as bits of the type, good enough for test data.
+void put(char* to, Type type, double value) {
+  const float narrow = (float)value;
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, 4);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint16_t half = (uint16_t)(bits >> 16);
+  if (type == Type::f16) // truncated; flushed below and saturated above its normal numbers
+    half = (uint16_t)((bits >> 16 & 0x8000) |
+                      (magnitude < (113u << 23) ? bits & 0x3ff : magnitude >= (143u << 23) ? 0x7bff : (magnitude >> 13) - (112 << 10)));
+  if (type == Type::f64) std::memcpy(to, &value, 8);
+  else if (type == Type::f32) std::memcpy(to, &narrow, 4);
+  else std::memcpy(to, &half, 2);
+}
+
+using Bytes = std::vector<char>;
+
+// Plain, tiny, huge, zero, and rows with a NaN or an Inf.
+Bytes make_rows(Type type, int64_t rows, int64_t columns, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal;
+  const double scales[] = {1.0, 1e-39, 1e30, 0.0, 1e3, 1.0, 1e-20};
+  Bytes bytes(rows * columns * size_of(type));
+  if (type == Type::none) return bytes;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int64_t row = i / columns;
+    double value = normal(random) * scales[row % 7];
+    if (row % 7 == 5 && i % columns == columns / 2) value = row % 2 ? INFINITY : NAN;
+    put(bytes.data() + i * size_of(type), type, value);
+  }
+  return bytes;
+}
+
+// Equal bits; any NaN equals any other, as its sign and payload are not promised.
+bool same(const Bytes& a, const Bytes& b, Type type) {
+  const int64_t size = size_of(type);
+  for (size_t i = 0; i + size <= a.size(); i += size) {
+    if (!std::memcmp(&a[i], &b[i], size)) continue;
+    uint64_t x = 0, y = 0;
+    std::memcpy(&x, &a[i], size), std::memcpy(&y, &b[i], size);
+    const uint64_t infinity = type == Type::f64 ? 0x7ffull << 52 : type == Type::f32 ? 0x7f800000 : type == Type::bf16 ? 0x7f80 : 0x7c00;
+    const uint64_t magnitude = ~(1ull << (8 * size - 1));
+    if ((x & magnitude) > infinity && (y & magnitude) > infinity) continue;
+    std::printf("element %zu: %llx and %llx\n", i / size, (unsigned long long)x, (unsigned long long)y);
+    return false;
+  }
+  return true;
+}
+
+// Rows, each at the end of its own allocation and one element off any alignment.
+struct Rows {
+  std::vector<Bytes> row;
+  int64_t offset;
+  Rows(const Bytes& all, int64_t rows, int64_t bytes, int64_t offset) : row(rows), offset(offset) {
+    for (int64_t r = 0; r < rows; ++r) {
+      row[r].resize(offset + bytes);
+      row[r].shrink_to_fit();
+      if (!all.empty()) std::memcpy(row[r].data() + offset, all.data() + r * bytes, bytes);
+    }
+  }
+  char* at(int64_t r) { return row[r].data() + offset; }
+  Bytes gather() const {
+    Bytes all;
+    for (const Bytes& r : row) all.insert(all.end(), r.begin() + offset, r.end());
+    return all;
+  }
+};
+
+struct Case {
+  Type input, gain, output;
+  bool round_first, add;
+  int64_t columns;
+};
+
+std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight) {
+  constexpr int64_t kRows = 7;
+  const int64_t in = size_of(c.input), row_bytes = c.columns * in;
+  const Bytes x = make_rows(c.input, kRows, c.columns, 1), residual = make_rows(c.input, kRows, c.columns, 2);
+  const Bytes dy = make_rows(c.input, kRows, c.columns, 3), weight = make_rows(c.gain, 1, c.columns, 4);
+  Rows input(x, kRows, row_bytes, in), other(residual, kRows, row_bytes, in), grad(dy, kRows, row_bytes, in);
+  Rows sum({}, kRows, row_bytes, in), dx({}, kRows, row_bytes, in);
+  Rows output({}, kRows, c.columns * size_of(c.output), size_of(c.output)), gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
+  Bytes rstd(kRows * size_of(wide(c.input)));
+
+  Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0)};
+  ForwardRows rows = {};
+  rows.count = kRows;
+  rows.rstd = rstd.data();
+  for (int64_t r = 0; r < kRows; ++r)
+    rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r);
+  target.forward(f)(f, rows);
+
+  Bytes formed(c.columns * size_of(wide(c.input)));
+  if (c.gain != Type::none) target.make_gain(c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
+  Bytes partial(formed.size());
+  std::vector<double> total(2 * c.columns);
+  Backward b = {c.columns, 1e-6, c.input, need_input, need_weight, c.add && need_input, c.gain == Type::none ? nullptr : formed.data()};
+  BackwardRows back = {};
+  back.count = kRows;
+  back.rstd = rstd.data();
+  back.grad_weight = partial.data();
+  for (int64_t r = 0; r < kRows; ++r)
+    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r), back.grad_input[r] = dx.at(r);
+  target.backward(b)(b, back);
+  target.flush(wide(c.input), partial.data(), total.data(), c.columns);
+  Rows dw({}, 1, row_bytes, in);
+  target.finish(total.data(), 2, c.columns, 0, c.columns, c.input, dw.at(0));
+  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather()};
+}
+
+} // namespace
+
+int main() {
+  std::vector<const Target*> targets;
+  for (const Target* target : {&target_baseline, &target_avx2, &target_avx512, &target_avx512bf16})
+    if (target) targets.push_back(target);
+  long compared = 0;
+  for (Type input : kTypes)
+    for (int64_t columns : kColumns)
+      for (int form = 0; form < 6; ++form)
+        for (int add = 0; add < 2; ++add)
+          for (int needs = 1; needs < 4; ++needs) {
+            const Type wider = wide(input);
+            const Case cases[] = {{input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
+                                  {input, input, input, true, false, columns},       {input, wider, input, false, false, columns},
+                                  {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns}};
+            Case c = cases[form];
+            c.add = add;
+            const auto expected = run(*targets[0], c, needs & 1, needs & 2);
+            for (const Target* target : targets) {
+              const auto actual = run(*target, c, needs & 1, needs & 2);
+              const Type types[] = {c.output, input, wider, input, input};
+              const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight"};
+              for (int i = 0; i < 5; ++i, ++compared)
+                if (!same(expected[i], actual[i], types[i])) {
+                  std::printf("%s differs: %s from %s, type %d, form %d, add %d, needs %d, %lld columns\n", names[i], target->name,
+                              targets[0]->name, (int)input, form, add, needs, (long long)columns);
+                  return 1;
+                }
+            }
+          }
+  std::printf("%ld tensors compared, all equal, targets:", compared);
+  for (const Target* target : targets) std::printf(" %s", target->name);
+  std::printf("\n");
+}
