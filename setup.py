@@ -34,7 +34,7 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # no Python version in the name
 
     def build_extension(self, ext: Extension) -> None:
-        import torch  # noqa: PLC0415 - only a native build needs it
+        import torch  # only a native build needs it
 
         root, build = Path(torch.__file__).parent, Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)

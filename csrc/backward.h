@@ -46,8 +46,7 @@ void backward(const Backward& b, const BackwardRows& rows) {
     const Scalar<T> rstd = ((const Scalar<T>*)rows.rstd)[r];
     if (__builtin_expect(rstd >= smallest && rstd <= 1 / smallest, 1))
       backward_row<T, HasGain, NeedInput, NeedWeight, Add>(b, rows, r, rstd);
-    else
-      rescue_backward<T>(b, rows, r);
+    else rescue_backward<T>(b, rows, r);
   }
 }
 
@@ -59,7 +58,8 @@ BackwardKernel backward_with_gain(const Backward& b) {
 template <class T>
 BackwardKernel backward_of(const Backward& b) {
   if (!b.need_input) return &backward<T, false, false, true, false>;
-  if (b.need_weight) return b.add ? backward_with_gain<T, true, true, true>(b) : backward_with_gain<T, true, true, false>(b);
+  if (b.need_weight)
+    return b.add ? backward_with_gain<T, true, true, true>(b) : backward_with_gain<T, true, true, false>(b);
   return b.add ? backward_with_gain<T, true, false, true>(b) : backward_with_gain<T, true, false, false>(b);
 }
 

@@ -40,7 +40,7 @@ const Target& current_target() {
   return *target;
 }
 
-} // namespace rmsnorm
+}  // namespace rmsnorm
 
 using rmsnorm::Target;
 

@@ -37,10 +37,8 @@ void forward(const Forward& f, const ForwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* x = (const T*)(Add ? rows.sum[r] : rows.input[r]);
     Out* out = (Out*)rows.output[r];
-    if (__builtin_expect(rstd[r].safe, 1))
-      store_row<T, Gain, Out, RoundFirst>(x, gain, out, rstd[r], f.columns);
-    else
-      rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
+    if (__builtin_expect(rstd[r].safe, 1)) store_row<T, Gain, Out, RoundFirst>(x, gain, out, rstd[r], f.columns);
+    else rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
   }
 }
 

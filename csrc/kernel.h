@@ -10,9 +10,7 @@ namespace rmsnorm {
 
 enum class Type : int8_t { none, f32, f64, bf16, f16 };
 
-inline int64_t size_of(Type type) {
-  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::none ? 0 : 2;
-}
+inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::none ? 0 : 2; }
 
 // The type in which statistics leave the kernel and gains are formed: fp32, or fp64 for fp64.
 inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
@@ -28,10 +26,10 @@ struct Forward {
   int64_t columns;
   double eps;
   Type input;
-  Type output;      // the input's, or f32 for a half input that is rounded before an f32 gain
-  Type gain_type;   // none, the input's, or wide(input)
-  bool round_first; // round to the input's type before the gain (Llama) instead of after it (torch)
-  bool add;         // sum = input + residual first
+  Type output;       // the input's, or f32 for a half input that is rounded before an f32 gain
+  Type gain_type;    // none, the input's, or wide(input)
+  bool round_first;  // round to the input's type before the gain (Llama) instead of after it (torch)
+  bool add;          // sum = input + residual first
   const void* gain;
 };
 
@@ -41,17 +39,17 @@ struct ForwardRows {
   const void* residual[kBatch];
   void* sum[kBatch];
   void* output[kBatch];
-  void* rstd; // one wide(input) value per row of this batch, or null
+  void* rstd;  // one wide(input) value per row of this batch, or null
 };
 
 struct Backward {
   int64_t columns;
   double eps;
-  Type input; // also the gradient's type
+  Type input;  // also the gradient's type
   bool need_input;
   bool need_weight;
-  bool add;         // a gradient arrives at the sum itself
-  const void* gain; // wide(input), or null
+  bool add;          // a gradient arrives at the sum itself
+  const void* gain;  // wide(input), or null
 };
 
 struct BackwardRows {
@@ -60,8 +58,8 @@ struct BackwardRows {
   const void* grad[kBatch];
   const void* grad_sum[kBatch];
   void* grad_input[kBatch];
-  const void* rstd;  // one wide(input) value per row of this batch
-  void* grad_weight; // wide(input)[columns], added to
+  const void* rstd;   // one wide(input) value per row of this batch
+  void* grad_weight;  // wide(input)[columns], added to
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
@@ -86,4 +84,4 @@ const Target* const* available_targets();
 // The target in use: the best one, or the one that was set.
 const Target& current_target();
 
-} // namespace rmsnorm
+}  // namespace rmsnorm

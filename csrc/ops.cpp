@@ -29,7 +29,9 @@ Type type_of(const Tensor& tensor) {
     case ScalarType::Double: return Type::f64;
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Half: return Type::f16;
-    default: STD_TORCH_CHECK(false, "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
+    default:
+      STD_TORCH_CHECK(false,
+                      "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
   }
 }
 
@@ -46,8 +48,8 @@ Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
   int64_t strides[kMaxDims];
   for (int64_t d = dims, stride = 1; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, static_cast<int32_t>(scalar_of(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -55,8 +57,8 @@ Tensor empty_like(const Tensor& tensor, Type type) { return empty(tensor.sizes()
 
 // What both directions need to know of the shape.
 struct Shape {
-  int64_t outer;   // outer dimensions
-  int64_t columns; // elements of a row
+  int64_t outer;    // outer dimensions
+  int64_t columns;  // elements of a row
   Shape(const Tensor& input, int64_t dims) : outer(input.dim() - dims), columns(1) {
     STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", input.dim(), ", but is ", dims);
     for (int64_t d = outer; d < input.dim(); ++d) columns *= input.size(d);
@@ -110,10 +112,12 @@ class Gain {
  public:
   Gain(const OptionalTensor& weight, double offset, Type input, int64_t columns, bool may_be_input_type) {
     if (!weight) return;
-    STD_TORCH_CHECK(weight->numel() == columns, "rmsnorm: weight has ", weight->numel(), " elements for rows of ", columns);
+    STD_TORCH_CHECK(weight->numel() == columns, "rmsnorm: weight has ", weight->numel(), " elements for rows of ",
+                    columns);
     plain_ = torch::stable::contiguous(*weight);
     type = type_of(plain_);
-    STD_TORCH_CHECK(type != Type::f64 || input == Type::f64, "rmsnorm: no native kernel for a float64 weight and a narrower input");
+    STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
+                    "rmsnorm: no native kernel for a float64 weight and a narrower input");
     data = plain_.data_ptr();
     if (offset == 0.0 && (type == wide(input) || (type == input && may_be_input_type))) return;
     formed_.reset(new char[columns * size_of(wide(input))]);
@@ -169,7 +173,8 @@ Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, d
   return output;
 }
 
-void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first, Tensor out) {
+void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first,
+                  Tensor out) {
   if (has_plain_rows(out, input.dim() - dims)) {
     run_forward(input, nullptr, weight, dims, eps, offset, round_first, out, nullptr, nullptr);
   } else {
@@ -177,8 +182,8 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
   }
 }
 
-std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset,
-                                            bool round_first) {
+std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight, int64_t dims, double eps,
+                                            double offset, bool round_first) {
   Tensor output = empty_like(input, output_type(type_of(input), weight, round_first));
   Tensor rstd = empty_rstd(input, dims);
   run_forward(input, nullptr, weight, dims, eps, offset, round_first, output, nullptr, &rstd);
@@ -194,8 +199,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor input, Tensor residual, OptionalT
   return {output, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims,
-                                                        double eps, double offset, bool round_first) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor residual, OptionalTensor weight,
+                                                        int64_t dims, double eps, double offset, bool round_first) {
   check_same(residual, input, "residual");
   Tensor output = empty_like(input, output_type(type_of(input), weight, round_first));
   Tensor sum = empty_like(input, type_of(input)), rstd = empty_rstd(input, dims);
@@ -234,7 +239,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   }
 
   const int64_t rows = operands.rows, each = chunk_rows(rows), chunks = (rows + each - 1) / each;
-  const auto totals = std::make_unique<double[]>(chunks * shape.columns); // zeros
+  const auto totals = std::make_unique<double[]>(chunks * shape.columns);  // zeros
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
     const auto partial = std::make_unique<char[]>(shape.columns * size_of(wide(type)));
     for (int64_t chunk = begin; chunk < end; ++chunk)
@@ -247,7 +252,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   return {grad_input, grad_weight};
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
@@ -258,4 +263,4 @@ STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("add_rms_norm_forward", TORCH_BOX(&add_rms_norm_forward));
 }
 
-} // namespace rmsnorm
+}  // namespace rmsnorm

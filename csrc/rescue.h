@@ -26,7 +26,7 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps) {
   double largest = __builtin_sqrt(eps > 0 ? eps : 0.0);
   for (int64_t i = 0; i < columns; ++i) {
     const double magnitude = __builtin_fabs(element(x, i));
-    if (magnitude > largest) largest = magnitude; // false for NaN
+    if (magnitude > largest) largest = magnitude;  // false for NaN
   }
   int exponent = 0;
   if (largest > 0 && largest < __builtin_inf()) __builtin_frexp(largest, &exponent);
@@ -39,13 +39,14 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps) {
     const Double2 next = two_sum(sum.high, square);
     sum = {next.high, sum.low + (next.low + __builtin_fma(scaled, scaled, -square))};
   }
-  if (!(sum.high < __builtin_inf())) sum.low = 0.0; // Inf - Inf
+  if (!(sum.high < __builtin_inf())) sum.low = 0.0;  // Inf - Inf
   const Rstd<double> rstd = rstd_from<double>(sum, columns, eps * scale * scale);
   return {scale, rstd.high, rstd.low};
 }
 
 template <class T, class Gain, class Out, bool RoundFirst>
-__attribute__((noinline, cold)) void rescue_forward(const T* x, const Gain* gain, Out* out, int64_t columns, double eps) {
+__attribute__((noinline, cold)) void rescue_forward(const T* x, const Gain* gain, Out* out, int64_t columns,
+                                                    double eps) {
   const ScaledRow row = scale_row(x, columns, eps);
   for (int64_t i = 0; i < columns; ++i) {
     double y = row.normalise(element(x, i));

@@ -11,7 +11,7 @@
 
 namespace rmsnorm {
 
-constexpr int kMaxDims = 64; // torch's own limit
+constexpr int kMaxDims = 64;  // torch's own limit
 
 // The tensors of one call, walked together: `data[k] + sum(index · stride[k])` is the row of operand k.
 template <int N>
@@ -20,7 +20,7 @@ struct Operands {
   int dims = 0;
   int64_t rows = 1;
   std::array<int64_t, kMaxDims> size;
-  std::array<std::array<int64_t, kMaxDims>, N> stride; // bytes
+  std::array<std::array<int64_t, kMaxDims>, N> stride;  // bytes
 
   // Adds the next outer dimension, outermost first; merges it with the previous one where every operand allows it.
   void push(int64_t count, const std::array<int64_t, N>& strides) {
@@ -121,4 +121,4 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   }
 }
 
-} // namespace rmsnorm
+}  // namespace rmsnorm

@@ -12,7 +12,7 @@
 
 // A sum of products of two vectors: `add` for any product, `add_square` for x·x.
 template <class T>
-struct Sum { // half types
+struct Sum {  // half types
   static constexpr int kUnroll = 4;
   static constexpr int64_t kBlock = 4096;
   F part[4] = {};
@@ -33,9 +33,7 @@ struct Sum<float> {
   D part[2] = {};
   D total;
 
-  RMSNORM_INLINE void add(int u, const F& a, const F& b) {
-    part[u] = add_exact_product(widen(a), widen(b), part[u]);
-  }
+  RMSNORM_INLINE void add(int u, const F& a, const F& b) { part[u] = add_exact_product(widen(a), widen(b), part[u]); }
   RMSNORM_INLINE void add_square(int u, const F& x) {
     const D wide = widen(x);
     part[u] = add_exact_product(wide, wide, part[u]);
@@ -91,9 +89,10 @@ template <class T, class Add>
 RMSNORM_INLINE Double2 sum_columns(int64_t columns, Add&& add) {
   Sum<T> sum;
   int64_t begin = 0;
-  do { // at least once, so that an empty row sums to zero
+  do {  // at least once, so that an empty row sums to zero
     const int64_t end = columns - begin > Sum<T>::kBlock ? begin + Sum<T>::kBlock : columns;
-    for_columns<Sum<T>::kUnroll>(begin, end, [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
+    for_columns<Sum<T>::kUnroll>(begin, end,
+                                 [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
     sum.end_block();
     begin = end;
   } while (begin < columns);

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 #if defined(RMSNORM_EMULATE_AVX512)
-#include "../tests/native/emulate_avx512.h" // the tests' way to run these sources on a CPU without AVX-512
+#include "../tests/native/emulate_avx512.h"  // the tests' way to run these sources on a CPU without AVX-512
 #endif
 
 #include "kernel.h"
@@ -17,6 +17,10 @@ namespace rmsnorm {
 namespace {
 
 #include "simd.h"
+
+#include "half.h"
+
+#include "columns.h"
 
 #include "statistic.h"
 
@@ -28,9 +32,9 @@ namespace {
 
 #include "weight.h"
 
-} // namespace
+}  // namespace
 
 extern const Target RMSNORM_TARGET;
 const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish};
 
-} // namespace rmsnorm
+}  // namespace rmsnorm

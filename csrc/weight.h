@@ -22,7 +22,8 @@ void make_gain(Type weight_type, const void* weight, double offset, Type gain_ty
     const auto* from = (const decltype(weight_tag)*)weight;
     auto* to = (decltype(gain_tag)*)gain;
     const auto shift = splat((decltype(gain_tag))offset);
-    for_columns<1>(0, count, [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
+    for_columns<1>(0, count,
+                   [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
   };
   with_type(weight_type, [&](auto weight_tag) {
     gain_type == Type::f64 ? convert(weight_tag, double{}) : convert(weight_tag, float{});

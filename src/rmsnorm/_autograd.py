@@ -7,6 +7,7 @@ differentiable torch code of ``reference.py`` instead: more passes, no term drop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,3 +90,7 @@ class AddRMSNormFunction(torch.autograd.Function):
         need_input, need_residual, need_weight = ctx.needs_input_grad[:3]
         ds, dw = _backward(ctx, grad, grad_sum, need_input or need_residual, need_weight)
         return ds if need_input else None, ds if need_residual else None, dw, None, None, None, None
+
+
+rms_norm: Callable[..., tuple[Tensor, Tensor]] = RMSNormFunction.apply
+add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = AddRMSNormFunction.apply

@@ -68,7 +68,7 @@ def rms_norm(
     if not native:
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _differentiable(input) or (weight is not None and _differentiable(weight)):
-        return _autograd.RMSNormFunction.apply(input, weight, dims, eps, offset, round_first)[0]
+        return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
 
 
@@ -108,7 +108,7 @@ def add_rms_norm(
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if _differentiable(input) or _differentiable(residual) or (weight is not None and _differentiable(weight)):
-        output, sum, _ = _autograd.AddRMSNormFunction.apply(input, residual, weight, dims, eps, offset, round_first)
+        output, sum, _ = _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
         return output, sum
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
 

@@ -35,7 +35,6 @@ class RMSNorm(torch.nn.RMSNorm):
         tensor([0.5164, 0.5164, 1.0328, 1.5492])
     """
 
-    __constants__ = [*torch.nn.RMSNorm.__constants__, "offset", "casting_mode"]
     # Class-level defaults: pickles of torch's layer and layers whose class is swapped in place need no migration.
     offset: float = 0.0
     casting_mode: str = "torch"

@@ -6,7 +6,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "../../csrc/rows.h"
@@ -14,7 +16,7 @@
 namespace rmsnorm {
 extern const Target target_baseline __attribute__((weak)), target_avx2 __attribute__((weak));
 extern const Target target_avx512 __attribute__((weak)), target_avx512bf16 __attribute__((weak));
-}
+}  // namespace rmsnorm
 using namespace rmsnorm;
 
 namespace {
@@ -29,9 +31,10 @@ void put(char* to, Type type, double value) {
   std::memcpy(&bits, &narrow, 4);
   const uint32_t magnitude = bits & 0x7fffffff;
   uint16_t half = (uint16_t)(bits >> 16);
-  if (type == Type::f16) // truncated; flushed below and saturated above its normal numbers
-    half = (uint16_t)((bits >> 16 & 0x8000) |
-                      (magnitude < (113u << 23) ? bits & 0x3ff : magnitude >= (143u << 23) ? 0x7bff : (magnitude >> 13) - (112 << 10)));
+  if (type == Type::f16)  // truncated; flushed below and saturated above its normal numbers
+    half = (uint16_t)((bits >> 16 & 0x8000) | (magnitude < (113u << 23)    ? bits & 0x3ff
+                                               : magnitude >= (143u << 23) ? 0x7bff
+                                                                           : (magnitude >> 13) - (112 << 10)));
   if (type == Type::f64) std::memcpy(to, &value, 8);
   else if (type == Type::f32) std::memcpy(to, &narrow, 4);
   else std::memcpy(to, &half, 2);
@@ -39,13 +42,16 @@ void put(char* to, Type type, double value) {
 
 using Bytes = std::vector<char>;
 
-// Plain, tiny, huge, zero, and rows with a NaN or an Inf.
-Bytes make_rows(Type type, int64_t rows, int64_t columns, unsigned seed) {
+// Plain, tiny, huge, zero, and rows with a NaN or an Inf. Made once: random numbers take longer than the kernels.
+const Bytes& make_rows(Type type, int64_t rows, int64_t columns, unsigned seed) {
+  static std::map<std::tuple<Type, int64_t, int64_t, unsigned>, Bytes> made;
+  const auto [entry, is_new] = made.try_emplace({type, rows, columns, seed});
+  Bytes& bytes = entry->second;
+  if (!is_new || type == Type::none) return bytes;
+  bytes.resize(rows * columns * size_of(type));
   std::mt19937 random(seed);
   std::normal_distribution<double> normal;
   const double scales[] = {1.0, 1e-39, 1e30, 0.0, 1e3, 1.0, 1e-20};
-  Bytes bytes(rows * columns * size_of(type));
-  if (type == Type::none) return bytes;
   for (int64_t i = 0; i < rows * columns; ++i) {
     const int64_t row = i / columns;
     double value = normal(random) * scales[row % 7];
@@ -62,7 +68,10 @@ bool same(const Bytes& a, const Bytes& b, Type type) {
     if (!std::memcmp(&a[i], &b[i], size)) continue;
     uint64_t x = 0, y = 0;
     std::memcpy(&x, &a[i], size), std::memcpy(&y, &b[i], size);
-    const uint64_t infinity = type == Type::f64 ? 0x7ffull << 52 : type == Type::f32 ? 0x7f800000 : type == Type::bf16 ? 0x7f80 : 0x7c00;
+    const uint64_t infinity = type == Type::f64    ? 0x7ffull << 52
+                              : type == Type::f32  ? 0x7f800000
+                              : type == Type::bf16 ? 0x7f80
+                                                   : 0x7c00;
     const uint64_t magnitude = ~(1ull << (8 * size - 1));
     if ((x & magnitude) > infinity && (y & magnitude) > infinity) continue;
     std::printf("element %zu: %llx and %llx\n", i / size, (unsigned long long)x, (unsigned long long)y);
@@ -99,11 +108,12 @@ struct Case {
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight) {
   constexpr int64_t kRows = 7;
   const int64_t in = size_of(c.input), row_bytes = c.columns * in;
-  const Bytes x = make_rows(c.input, kRows, c.columns, 1), residual = make_rows(c.input, kRows, c.columns, 2);
-  const Bytes dy = make_rows(c.input, kRows, c.columns, 3), weight = make_rows(c.gain, 1, c.columns, 4);
+  const Bytes &x = make_rows(c.input, kRows, c.columns, 1), &residual = make_rows(c.input, kRows, c.columns, 2);
+  const Bytes &dy = make_rows(c.input, kRows, c.columns, 3), &weight = make_rows(c.gain, 1, c.columns, 4);
   Rows input(x, kRows, row_bytes, in), other(residual, kRows, row_bytes, in), grad(dy, kRows, row_bytes, in);
   Rows sum({}, kRows, row_bytes, in), dx({}, kRows, row_bytes, in);
-  Rows output({}, kRows, c.columns * size_of(c.output), size_of(c.output)), gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
+  Rows output({}, kRows, c.columns * size_of(c.output), size_of(c.output)),
+      gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
   Bytes rstd(kRows * size_of(wide(c.input)));
 
   Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0)};
@@ -118,13 +128,20 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   if (c.gain != Type::none) target.make_gain(c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
   Bytes partial(formed.size());
   std::vector<double> total(2 * c.columns);
-  Backward b = {c.columns, 1e-6, c.input, need_input, need_weight, c.add && need_input, c.gain == Type::none ? nullptr : formed.data()};
+  Backward b = {c.columns,
+                1e-6,
+                c.input,
+                need_input,
+                need_weight,
+                c.add && need_input,
+                c.gain == Type::none ? nullptr : formed.data()};
   BackwardRows back = {};
   back.count = kRows;
   back.rstd = rstd.data();
   back.grad_weight = partial.data();
   for (int64_t r = 0; r < kRows; ++r)
-    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r), back.grad_input[r] = dx.at(r);
+    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r),
+    back.grad_input[r] = dx.at(r);
   target.backward(b)(b, back);
   target.flush(wide(c.input), partial.data(), total.data(), c.columns);
   Rows dw({}, 1, row_bytes, in);
@@ -132,7 +149,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather()};
 }
 
-} // namespace
+}  // namespace
 
 int main() {
   std::vector<const Target*> targets;
@@ -145,20 +162,22 @@ int main() {
         for (int add = 0; add < 2; ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
-            const Case cases[] = {{input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
-                                  {input, input, input, true, false, columns},       {input, wider, input, false, false, columns},
-                                  {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns}};
+            const Case cases[] = {
+                {input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
+                {input, input, input, true, false, columns},       {input, wider, input, false, false, columns},
+                {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns}};
             Case c = cases[form];
             c.add = add;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2);
             for (const Target* target : targets) {
+              if (target == targets[0]) continue;
               const auto actual = run(*target, c, needs & 1, needs & 2);
               const Type types[] = {c.output, input, wider, input, input};
               const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight"};
               for (int i = 0; i < 5; ++i, ++compared)
                 if (!same(expected[i], actual[i], types[i])) {
-                  std::printf("%s differs: %s from %s, type %d, form %d, add %d, needs %d, %lld columns\n", names[i], target->name,
-                              targets[0]->name, (int)input, form, add, needs, (long long)columns);
+                  std::printf("%s differs: %s from %s, type %d, form %d, add %d, needs %d, %lld columns\n", names[i],
+                              target->name, targets[0]->name, (int)input, form, add, needs, (long long)columns);
                   return 1;
                 }
             }

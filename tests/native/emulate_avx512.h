@@ -81,7 +81,7 @@ inline __m256i cvtneps_pbh(__m512 x) {
   return (__m256i)r;
 }
 
-} // namespace emulated
+}  // namespace emulated
 
 #define _mm512_cvtps_pd emulated::cvtps_pd
 #define _mm512_cvtpd_ps emulated::cvtpd_ps

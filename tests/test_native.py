@@ -1,0 +1,90 @@
+"""Proves that the kernels of all targets are one function: same bits, no shared code, built with setup.py's own flags.
+
+The AVX-512 sources run here on any x86 CPU: the intrinsics that they use are emulated (tests/native/emulate_avx512.h).
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmsnorm
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(not rmsnorm.info().native, reason="the native library is off: nothing to compare"),
+]
+
+
+def run(*command: str | Path) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-2000:]}{result.stderr[-4000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The object files of a build from scratch."""
+    where = tmp_path_factory.mktemp("build")
+    run(sys.executable, "setup.py", "-q", "build_ext", "--build-temp", where, "--build-lib", where / "lib")
+    return where
+
+
+@pytest.fixture(scope="module")
+def driver(objects: Path) -> Path:
+    """compare_targets.cpp, with checks for whatever the kernels write through its pointers."""
+    source = "tests/native/compare_targets.cpp"
+    run(COMPILER, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", objects / "driver.o")
+    return objects / "driver.o"
+
+
+def kernels(objects: Path, name: str, *flags: str) -> Path:
+    """One more target, compiled by hand."""
+    target = objects / f"extra_{name}.o"
+    names = [f"-DRMSNORM_TARGET=target_{name}", f'-DRMSNORM_TARGET_NAME="{name}"']
+    common = ["-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", "-Wno-psabi"]
+    run(COMPILER, *common, *names, *flags, "-c", "csrc/target.cpp", "-o", target)
+    return target
+
+
+def compare(*objects: Path) -> subprocess.CompletedProcess[str]:
+    program = objects[0].with_suffix("")
+    run(COMPILER, *objects, "-o", program)
+    return subprocess.run([program], capture_output=True, text=True, check=False)
+
+
+def test_no_target_exports_code_that_another_could_run(objects: Path) -> None:
+    """A weak symbol of the AVX-512 object may be the one that the linker keeps, and the first call on an older CPU
+    that reaches it is an illegal instruction. So each target defines nothing but its table."""
+    targets = sorted(objects.glob("target_*.o"))
+    assert targets
+    for target in targets:
+        table = target.stem
+        defined = re.findall(r"^[0-9a-f]+ ([A-Z]|[vwu]) (\S+)$", run("nm", "-C", target), re.MULTILINE)
+        assert [name for _, name in defined] == [f"rmsnorm::{table}"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
+def test_every_target_writes_the_same_bits(objects: Path, driver: Path) -> None:
+    emulated = kernels(objects, "avx512bf16", "-O1", *AVX2, "-DRMSNORM_EMULATE_AVX512")
+    result = compare(driver, objects / "target_baseline.o", objects / "target_avx2.o", emulated)
+    assert result.returncode == 0, result.stdout
+    assert "23040 tensors compared, all equal, targets: baseline avx2 avx512bf16" in result.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
+def test_the_comparison_can_fail(objects: Path, driver: Path) -> None:
+    """Let the compiler contract a·b + c as it likes: that is the difference which the contract rules out."""
+    contracted = kernels(objects, "avx2", "-O2", *AVX2, "-ffp-contract=fast")
+    result = compare(driver, objects / "target_baseline.o", contracted)
+    assert result.returncode == 1, result.stdout
+    assert "differs: avx2 from baseline" in result.stdout
