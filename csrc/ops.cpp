@@ -136,6 +136,7 @@ class Gain {
 
 template <class Function>
 void parallel(int64_t count, int64_t grain, const Function& function) {
+  if (count == 0) return;  // a cursor needs a row to stand on
   if (count <= grain) function(0, count);
   else torch::stable::parallel_for(0, count, grain, function);
 }

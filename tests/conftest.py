@@ -1,0 +1,89 @@
+"""Fixtures: the CPU targets in one process, the thread count, and a Python of its own for what happens at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rmsnorm import _native, _ops
+
+_OPERATORS = (
+    "rms_norm",
+    "rms_norm_out",
+    "rms_norm_forward",
+    "rms_norm_backward",
+    "add_rms_norm",
+    "add_rms_norm_forward",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_without_library(monkeypatch):
+    """The one-time warning is test_errors.py's subject; elsewhere it would fail whichever test came first."""
+    monkeypatch.setattr(_native, "warn_if_missing", lambda input: None)
+
+
+@pytest.fixture
+def restored_target():
+    """Puts back the kernels that the process had."""
+    before = _native.cpu_target()
+    yield
+    if before is not None:
+        _native.set_cpu_target(next(name for name in _native.KNOWN_TARGETS if before.startswith(name)))
+
+
+def _use(name: str) -> None:
+    if name not in _native.cpu_targets():
+        pytest.skip(f"no {name} kernels here: {_native.why_not() or 'this CPU or this build lacks them'}")
+    _native.set_cpu_target(name)
+    assert _native.cpu_target().startswith(name)
+
+
+@pytest.fixture(params=_native.KNOWN_TARGETS)
+def native_target(request, restored_target):
+    """Each CPU target that this machine has."""
+    _use(request.param)
+    return request.param
+
+
+@pytest.fixture(params=(*_native.KNOWN_TARGETS, "reference"))
+def target(request, restored_target, monkeypatch):
+    """Each CPU target that this machine has, and the plain torch definition in place of every operator."""
+    if request.param == "reference":
+        for name in _OPERATORS:
+            monkeypatch.setattr(_ops, name, getattr(_ops, f"_{name}"))
+    else:
+        _use(request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python():
+    """Runs a program in a fresh interpreter, with none of our environment variables but those given."""
+
+    def run(program: str, *, path: object = None, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RMSNORM_")}
+        if path is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH", "")]))
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,245 @@
+"""Proves that dx and dw are right for every dtype, weight, offset, and layout of x and of the incoming gradient, in
+every CPU target; that dw stays right over many rows; that rows, threads, layouts and targets never change a bit; and
+that nothing but x, the weight and one number per row is kept.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from oracle import (
+    COLUMNS,
+    DTYPES,
+    EPS,
+    HALVES,
+    LAYOUTS,
+    MODES,
+    Truth,
+    exact,
+    gains,
+    incoming,
+    lay_out,
+    rows_of,
+    same_bits,
+    sample,
+    weights,
+)
+from torch import Tensor
+
+from rmsnorm import _native, rms_norm
+
+GRADS = [*LAYOUTS, "scalar"]  # "scalar": what .sum().backward() sends, one number with stride 0 everywhere
+
+
+def lay_out_grad(grad: Tensor, layout: str) -> Tensor:
+    return torch.ones((), dtype=grad.dtype).expand(grad.shape) if layout == "scalar" else lay_out(grad, layout)
+
+
+def grad_rows(grad: Tensor, layout: str) -> Tensor:
+    return torch.ones_like(grad) if layout == "scalar" else rows_of(grad, layout)
+
+
+def forward(x: Tensor, weight: Tensor | None, **options: object) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the leaves to differentiate by; the leaves keep their strides."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight) if t is not None]
+    return rms_norm(leaves[0], x.shape[-1], *leaves[1:] or [None], options.pop("eps", EPS), **options), leaves
+
+
+def gradients(x: Tensor, weight: Tensor | None, grad: Tensor, **options: object) -> list[Tensor]:
+    """[y, dx, dw]"""
+    y, leaves = forward(x, weight, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def as_heads(view: Tensor, like: Tensor) -> Tensor:
+    return view if view.shape == like.shape else view.unflatten(0, like.shape[:-1])
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_combination(target, dtype, columns):
+    """x layouts × gradient layouts in full for 127, 129 and 576 columns, one side at a time for the others; rows 6
+    (strides reach the kernels row by row), and contiguous x of 0, 1, 3 and 130 rows. From 1027 columns on, 130 rows
+    (more than one chunk of dw) are contiguous with offset 1: nothing else depends on both sizes."""
+    for rows in (0, 1, 3, 6, 130):
+        many = rows * columns > 10**5
+        x, grad = sample(rows, columns, dtype), incoming(rows, columns)
+        pairs = [("contiguous", g) for g in GRADS[:1] + ([] if many else ["expanded", "scalar"])]
+        if rows == 6:
+            pairs = [p for p in product(LAYOUTS, GRADS) if columns in (127, 129, 576) or "contiguous" in p]
+        truths = {name: Truth(rows_of(x, name), EPS) for name in ("contiguous", "expanded")}
+        shape = lay_out(x, "heads")  # every layout as [batch, heads, sequence, columns]: a view of any of them
+        for weight, offset, mode in product(weights(columns, dtype), (1.0,) if many else (0.0, 1.0), MODES):
+            outputs, bounds, firsts, options = {}, {}, {}, {"offset": offset, "casting_mode": mode}
+            for layout, grad_layout in pairs:
+                kind = getattr(weight, "dtype", None)
+                what = f"{rows} rows, {layout} x, {grad_layout} grad, {options}, weight {kind}"
+                if layout not in outputs:
+                    outputs[layout] = forward(as_heads(lay_out(x, layout), shape), weight, **options)
+                y, leaves = outputs[layout]
+                g = as_heads(lay_out_grad(grad.to(y.dtype), grad_layout), shape)
+                before = g.clone()
+                got = torch.autograd.grad(y, leaves, g, retain_graph=True)
+                assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in leaves], what
+                assert torch.equal(g, before), f"{what}: the incoming gradient changed"
+                key = layout == "expanded", grad_layout if grad_layout in ("expanded", "scalar") else ""
+                if key not in bounds:
+                    truth = truths["expanded" if layout == "expanded" else "contiguous"]
+                    bounds[key] = truth.backward(grad_rows(grad.to(y.dtype), grad_layout), weight, offset)
+                if target == "reference" or key not in firsts:
+                    firsts[key] = got
+                    for name, t, bound in zip(("dx", "dw"), got, bounds[key], strict=False):
+                        bound.check(t, f"{name}, {what}")
+                assert all(map(same_bits, got, firsts[key])), f"{what}: other bits than another layout"
+            for layout, (_, leaves) in outputs.items():
+                assert same_bits(leaves[0].detach().reshape(x.shape), rows_of(x, layout)), f"{layout}: x changed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_what_is_asked_for(target, dtype):
+    """A frozen weight or input gets None, and the other gradient keeps its bits."""
+    x, weight, grad = sample(33, 129, dtype), gains(129, dtype=dtype), incoming(33, 129, dtype)
+    _, dx, dw = gradients(x, weight, grad)
+    for ask_x, ask_w in ((True, False), (False, True)):
+        leaf, w = x.clone().requires_grad_(ask_x), weight.clone().requires_grad_(ask_w)
+        rms_norm(leaf, 129, w, EPS).backward(grad)
+        assert same_bits(leaf.grad, dx) if ask_x else leaf.grad is None
+        assert same_bits(w.grad, dw) if ask_w else w.grad is None
+    assert not rms_norm(x, 129, weight, EPS).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dw_over_many_rows(target, dtype):
+    """Terms of one sign: a running sum in a half type would stop growing, one in fp32 would drift with the rows.
+    Relative errors, after the rounding of a half type's own dw (bf16 2^-9, fp16 2^-12): 4u of fp32 at any number of
+    rows; plain fp64 sums of 512 rows and of 128 chunks may wander by their square roots, so 32u of fp64."""
+    weight = gains(128, dtype=dtype)
+    rounding = 0.51 * torch.finfo(dtype).eps if dtype in HALVES else 0.0
+    allowed = rounding + (32 * 2.0**-53 if dtype is torch.float64 else 4 * 2.0**-24)
+    assert allowed < 4e-3
+    for rows in (1024, 65536):
+        x = sample(rows, 128, dtype)
+        grad = torch.sign(x) * incoming(rows, 128, dtype).abs()
+        grad = grad / 64 if dtype is torch.float16 else grad  # the sums are below its largest number
+        dw = exact(gradients(x, weight, grad)[2])
+        truth = (exact(grad) * Truth(x, EPS).normalised).sum(0)
+        worst = np.max(np.abs(dw - truth) / truth)
+        assert worst <= allowed, f"{rows} rows: relative error {worst:.3g}, allowed {allowed:.3g}"
+
+
+def test_nothing_but_x_the_weight_and_one_number_per_row_is_kept(target):
+    for dtype, rows in product(DTYPES, (1, 37)):
+        x = lay_out(sample(rows, 576, dtype), "row-strided").requires_grad_()
+        weight = gains(576, dtype=dtype).requires_grad_()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = rms_norm(x, 576, weight, EPS)
+        others = [t for t in kept if t.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
+        wide = 8 if dtype is torch.float64 else 4
+        assert [t.untyped_storage().nbytes() for t in others] == [rows * wide], f"{dtype}: {[t.shape for t in kept]}"
+        assert len(kept) == 3, dtype
+        assert y.grad_fn is not None
+
+
+@pytest.mark.parametrize("casting_mode", MODES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_derivatives_of_first_and_second_order(target, offset, casting_mode):
+    """Against finite differences in fp64, over one and two dimensions, with and without weight."""
+    options = {"offset": offset, "casting_mode": casting_mode}
+    x = sample(3, 12).div(8).view(3, 3, 4).requires_grad_()
+    for shape in ((4,), (3, 4)):
+        weight = gains(*shape).requires_grad_()
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda x, w, s=shape: rms_norm(x, s, w, 0.1, **options), (x, weight))
+            assert check(lambda x, s=shape: rms_norm(x, s, None, 0.1, **options), (x,))
+
+
+def test_gradient_of_a_gradient_in_fp32(target):
+    """A gradient penalty, as GAN and meta-learning code takes it, against the same in float64."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x, weight = sample(5, 64).to(dtype).requires_grad_(), gains(64).to(dtype).requires_grad_()
+        y = rms_norm(x, 64, weight, EPS)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum() + y.sum(), (x, weight)))
+    for single, double in zip(*results, strict=True):
+        assert (single - double).norm() <= 1e-4 * double.norm()
+        assert double.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e30, 1e37, 1e-30, 1e-37])
+def test_range(native_target, dtype, size):
+    """Rows whose squares leave the range, between ordinary ones: dx ~ grad/size, and dw does not see the size."""
+    size = size if dtype is not torch.float64 else size**8
+    generator = torch.Generator().manual_seed(3)
+    extreme = (torch.rand(5, 576, generator=generator, dtype=torch.float64) - 0.5) * size * 8
+    x = torch.cat([sample(5, 576), extreme, sample(5, 576, seed=4)]).to(dtype)
+    for eps, weight, grad_size in product(
+        (0.0, EPS), (None, gains(576, dtype=dtype)), (1.0, 1e8 if size > 1 else 1e-8)
+    ):
+        grad = torch.randn(15, 576, generator=generator, dtype=torch.float64).mul(grad_size / 8).to(dtype)
+        _, dx, *dw = gradients(x, weight, grad, eps=eps)
+        dx_bounds, dw_bounds = Truth(x, eps).backward(grad, weight, 0.0)
+        dx_bounds.check(dx, f"dx, {eps=}, gradients of {grad_size}")
+        if dw:
+            dw_bounds.check(dw[0], f"dw, {eps=}, gradients of {grad_size}")
+
+
+def test_special_values_stay_in_their_row(target):
+    for dtype in DTYPES:
+        x, grad, weight = sample(130, 129, dtype), incoming(130, 129, dtype), gains(129, dtype=dtype)
+        clean = gradients(x, weight, grad)[1]
+        x[3, 7], x[50, 128], grad[70, 5], grad[71, 6] = torch.nan, torch.inf, torch.nan, torch.inf
+        dx = gradients(x, weight, grad)[1]
+        others = [i for i in range(130) if i not in (3, 50, 70, 71)]
+        assert same_bits(dx[others], clean[others]), dtype
+        assert dx[[3, 70]].isnan().all(), dtype
+        assert not dx[50, 128].isfinite(), dtype
+        assert not dx[71, 6].isfinite(), dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_threads_change_no_bit(native_target, dtype, threads):
+    """y and dx of a row: alone, in any batch, at any place. All three results: 1, 2, 3 and 5 threads."""
+    for rows, columns in ((130, 1027), (2049, 129)):
+        x, grad, weight = (
+            sample(rows, columns, dtype),
+            incoming(rows, columns, dtype),
+            gains(columns, dtype=dtype),
+        )
+        threads(1)
+        expected = gradients(x, weight, grad)
+        for count in (2, 3, 5):
+            threads(count)
+            for name, a, b in zip(("y", "dx", "dw"), gradients(x, weight, grad), expected, strict=True):
+                assert same_bits(a, b), f"{name} of {rows}x{columns}: {count} threads, other bits than one"
+        for size, start in product((1, 2, 3, 7, 64), (0, 1, 66)):
+            part = slice(start, start + size)
+            y, dx, _ = gradients(x[part], weight, grad[part])
+            assert same_bits(y, expected[0][part]), f"y: rows {part}"
+            assert same_bits(dx, expected[1][part]), f"dx: rows {part}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_targets_give_the_same_bits(dtype, restored_target):
+    """Forward, dx and dw in every mode, for ordinary and rescued rows."""
+    targets = _native.cpu_targets()
+    if len(targets) < 2:
+        pytest.skip(f"two CPU targets are needed, and there are {targets}")
+    for columns, offset, mode in product(COLUMNS, (0.0, 1.0), MODES):
+        for weight in weights(columns, dtype):
+            x = sample(7, columns, dtype)
+            x[3] = x[3] * (2.0**-120 if dtype is not torch.float16 else 2.0**-8)
+            results = []
+            for name in targets:
+                _native.set_cpu_target(name)
+                wide = weight is not None and mode == "llama"
+                grad = sample(7, columns, torch.promote_types(dtype, weight.dtype) if wide else dtype, seed=1)
+                results.append(gradients(x, weight, grad, offset=offset, casting_mode=mode))
+            for name, result in zip(targets[1:], results[1:], strict=True):
+                for what, a, b in zip(("y", "dx", "dw"), result, results[0], strict=False):
+                    assert same_bits(a, b), f"{what}: {name} differs from {targets[0]}, {columns=}, {offset=}, {mode}"

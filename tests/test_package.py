@@ -1,0 +1,104 @@
+"""Proves the house rules that a program can check: the public page, what an import brings, and who imports whom."""
+
+import ast
+import doctest
+from pathlib import Path
+
+import pytest
+
+import rmsnorm
+from rmsnorm import functional, module
+
+SOURCES = {path.stem: path for path in Path(rmsnorm.__file__).parent.glob("*.py")}
+OPTIONAL = ("transformers", "triton", "matplotlib", "typer", "rich", "onnx", "rmsnorm.cli", "rmsnorm.demo")
+
+# The corridor: a file may import those to its right, and nothing else of ours.
+MAY_IMPORT = {
+    "reference": set(),
+    "_native": set(),
+    "_ops": {"_native", "reference"},
+    "_autograd": {"_ops", "reference"},
+    "functional": {"_autograd", "_ops", "reference"},
+    "module": {"functional"},
+    "_info": {"_native"},
+    "__init__": {"_info", "functional", "module"},
+}
+
+
+def test_public_page():
+    public = {name for name in vars(rmsnorm) if not name.startswith("_")}
+    submodules = set(SOURCES) | {"reference", "functional", "module"}
+    assert sorted(rmsnorm.__all__) == sorted(public - submodules) == ["RMSNorm", "add_rms_norm", "info", "rms_norm"]
+
+
+PROBE = """
+import sys
+import torch
+before = set(sys.modules)
+{statement}
+print(sorted(name for name in set(sys.modules) - before if name in {optional!r}))
+"""
+
+
+@pytest.mark.parametrize(("statement", "expected"), [("import rmsnorm", "[]"), ("import rich", "['rich']")])
+def test_import_needs_only_torch(python, statement, expected):
+    """The second case shows that the first one can fail."""
+    result = python(PROBE.format(statement=statement, optional=OPTIONAL))
+    assert result.stdout.strip() == expected, result.stderr
+
+
+def imports(path: Path) -> set[str]:
+    """The files of this package that one imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_follow_the_corridor(name):
+    assert imports(SOURCES[name]) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("path", SOURCES.values(), ids=SOURCES)
+def test_every_file_says_what_it_is_for(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text
+    assert path.stem == "__init__" or text.startswith(("The only file", "Builds")), f"{path.name}: {text[:60]}"
+    assert len(path.read_text().splitlines()) <= 250, f"{path.name} has outgrown one room"
+
+
+@pytest.mark.parametrize(
+    ("text", "owner"),
+    [("ctypes", "_native"), ("environ.get", "_native"), ("torch.library", "_ops"), ("autograd.Function", "_autograd")],
+)
+def test_one_owner(text, owner):
+    """ "The only file that …" is meant."""
+    code = {name: "\n".join(map(ast.unparse, code_of(path))) for name, path in SOURCES.items()}
+    assert [name for name in sorted(code) if text in code[name]] == [owner]
+
+
+def code_of(path: Path) -> list[ast.stmt]:
+    """The statements of a file without docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            node.body = body[1:]
+    return [node for node in tree.body if not (isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.body)]
+
+
+@pytest.mark.parametrize("documented", [functional, module])
+def test_docstring_examples(documented):
+    import torch
+
+    names = {"torch": torch, "rms_norm": rmsnorm.rms_norm, "RMSNorm": rmsnorm.RMSNorm}
+    result = doctest.testmod(documented, extraglobs=names)
+    assert result.attempted > 0
+    assert result.failed == 0
