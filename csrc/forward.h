@@ -12,33 +12,45 @@ RMSNORM_INLINE Vector<T> load_row(const ForwardRows& rows, int64_t r, Span span)
   return x;
 }
 
-template <class T, class Gain, class Out, bool RoundFirst>
-RMSNORM_INLINE void store_row(const T* x, const Gain* gain, Out* out, Rstd<Scalar<T>> rstd, int64_t columns) {
-  const Vector<T> high = splat(rstd.high), low = splat(rstd.low);
-  for_columns<2>(0, columns, [&](auto span, auto) __attribute__((always_inline)) {
-    Vector<T> y = normalise<T>(span.load_from(x), high, low);
-    if constexpr (RoundFirst) y = round_to<T>(y);
-    if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
-    span.store_to(out, y);
-  });
+// The store step: one vector of the output.
+template <class T, class Gain, class Out, bool RoundFirst, class Span>
+RMSNORM_INLINE void store_part(const T* x, const Gain* gain, Out* out, Vector<T> high, Vector<T> low, Span span) {
+  Vector<T> y = normalise<T>(span.load_from(x), high, low);
+  if constexpr (RoundFirst) y = round_to<T>(y);
+  if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
+  span.store_to(out, y);
 }
 
+// While one row is stored, the next one is summed: reading and writing overlap, and both passes take little more time
+// than a copy (8192x512 fp32, 1 thread of a Zen 3: 1.04 times memcpy; the two passes one after the other, 1.5 times).
 template <class T, class Gain, class Out, bool RoundFirst, bool Add>
 void forward(const Forward& f, const ForwardRows& rows) {
-  Rstd<Scalar<T>> rstd[kBatch];
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const Double2 sum = sum_columns<T>(f.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-      sum.add_square(u, load_row<T, Add>(rows, r, span));
-    });
-    rstd[r] = rstd_from<T>(sum, f.columns, f.eps);
-    if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = rstd[r].high;
-  }
   const Gain* gain = (const Gain*)f.gain;
+  const auto sum_row = [&](int64_t r, auto&& store) __attribute__((always_inline)) {
+    return sum_columns<T>(f.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
+      sum.add_square(u, load_row<T, Add>(rows, r, span));
+      store(span);
+    });
+  };
+  const auto nothing = [](auto) {};
+  Double2 sum = sum_row(0, nothing);
   for (int64_t r = 0; r < rows.count; ++r) {
+    const Rstd<Scalar<T>> rstd = rstd_from<T>(sum, f.columns, f.eps);
+    if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = rstd.high;
     const T* x = (const T*)(Add ? rows.sum[r] : rows.input[r]);
     Out* out = (Out*)rows.output[r];
-    if (__builtin_expect(rstd[r].safe, 1)) store_row<T, Gain, Out, RoundFirst>(x, gain, out, rstd[r], f.columns);
+    const Vector<T> high = splat(rstd.high), low = splat(rstd.low);
+    const auto store = [&](auto span, auto...) __attribute__((always_inline)) {
+      store_part<T, Gain, Out, RoundFirst>(x, gain, out, high, low, span);
+    };
+    const bool last = r + 1 == rows.count;
+    if (__builtin_expect(rstd.safe && !last, 1)) {
+      sum = sum_row(r + 1, store);
+      continue;
+    }
+    if (rstd.safe) for_columns<2>(0, f.columns, store);
     else rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
+    if (!last) sum = sum_row(r + 1, nothing);
   }
 }
 

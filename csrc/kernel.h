@@ -15,8 +15,8 @@ inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type:
 // The type in which statistics leave the kernel and gains are formed: fp32, or fp64 for fp64.
 inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
-// Most rows in one batch. Short rows are batched so that the square root and the divisions of one row overlap with
-// the sums of the next; a power of two, so that batches never straddle a flush of the weight's gradient.
+// Most rows in one batch: enough that the first and the last row, which have nobody to overlap with, hardly count. A
+// divisor of kFlush, so that batches never straddle a flush of the weight's gradient.
 constexpr int64_t kBatch = 16;
 
 // Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.

@@ -63,23 +63,15 @@ class Cursor {
   std::array<int64_t, kMaxDims> index_;
 };
 
-// Rows per batch: as many as stay in half of a 32 KiB first-level cache between the sum and the store, in powers of 2.
-inline int64_t batch_rows(int64_t columns, Type type) {
-  int64_t rows = kBatch;
-  while (rows > 1 && rows * columns * size_of(type) > 16384) rows /= 2;
-  return rows;
-}
-
 enum ForwardOperand { kInput, kOutput, kResidual, kSum, kForwardOperands };
 
 inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, char* rstd,
                          int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
-  const int64_t most = batch_rows(f.columns, f.input);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows;
   for (int64_t row = begin; row < end; row += rows.count) {
-    rows.count = std::min(most, end - row);
+    rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
     for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
       rows.input[r] = cursor[kInput];
@@ -102,12 +94,11 @@ inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 1
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, char* partial, double* total, int64_t begin, int64_t end) {
   const BackwardKernel kernel = target.backward(b);
-  const int64_t most = batch_rows(b.columns, b.input);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows;
   rows.grad_weight = partial;
   for (int64_t row = begin; row < end; row += rows.count) {
-    rows.count = std::min(most, end - row);
+    rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
     for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
       rows.input[r] = cursor[kX];
