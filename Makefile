@@ -16,9 +16,9 @@ help: ## this list
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
 
-test: $(NATIVE) ## run every test, with the native kernels and again without them (RMSNORM_NATIVE=0)
-	$(BIN)/python -m pytest
-	RMSNORM_NATIVE=0 $(BIN)/python -m pytest -m "not heavy"
+test: $(NATIVE) ## run every test on two processes, and the layer again without the native library (RMSNORM_NATIVE=0)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
 
 lint: $(NATIVE) ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff format --check .

@@ -174,11 +174,28 @@ Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, d
   return output;
 }
 
+// Whether rows may be written while others are still to be read: nothing shared, or the very same elements.
+bool may_write(const Tensor& out, const Tensor& read) {
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
+  const auto end = [&](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return begin(t) + (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  if (end(out) <= begin(read) || end(read) <= begin(out)) return true;
+  bool same = begin(out) == begin(read) && out.scalar_type() == read.scalar_type() && out.dim() == read.dim();
+  for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == read.stride(d);
+  return same;
+}
+
 void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first,
                   Tensor out) {
-  if (has_plain_rows(out, input.dim() - dims)) {
+  bool direct =
+      has_plain_rows(out, input.dim() - dims) && may_write(out, input) && (!weight || may_write(out, *weight));
+  for (int64_t d = 0; direct && d < out.dim(); ++d) direct = out.size(d) == 1 || out.stride(d) != 0;
+  if (direct || out.numel() == 0) {
     run_forward(input, nullptr, weight, dims, eps, offset, round_first, out, nullptr, nullptr);
-  } else {
+  } else {  // copy_ takes any strides, and refuses an expanded tensor with torch's own words
     torch::stable::copy_(out, rms_norm(input, weight, dims, eps, offset, round_first));
   }
 }

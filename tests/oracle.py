@@ -29,6 +29,10 @@ ULPS = {torch.float32: 2.0, torch.float64: 2.0, torch.bfloat16: 0.51, torch.floa
 REFERENCE_ULPS = ULPS | {torch.float32: 5.0, torch.float64: 5.0}
 
 
+def bound(target: str, dtype: torch.dtype) -> float:
+    return (REFERENCE_ULPS if target == "reference" else ULPS)[dtype]
+
+
 _POWERS = {kind: np.ldexp(kind(1), np.arange(-1200, 1024)) for kind in (np.float64, np.longdouble)}
 
 
@@ -182,6 +186,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     elif layout != "expanded":
         view.copy_(x.view(view.shape))
     return view
+
+
+def alike(*views: Tensor) -> list[Tensor]:
+    """The views in one shape: if one is in heads, all are; [rows, columns] can be seen so in any layout."""
+    shape = max((view.shape for view in views), key=len)
+    return [view if view.shape == shape else view.unflatten(0, shape[:-1]) for view in views]
 
 
 def rows_of(x: Tensor, layout: str) -> Tensor:

@@ -74,6 +74,24 @@ def test_out_with_gradients(which):
         assert rms_norm(x, 5, weight, out=out) is out
 
 
+def test_out_that_overlaps(target):
+    """An ``out`` that is its own neighbour is refused; one that overlaps the input is refused or right, as in torch."""
+    for place in (torch.zeros(5), torch.zeros(1)):
+        with pytest.raises(RuntimeError, match=r"single memory location|overlap"):
+            rms_norm(X, 5, out=place.expand(2, 3, 5))
+    for shift in (1, 5):
+        buffer = torch.linspace(-3, 2, 30 + shift)
+        x, out = buffer[:-shift].view(6, 5), buffer[shift:].view(6, 5)
+        expected = rms_norm(x.clone(), 5)
+        try:
+            rms_norm(x, 5, out=out)
+        except RuntimeError as refusal:
+            if "overlap" not in str(refusal):
+                raise
+        else:
+            assert torch.equal(out, expected), f"out is the input shifted by {shift}"
+
+
 @pytest.mark.parametrize("residual", [torch.ones(5), torch.ones(2, 3, 1), torch.ones(2, 3, 5, device="meta")])
 def test_residual_of_another_shape_or_device(residual):
     message = f"residual must have the shape and device of input, (2, 3, 5) on cpu, but is {tuple(residual.shape)} on "

@@ -10,6 +10,7 @@ import rmsnorm
 
 pytestmark = [
     pytest.mark.heavy,
+    pytest.mark.xdist_group("heavy"),  # one after the other: each needs 13 GB
     pytest.mark.skipif(not rmsnorm.info().native, reason="torch's formula needs 50 GB of temporaries here"),
 ]
 

@@ -1,0 +1,94 @@
+"""Proves that torch.compile makes one graph with the bits of eager mode, forward and backward, for fixed and for
+changing sizes; and that every operator keeps the rules of torch.library.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from oracle import EPS, gains, incoming, lay_out, same_bits, sample
+from torch import Tensor
+
+from rmsnorm import RMSNorm, _ops, add_rms_norm, rms_norm
+
+# torch warns about its own code: inductor still uses TorchScript, and dynamo makes an autograd.Function.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+]
+
+
+def compiled_functions(weight: Tensor) -> dict[str, object]:
+    layer = RMSNorm(129, EPS, offset=1.0, dtype=weight.dtype)
+    options = {"eps": EPS, "offset": 1.0, "casting_mode": "llama"}
+    return {
+        "rms_norm": lambda x, w: rms_norm(x, 129, w, **options),
+        "add_rms_norm": lambda x, w: add_rms_norm(x, x * 2, 129, w, **options),
+        "layer": lambda x, w: torch.func.functional_call(layer, {"weight": w}, (x, x * 2)),
+    }
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", compiled_functions(torch.ones(129)))
+def test_compiled_equals_eager(name, dynamic, backend):
+    """One graph; forward and backward have the bits of eager mode, at every size. Recompiling for a new number of
+    rows is an error under dynamic=True."""
+    if backend == "inductor" and not shutil.which("c++"):
+        pytest.skip("inductor needs a C++ compiler")
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.compiler.reset()
+        eager = compiled_functions(gains(129, dtype=dtype))[name]
+        compiled = torch.compile(eager, fullgraph=True, dynamic=dynamic, backend=backend)
+        for rows in (6, 17, 3):
+            results = []
+            for function in (compiled, eager):
+                leaves = [sample(rows, 129, dtype).requires_grad_(), gains(129, dtype=dtype).requires_grad_()]
+                with torch._dynamo.config.patch(error_on_recompile=dynamic is True):
+                    y = function(*leaves)
+                y = y if isinstance(y, tuple) else (y,)
+                grads = [incoming(rows, 129, dtype)] * len(y)
+                results.append([*(t.detach() for t in y), *torch.autograd.grad(y, leaves, grads)])
+                with torch.no_grad():
+                    again = function(*leaves)
+                    results[-1] += again if isinstance(again, tuple) else (again,)
+            assert all(map(same_bits, *results)), f"{dtype}, {rows} rows"
+
+
+def operator_samples() -> dict[str, tuple[object, ...]]:
+    """No rows, no weight, a wider weight, two dimensions, strides; in every operator's arguments."""
+    samples = {}
+    for case, x, weight, dims in (
+        ("plain", sample(6, 12), gains(12), 1),
+        ("no rows", sample(0, 12, torch.float32), gains(12, dtype=torch.float32), 1),
+        ("no weight", sample(6, 12, torch.bfloat16), None, 1),
+        ("wider weight", sample(6, 12, torch.bfloat16), gains(12, dtype=torch.float32), 1),
+        ("two dimensions", sample(6, 12, torch.float32).view(6, 3, 4), gains(3, 4, dtype=torch.float32), 2),
+        ("strided", lay_out(sample(6, 12, torch.float16), "transposed"), gains(12, dtype=torch.float16), 1),
+    ):
+        for offset, first in ((0.0, False), (1.0, True)):
+            options = weight, dims, EPS, offset, first
+            wide = torch.promote_types(x.dtype, weight.dtype) if weight is not None and first else x.dtype
+            rstd = torch.ones(*x.shape[:-dims], *[1] * dims, dtype=torch.promote_types(x.dtype, torch.float32))
+            grad = lay_out(sample(6, 12, x.dtype), "transposed") if case == "strided" else torch.ones_like(x)
+            tail = f"{case}, offset {offset}"
+            for name in ("rms_norm", "rms_norm_forward"):
+                samples[f"{name}, {tail}"] = (name, x, *options)
+            samples[f"rms_norm_out, {tail}"] = ("rms_norm_out", x, *options, torch.empty(x.shape, dtype=wide))
+            for name in ("add_rms_norm", "add_rms_norm_forward"):
+                samples[f"{name}, {tail}"] = (name, x, grad, *options)
+            for needs in ((True, True), (True, False), (False, True)):
+                grad_sum = x if needs[1] and first else None
+                arguments = grad, grad_sum, x, rstd, *options[:4], *needs
+                samples[f"rms_norm_backward, {tail}, {needs}"] = ("rms_norm_backward", *arguments)
+    return samples
+
+
+@pytest.mark.parametrize("case", operator_samples())
+def test_operators_keep_torchs_rules(case):
+    """torch.library.opcheck: schema, aliasing, shapes without data, and tracing with dynamic shapes."""
+    name, *arguments = operator_samples()[case]
+    result = torch.library.opcheck(getattr(_ops, name), tuple(arguments))
+    assert set(result.values()) == {"SUCCESS"}
