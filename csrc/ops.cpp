@@ -192,10 +192,9 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
                   Tensor out) {
   bool direct =
       has_plain_rows(out, input.dim() - dims) && may_write(out, input) && (!weight || may_write(out, *weight));
-  for (int64_t d = 0; direct && d < out.dim(); ++d) direct = out.size(d) == 1 || out.stride(d) != 0;
   if (direct || out.numel() == 0) {
     run_forward(input, nullptr, weight, dims, eps, offset, round_first, out, nullptr, nullptr);
-  } else {  // copy_ takes any strides, and refuses an expanded tensor with torch's own words
+  } else {  // copy_ takes any strides
     torch::stable::copy_(out, rms_norm(input, weight, dims, eps, offset, round_first));
   }
 }

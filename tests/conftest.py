@@ -61,10 +61,13 @@ def target(request, restored_target, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's thread count for one test."""
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread, unless a test sets another number with this fixture or is heavy: small parallel regions that wait
+    for a core which something else has make the suite several times slower."""
     before = torch.get_num_threads()
+    if request.node.get_closest_marker("heavy") is None:
+        torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

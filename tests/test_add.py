@@ -80,39 +80,51 @@ def test_two_dtypes_promote(target):
             assert same_bits(output, rms_norm(x + residual, 129, weight, EPS, offset=1.0)), f"{a} + {b}"
 
 
-def expected(x: Tensor, residual: Tensor, weight: Tensor, grads: list[Tensor | None]) -> tuple[Bounds, Bounds]:
+def expected(
+    total: Tensor, weight: Tensor | None, offset: float, grads: dict[str, Tensor]
+) -> tuple[Bounds, Bounds | None]:
     """dx plus what arrives at the sum directly, which adds one rounding of the total to that of dx."""
-    grad, grad_sum = (torch.zeros_like(x) if g is None else g for g in grads)
-    dx, dw = Truth(x + residual, EPS).backward(grad, weight, 0.0)
-    direct = exact(grad_sum)
+    zeros = torch.zeros_like(total)
+    dx, dw = Truth(total, EPS).backward(grads.get("output", zeros), weight, offset)
+    direct = exact(grads.get("sum", zeros))
     low, high = dx.low + direct, dx.high + direct
-    margin = 0.5 * ulp(np.maximum(np.abs(low), np.abs(high)), x.dtype)
+    margin = 0.5 * ulp(np.maximum(np.abs(low), np.abs(high)), total.dtype)
     return Bounds(low - margin, high + margin), dw
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_any_use(target, dtype):
-    """Both outputs used, only one, in every layout of the incoming gradients; both operands get the same gradient."""
-    for rows, columns in ((130, 129), (6, 576), (0, 31)):
+    """Both outputs used or one of them, for every weight and mode, in every layout of the incoming gradients; both
+    operands get the same gradient."""
+    cases = product(((33, 129), (6, 31), (0, 31)), (("output", "sum"), ("output",), ("sum",)), MODES)
+    for (rows, columns), used, mode in cases:
         x, residual = pair(rows, columns, dtype)
-        weight = gains(columns, dtype=dtype)
-        for use, layout in product(("both", "output", "sum"), LAYOUTS):
-            what = f"{use}, gradients {layout}, {rows}x{columns}"
-            leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
-            flat = [incoming(rows, columns, dtype), sample(rows, columns, dtype, seed=5) / 64]
-            laid = [g if layout == "heads" else lay_out(g, layout) for g in flat]
-            results = add_rms_norm(*leaves[:2], columns, leaves[2], EPS)
-            used = [i for i, name in enumerate(("output", "sum")) if use in (name, "both")]
-            got = torch.autograd.grad([results[i] for i in used], leaves, [laid[i] for i in used], allow_unused=True)
-            bounds = expected(
-                x, residual, weight, [rows_of(g, layout) if i in used else None for i, g in enumerate(flat)]
-            )
-            bounds[0].check(got[0], f"dx, {what}")
-            assert same_bits(got[0], got[1]), what
-            if use == "sum":
-                assert got[2] is None or got[2].count_nonzero() == 0, what
-            else:
-                bounds[1].check(got[2], f"dw, {what}")
+        for weight, offset in product(weights(columns, dtype), (0.0, 1.0)):
+            tensors = [t for t in (x, residual, weight) if t is not None]
+            bounds = {}
+            for layout in LAYOUTS if rows == 6 else ("contiguous", "expanded"):
+                what = f"{used}, gradients {layout}, {rows}x{columns}, {mode}, weight {getattr(weight, 'dtype', None)}"
+                shape = lay_out(x, layout).shape
+                leaves = [t.reshape(shape if t.dim() > 1 else t.shape).clone().requires_grad_() for t in tensors]
+                y = add_rms_norm(*leaves[:2], columns, *leaves[2:] or [None], EPS, offset=offset, casting_mode=mode)
+                results = dict(zip(("output", "sum"), y, strict=True))
+                flat = {"output": incoming(rows, columns, y[0].dtype), "sum": sample(rows, columns, dtype, seed=5) / 64}
+                got = torch.autograd.grad(
+                    [results[name] for name in used],
+                    leaves,
+                    [lay_out(flat[name], layout) for name in used],
+                    allow_unused=True,
+                )
+                kind = layout == "expanded"
+                if kind not in bounds:
+                    grads = {name: rows_of(flat[name], layout) for name in used}
+                    bounds[kind] = expected(x + residual, weight, offset, grads)
+                bounds[kind][0].check(got[0], f"dx, {what}")
+                assert same_bits(got[0], got[1]), what
+                if weight is not None and "output" in used:
+                    bounds[kind][1].check(got[2], f"dw, {what}")
+                elif weight is not None:
+                    assert got[2] is None or got[2].count_nonzero() == 0, what
 
 
 def test_nothing_used(target):

@@ -30,7 +30,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from rmsnorm import _native, rms_norm
+from rmsnorm import _native, add_rms_norm, rms_norm
 
 GRADS = [*LAYOUTS, "scalar"]  # "scalar": what .sum().backward() sends, one number with stride 0 everywhere
 
@@ -213,19 +213,17 @@ def test_special_values_stay_in_their_row(target):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_threads_change_no_bit(native_target, dtype, threads):
-    """y and dx of a row: alone, in any batch, at any place. All three results: 1, 2, 3 and 5 threads."""
-    for rows, columns in ((130, 1027), (2049, 129)):
-        x, grad, weight = (
-            sample(rows, columns, dtype),
-            incoming(rows, columns, dtype),
-            gains(columns, dtype=dtype),
-        )
-        threads(1)
-        expected = gradients(x, weight, grad)
-        for count in (2, 3, 5):
+    """y and dx of a row: alone, in any batch, at any place. All that kernels write: 1, 2, 3 and 5 threads."""
+    for (rows, columns), layout in product(((130, 1027), (2049, 129)), ("contiguous", "sliced", "transposed")):
+        x, grad, weight = sample(rows, columns, dtype), incoming(rows, columns, dtype), gains(columns, dtype=dtype)
+        x, expected = lay_out(x, layout), []
+        for count in (1, 2, 3, 5):
             threads(count)
-            for name, a, b in zip(("y", "dx", "dw"), gradients(x, weight, grad), expected, strict=True):
-                assert same_bits(a, b), f"{name} of {rows}x{columns}: {count} threads, other bits than one"
+            out = rms_norm(x, columns, weight, EPS, out=lay_out(torch.zeros_like(grad), layout))
+            results = *gradients(x, weight, grad), out, *add_rms_norm(x, grad, columns, weight, EPS)
+            for name, a, b in zip(("y", "dx", "dw", "out", "output", "sum"), results, expected or results, strict=True):
+                assert same_bits(a, b), f"{name} of {rows}x{columns}, {layout}: {count} threads, other bits than one"
+            expected = results
         for size, start in product((1, 2, 3, 7, 64), (0, 1, 66)):
             part = slice(start, start + size)
             y, dx, _ = gradients(x[part], weight, grad[part])

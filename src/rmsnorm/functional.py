@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _autograd, _ops, reference
 
@@ -65,7 +66,7 @@ def rms_norm(
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
-    if not native:
+    if not native or _forward_mode():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _differentiable(input) or (weight is not None and _differentiable(weight)):
         return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
@@ -104,7 +105,7 @@ def add_rms_norm(
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
-    if not native or residual.dtype is not input.dtype:
+    if not native or _forward_mode() or residual.dtype is not input.dtype:
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if _differentiable(input) or _differentiable(residual) or (weight is not None and _differentiable(weight)):
@@ -115,6 +116,11 @@ def add_rms_norm(
 
 def _differentiable(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _forward_mode() -> bool:
+    """Inside forward-mode AD the reference runs: torch code, which carries tangents through any order."""
+    return forward_ad._current_level >= 0
 
 
 def _resolve(
@@ -193,6 +199,11 @@ def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: b
         raise RuntimeError(
             f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
             f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
+        )
+    if 0 in out.stride() and any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        raise RuntimeError(
+            f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
+            "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
         )
     if any(t is not None and _differentiable(t) for t in (out, input, weight)):
         raise RuntimeError(
