@@ -71,5 +71,6 @@ def rms_norm_backward(
     dx = rstd * (scaled - normalised * (scaled * normalised).mean(_last(dims), keepdim=True))
     if weight is None:
         return dx.to(input.dtype), None
-    dw = (grad * normalised).reshape(-1, *weight.shape).sum(0)
+    leading = tuple(range(input.dim() - dims))
+    dw = (grad * normalised).sum(leading) if leading else grad * normalised
     return dx.to(input.dtype), dw.to(weight.dtype)
