@@ -19,5 +19,7 @@ torch.testing.assert_close(y.detach(), torch.tensor([0.5164, 0.5164, 1.0328, 1.5
 y.sum().backward()
 torch.testing.assert_close(x.grad @ x.detach(), torch.tensor(0.0), atol=1e-6, rtol=0)  # the gradient is orthogonal to x
 EOF
-env/bin/rmsnorm 2>&1 | grep -q "rmsnorm\[cli\]" # without its extra, the command says what to install
+# Without its extra, the command fails and says what to install.
+if said=$(env/bin/rmsnorm 2>&1); then echo "rmsnorm without typer should fail" && exit 1; fi
+[[ $said == *"rmsnorm[cli]"* ]] || { echo "rmsnorm without typer said: $said" && exit 1; }
 echo "wheel smoke test passed: $(basename "$wheel")"
