@@ -51,5 +51,6 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	touch $@
 
 $(NATIVE): $(CPP) setup.py $(VENV)/installed
-	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	RMSNORM_BUILD_NATIVE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	RMSNORM_BUILD_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace # keeps build/temp*, which the tests link again
 	touch $@

@@ -1,15 +1,12 @@
-// The only file that includes torch: checks what arrives, allocates what is returned, and hands rows to the threads.
+// The only file with our own operators: checks what arrives, allocates what is returned, hands rows to the threads.
 // Stable ABI only (TORCH_TARGET_VERSION): one binary for every torch from 2.10 on.
+#include "ops.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstring>
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #include "rows.h"
 
@@ -17,8 +14,6 @@ namespace rmsnorm {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Work below this many elements stays on the calling thread: waking another costs as much as 30,000 elements.
 constexpr int64_t kGrain = 32768;
@@ -199,6 +194,8 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight, int64_t dims, double eps,
                                             double offset, bool round_first) {
   Tensor output = empty_like(input, output_type(type_of(input), weight, round_first));
@@ -206,6 +203,8 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight,
   run_forward(input, nullptr, weight, dims, eps, offset, round_first, output, nullptr, &rstd);
   return {output, rstd};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims, double eps,
                                         double offset, bool round_first) {
@@ -224,6 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor res
   run_forward(input, &residual, weight, dims, eps, offset, round_first, output, &sum, &rstd);
   return {output, sum, rstd};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, Tensor rstd,
                                              OptionalTensor weight, int64_t dims, double eps, double offset,
@@ -268,8 +269,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   });
   return {grad_input, grad_weight};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));

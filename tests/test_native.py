@@ -21,6 +21,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler"),
+    pytest.mark.xdist_group("native"),  # one process compiles, for all
     pytest.mark.skipif(not rmsnorm.info().native, reason="the native library is off: nothing to compare"),
 ]
 
@@ -33,23 +34,29 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The object files of a build from scratch."""
+    """The object files of the library that is installed, where its build left them; else of a build from scratch,
+    which takes two minutes on one core."""
+    newest = max(path.stat().st_mtime for path in (*ROOT.glob("csrc/*"), ROOT / "setup.py"))
+    for where in ROOT.glob("build/temp*"):
+        if all(path.stat().st_mtime > newest for path in where.glob("*.o")) and (where / "target_baseline.o").exists():
+            return where
     where = tmp_path_factory.mktemp("build")
     run(sys.executable, "setup.py", "-q", "build_ext", "--build-temp", where, "--build-lib", where / "lib")
     return where
 
 
 @pytest.fixture(scope="module")
-def driver(objects: Path) -> Path:
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """compare_targets.cpp, with checks for whatever the kernels write through its pointers."""
+    target = tmp_path_factory.mktemp("driver") / "driver.o"
     source = "tests/native/compare_targets.cpp"
-    run(COMPILER, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", objects / "driver.o")
-    return objects / "driver.o"
+    run(COMPILER, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", target)
+    return target
 
 
-def kernels(objects: Path, name: str, *flags: str) -> Path:
+def kernels(where: Path, name: str, *flags: str) -> Path:
     """One more target, compiled by hand."""
-    target = objects / f"extra_{name}.o"
+    target = where / f"extra_{name}.o"
     names = [f"-DRMSNORM_TARGET=target_{name}", f'-DRMSNORM_TARGET_NAME="{name}"']
     common = ["-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", "-Wno-psabi"]
     run(COMPILER, *common, *names, *flags, "-c", "csrc/target.cpp", "-o", target)
@@ -74,17 +81,17 @@ def test_no_target_exports_code_that_another_could_run(objects: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
-def test_every_target_writes_the_same_bits(objects: Path, driver: Path) -> None:
-    emulated = kernels(objects, "avx512bf16", "-O1", *AVX2, "-DRMSNORM_EMULATE_AVX512")
+def test_every_target_writes_the_same_bits(objects: Path, driver: Path, tmp_path: Path) -> None:
+    emulated = kernels(tmp_path, "avx512bf16", "-O1", *AVX2, "-DRMSNORM_EMULATE_AVX512")
     result = compare(driver, objects / "target_baseline.o", objects / "target_avx2.o", emulated)
     assert result.returncode == 0, result.stdout
     assert "23040 tensors compared, all equal, targets: baseline avx2 avx512bf16" in result.stdout
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
-def test_the_comparison_can_fail(objects: Path, driver: Path) -> None:
+def test_the_comparison_can_fail(objects: Path, driver: Path, tmp_path: Path) -> None:
     """Let the compiler contract a·b + c as it likes: that is the difference which the contract rules out."""
-    contracted = kernels(objects, "avx2", "-O2", *AVX2, "-ffp-contract=fast")
+    contracted = kernels(tmp_path, "avx2", "-O2", *AVX2, "-ffp-contract=fast")
     result = compare(driver, objects / "target_baseline.o", contracted)
     assert result.returncode == 1, result.stdout
     assert "differs: avx2 from baseline" in result.stdout

@@ -1,8 +1,8 @@
 """The only file that decides what is kept for backward, and what the derivatives are.
 
-Kept: the input (or the sum), the weight, and one fp32 (fp64 for fp64) per row. Backward is one operator that
-computes just the gradients asked for. When backward itself is recorded (``create_graph=True``) it runs in the
-differentiable torch code of ``reference.py`` instead: more passes, no term dropped.
+Kept: the input (or the sum), the weight, and one fp32 (fp64 for fp64) per row. Every first derivative, in reverse and
+in forward mode, runs on the fused operators; so does the gradient under ``create_graph=True``. Derivatives of the
+gradient are those of the formulas in ``reference.py``, in differentiable torch code: more passes, no term dropped.
 """
 
 from __future__ import annotations
@@ -12,10 +12,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import _ops, reference
+from . import _ops, _vmap, reference
 
 _Ctx = Any
+
+
+def needed(input: Tensor, weight: Tensor | None, other: Tensor | None = None) -> bool:
+    """Whether a derivative may be taken of a function of these tensors; 0.3 µs of every call.
+
+    A tangent can't be seen cheaply, nor whether a tensor below a batch of ``vmap`` requires grad: inside forward mode
+    and torch.func's transforms the answer is yes.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    required = input.requires_grad or (weight is not None and weight.requires_grad)
+    return (required or (other is not None and other.requires_grad)) and torch.is_grad_enabled()
+
+
+def refused() -> bool:
+    """Whether the reference has to serve, as torch can't take the derivatives of a Function here.
+
+    Forward mode in forward mode: a Function's tangent counts as a constant (torch 2.13: jvp of jvp of ``x**3`` written
+    as a Function is 0). A transform of torch.func under torch.compile: dynamo doesn't trace Functions there.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def _backward(
@@ -26,30 +53,45 @@ def _backward(
         return grad_sum if need_input else None, None
     input, weight, rstd = ctx.saved_tensors
     need_weight = need_weight and weight is not None
-    if torch.is_grad_enabled():
-        dx, dw = reference.rms_norm_backward(grad, input, weight, ctx.dims, ctx.eps, ctx.offset)
-        dx = dx if grad_sum is None else dx + grad_sum
-    elif grad.dtype != input.dtype:
+    if not (need_input or need_weight):
+        return None, None
+    apply = _gradient if needed(input, weight, grad) or needed(grad, grad_sum) else _ops.rms_norm_backward
+    if grad.dtype == input.dtype:
+        dx, dw = apply(grad, grad_sum, input, rstd, weight, ctx.dims, ctx.eps, ctx.offset, need_input, need_weight)
+    else:
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
-        dx, dw = _ops.rms_norm_backward(
+        dx, dw = apply(
             grad, None, input.to(grad.dtype), rstd, weight, ctx.dims, ctx.eps, ctx.offset, need_input, need_weight
         )
         dx = dx.to(input.dtype) if grad_sum is None or not need_input else dx.to(input.dtype) + grad_sum
-    else:
-        dx, dw = _ops.rms_norm_backward(
-            grad, grad_sum, input, rstd, weight, ctx.dims, ctx.eps, ctx.offset, need_input, need_weight
-        )
     return dx if need_input else None, dw if need_weight else None
 
 
-def _save(ctx: _Ctx, normalised: Tensor, weight: Tensor | None, rstd: Tensor, options: tuple[Any, ...]) -> None:
+def _tangent(
+    ctx: _Ctx, input: Tensor, output: Tensor, weight: Tensor | None, rstd: Tensor, moved: Tensor | None, weight_t: Any
+) -> Tensor:
+    """The output's tangent. The derivative of x̂ by x is symmetric, so backward without a gain applies it."""
+    wide = input.to(reference.accumulation_dtype(input.dtype))
+    terms = []
+    if moved is not None:
+        normalised_t = _gradient(moved.to(wide.dtype), None, wide, rstd, None, ctx.dims, ctx.eps, 0.0, True, False)[0]
+        terms.append(normalised_t if weight is None else normalised_t * reference.gain(weight, input, ctx.offset))
+    if weight_t is not None:
+        terms.append(_normalise(wide, None, ctx.dims, ctx.eps, 0.0, False)[0] * weight_t)
+    return sum(terms[1:], terms[0]).to(output.dtype) if terms else torch.zeros_like(output)
+
+
+def _save(ctx: _Ctx, normalised: Tensor, weight: Tensor | None, rstd: Tensor, output: Tensor, options: Any) -> None:
     ctx.dims, ctx.eps, ctx.offset, _ = options
     ctx.save_for_backward(normalised, weight, rstd)
+    ctx.save_for_forward(normalised, weight, rstd, output)
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
 
-class RMSNormFunction(torch.autograd.Function):
+class TracedRMSNorm(torch.autograd.Function):
+    """What ``torch.compile`` traces: it refuses a Function with rules for forward mode and vmap."""
+
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
@@ -59,7 +101,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, weight, *options = inputs
-        _save(ctx, input, weight, output[1], tuple(options))
+        _save(ctx, input, weight, output[1], output[0], options)
 
     @staticmethod
     def backward(ctx: _Ctx, grad: Tensor | None, _rstd: None) -> tuple[Tensor | None, ...]:
@@ -67,7 +109,18 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-class AddRMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(TracedRMSNorm):
+    @staticmethod
+    def jvp(ctx: _Ctx, input_t: Tensor | None, weight_t: Tensor | None, *_: None) -> tuple[Tensor, None]:
+        input, weight, rstd, output = ctx.saved_tensors
+        return _tangent(ctx, input, output, weight, rstd, input_t, weight_t), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap.forward(_normalise)(info, in_dims, *args)
+
+
+class TracedAddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         input: Tensor,
@@ -83,7 +136,7 @@ class AddRMSNormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, _, weight, *options = inputs
-        _save(ctx, output[1], weight, output[2], tuple(options))
+        _save(ctx, output[1], weight, output[2], output[0], options)
 
     @staticmethod
     def backward(ctx: _Ctx, grad: Tensor | None, grad_sum: Tensor | None, _rstd: None) -> tuple[Tensor | None, ...]:
@@ -92,5 +145,79 @@ class AddRMSNormFunction(torch.autograd.Function):
         return ds if need_input else None, ds if need_residual else None, dw, None, None, None, None
 
 
-rms_norm: Callable[..., tuple[Tensor, Tensor]] = RMSNormFunction.apply
-add_rms_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = AddRMSNormFunction.apply
+class AddRMSNormFunction(TracedAddRMSNorm):
+    @staticmethod
+    def jvp(
+        ctx: _Ctx, input_t: Tensor | None, residual_t: Tensor | None, weight_t: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor, None]:
+        sum, weight, rstd, output = ctx.saved_tensors
+        moved = [t for t in (input_t, residual_t) if t is not None]
+        sum_t = moved[0] if len(moved) == 1 else moved[0] + moved[1] if moved else None
+        output_t = _tangent(ctx, sum, output, weight, rstd, sum_t, weight_t)
+        return output_t, torch.zeros_like(sum) if sum_t is None else sum_t.clone(), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap.add_forward(_add, _normalise)(info, in_dims, *args)
+
+
+class BackwardFunction(torch.autograd.Function):
+    """The gradient as a function of ``grad, grad_sum, input, rstd, weight`` that has derivatives of its own."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _ops.rms_norm_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: _Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, _, input, _, weight, *ctx.options, ctx.need_input, ctx.need_weight = inputs
+        ctx.save_for_backward(grad, input, weight)
+        ctx.save_for_forward(grad, input, weight)
+        ctx.mark_non_differentiable(*(t for t, need in zip(output, inputs[-2:], strict=True) if not need))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: _Ctx, dx_grad: Tensor | None, dw_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = {i: grad for i, grad in enumerate((dx_grad, dw_grad)) if grad is not None}
+        if not cotangents:
+            return (None,) * 10
+
+        def gradients(grad: Tensor, input: Tensor, weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            both = reference.rms_norm_backward(grad, input, weight, *ctx.options)
+            return tuple(both[i] for i in cotangents)
+
+        pull = torch.func.vjp(gradients, *(t for t in ctx.saved_tensors if t is not None))[1]
+        of_grad, of_input, *of_weight = pull(tuple(cotangents.values()))
+        of_grad_sum = dx_grad if ctx.needs_input_grad[1] else None
+        return of_grad, of_grad_sum, of_input, None, *(of_weight or [None]), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: _Ctx, grad_t: Any, grad_sum_t: Any, input_t: Any, _rstd: Any, weight_t: Any, *_: None) -> Any:
+        tangents = (grad_t, input_t, weight_t)
+        grad, input, weight = ctx.saved_tensors
+        dx_t, dw_t = reference.rms_norm_backward_tangent(grad, input, weight, tangents, *ctx.options)
+        if grad_sum_t is not None:
+            dx_t = dx_t + grad_sum_t
+        return dx_t if ctx.need_input else None, dw_t if ctx.need_weight else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap.backward(_gradient, _normalise)(info, in_dims, *args)
+
+
+_Apply = Callable[..., Any]
+_gradient: _Apply = BackwardFunction.apply
+_normalise: _Apply = RMSNormFunction.apply
+_add: _Apply = AddRMSNormFunction.apply
+_traced: _Apply = TracedRMSNorm.apply
+_traced_add: _Apply = TracedAddRMSNorm.apply
+
+
+def rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
+    """``(output, rstd)``, recorded; the arguments are those of the operator ``rms_norm_forward``."""
+    return (_traced if torch.compiler.is_compiling() else _normalise)(*args)
+
+
+def add_rms_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``(output, sum, rstd)``, recorded; the arguments are those of the operator ``add_rms_norm_forward``."""
+    return (_traced_add if torch.compiler.is_compiling() else _add)(*args)

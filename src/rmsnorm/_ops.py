@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _native, reference
 
-_lib = torch.library.Library("rmsnorm", "DEF")
+library = torch.library.Library("rmsnorm", "DEF")
 
 _SCHEMAS = {
     "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first) -> Tensor",
@@ -139,9 +139,9 @@ def _fake_add_rms_norm_forward(
 
 
 for _name, _schema in _SCHEMAS.items():
-    _lib.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _lib.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=_lib)
+    library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
 
 _native.load()
 

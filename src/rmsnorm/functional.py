@@ -7,7 +7,6 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _autograd, _ops, reference
 
@@ -66,9 +65,9 @@ def rms_norm(
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
-    if not native or _forward_mode():
+    if not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    if _differentiable(input) or (weight is not None and _differentiable(weight)):
+    if _autograd.needed(input, weight):
         return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
 
@@ -105,22 +104,13 @@ def add_rms_norm(
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
-    if not native or _forward_mode() or residual.dtype is not input.dtype:
+    if not native or _autograd.refused() or residual.dtype is not input.dtype:
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
-    if _differentiable(input) or _differentiable(residual) or (weight is not None and _differentiable(weight)):
+    if _autograd.needed(input, weight, residual):
         output, sum, _ = _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
         return output, sum
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
-
-
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _forward_mode() -> bool:
-    """Inside forward-mode AD the reference runs: torch code, which carries tangents through any order."""
-    return forward_ad._current_level >= 0
 
 
 def _resolve(
@@ -205,7 +195,7 @@ def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: b
             f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
             "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
         )
-    if any(t is not None and _differentiable(t) for t in (out, input, weight)):
+    if _autograd.needed(input, weight, out):
         raise RuntimeError(
             "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
             "drop out=, or call it under torch.no_grad()"

@@ -32,7 +32,8 @@ def _last(dims: int) -> tuple[int, ...]:
     return tuple(range(-dims, 0))
 
 
-def _gain(weight: Tensor, input: Tensor, offset: float) -> Tensor:
+def gain(weight: Tensor, input: Tensor, offset: float) -> Tensor:
+    """``offset + weight``, formed in the wider of the accumulation type and the weight's."""
     wide = weight.to(torch.promote_types(accumulation_dtype(input.dtype), weight.dtype))
     return wide + offset if offset else wide
 
@@ -43,12 +44,17 @@ def rms_norm(
     """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1."""
     wide = input.to(accumulation_dtype(input.dtype))
     rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
-    output = wide * rstd
+    return apply_gain(wide * rstd, input, weight, offset, round_first).contiguous(), rstd
+
+
+def apply_gain(normalised: Tensor, input: Tensor, weight: Tensor | None, offset: float, round_first: bool) -> Tensor:
+    """``x · r``, in the accumulation type, times the gain, rounded as the casting mode says."""
+    output = normalised
     if weight is not None:
         if round_first:
             output = output.to(input.dtype)
-        output = output * _gain(weight, input, offset)
-    return output.to(result_dtype(input, weight, round_first)).contiguous(), rstd
+        output = output * gain(weight, input, offset)
+    return output.to(result_dtype(input, weight, round_first))
 
 
 def rms_norm_backward(
@@ -67,10 +73,51 @@ def rms_norm_backward(
     rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
     normalised = wide * rstd
     grad = grad.to(wide.dtype)
-    scaled = grad if weight is None else grad * _gain(weight, input, offset)
+    scaled = grad if weight is None else grad * gain(weight, input, offset)
     dx = rstd * (scaled - normalised * (scaled * normalised).mean(_last(dims), keepdim=True))
     if weight is None:
         return dx.to(input.dtype), None
     leading = tuple(range(input.dim() - dims))
     dw = (grad * normalised).sum(leading) if leading else grad * normalised
     return dx.to(input.dtype), dw.to(weight.dtype)
+
+
+def rms_norm_backward_tangent(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dims: int,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The directional derivative of :func:`rms_norm_backward` along ``tangents`` of grad, input and weight.
+
+    With ``m = mean(h · x̂)`` and a dot for tangents:
+
+        ẋ̂ = r · (ẋ - x̂ · mean(x̂ · ẋ))      ṙ = -r² · mean(x̂ · ẋ)      ḣ = ġ · (offset + weight) + grad · ẇ
+        ḋx = ṙ · (h - x̂ · m) + r · (ḣ - ẋ̂ · m - x̂ · ṁ)               ḋw = Σ_rows ġ · x̂ + grad · ẋ̂
+    """
+    wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
+    zero = torch.zeros((), dtype=wide.dtype, device=wide.device)
+    grad_t, input_t, weight_t = (zero if t is None else t.to(wide.dtype) for t in tangents)
+
+    def mean(product: Tensor) -> Tensor:
+        return product.mean(_last(dims), keepdim=True)
+
+    rstd = torch.rsqrt(mean(wide.square()) + eps)
+    normalised = wide * rstd
+    along = mean(normalised * input_t)
+    normalised_t = rstd * (input_t - normalised * along)
+    grad = grad.to(wide.dtype)
+    factor = 1.0 if weight is None else gain(weight, input, offset)
+    scaled, scaled_t = grad * factor, grad_t * factor + grad * weight_t
+    m = mean(scaled * normalised)
+    m_t = mean(scaled_t * normalised + scaled * normalised_t)
+    rstd_t = -rstd.square() * along
+    dx_t = rstd_t * (scaled - normalised * m) + rstd * (scaled_t - normalised_t * m - normalised * m_t)
+    if weight is None:
+        return dx_t.to(input.dtype), None
+    leading = tuple(range(input.dim() - dims))
+    dw_t = grad_t * normalised + grad * normalised_t
+    return dx_t.to(input.dtype), (dw_t.sum(leading) if leading else dw_t).to(weight.dtype)

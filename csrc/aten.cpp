@@ -1,0 +1,87 @@
+// The only file that stands in for torch's own operators: aten::_fused_rms_norm and its backward have no CPU kernel, and
+// rmsnorm.install() puts ours into that empty slot. What the kernels don't take goes back to torch's own formula, through
+// the two operators of _install.py that hold it.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <string>
+
+#include "ops.h"
+
+namespace rmsnorm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::detail::StableLibrary;
+using Sizes = std::vector<int64_t>;
+
+bool is_native(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+         type == ScalarType::Double;
+}
+
+// One native type throughout, a weight of the normalised shape, and a row that ends with that shape.
+bool takes(const Tensor& input, const Sizes& shape, OptionalTensor& weight) {
+  if (weight && !weight->defined()) weight.reset();  // what autograd saves for a missing weight
+  const int64_t dims = static_cast<int64_t>(shape.size()), outer = input.dim() - dims;
+  bool good = is_native(input.scalar_type()) && dims > 0 && outer >= 0;
+  for (int64_t d = 0; good && d < dims; ++d) good = input.size(outer + d) == shape[d];
+  if (!good || !weight) return good;
+  good = weight->scalar_type() == input.scalar_type() && weight->dim() == dims && weight->is_cpu();
+  for (int64_t d = 0; good && d < dims; ++d) good = weight->size(d) == shape[d];
+  return good;
+}
+
+template <class... Arguments>
+std::tuple<Tensor, Tensor> call(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+std::tuple<Tensor, Tensor> fused_rms_norm(Tensor input, Sizes shape, OptionalTensor weight, std::optional<double> eps) {
+  if (!takes(input, shape, weight)) return call("rmsnorm::torch_fused_rms_norm", input, shape, weight, eps);
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  const double machine = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  return rms_norm_forward(input, weight, static_cast<int64_t>(shape.size()), eps.value_or(machine), 0.0, false);
+}
+
+std::tuple<Tensor, Tensor> fused_rms_norm_backward(Tensor grad, Tensor input, Sizes shape, Tensor rstd,
+                                                   OptionalTensor weight, std::vector<bool> mask) {
+  if (!takes(input, shape, weight) || grad.scalar_type() != input.scalar_type())
+    return call("rmsnorm::torch_fused_rms_norm_backward", grad, input, shape, rstd, weight, bool(mask.at(0)),
+                bool(mask.at(1)));
+  // eps isn't told. The kernel asks for it only where 1/rms isn't a normal number, and there eps can't matter.
+  auto [dx, dw] = rms_norm_backward(grad, std::nullopt, input, rstd, weight, static_cast<int64_t>(shape.size()), 0.0,
+                                    0.0, mask[0], mask[1]);
+  return {mask[0] ? dx : Tensor(), mask[1] && weight ? dw : Tensor()};
+}
+
+std::unique_ptr<StableLibrary> library;
+
+}  // namespace
+}  // namespace rmsnorm
+
+// Returns null, or why it did not work; the text lives until the next call. For _install.py, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* rmsnorm_install(bool on) {
+  using namespace rmsnorm;
+  static std::string error;
+  try {
+    library.reset();
+    if (on) {
+      library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
+      library->impl("_fused_rms_norm", TORCH_BOX(&fused_rms_norm));
+      library->impl("_fused_rms_norm_backward", TORCH_BOX(&fused_rms_norm_backward));
+    }
+    return nullptr;
+  } catch (const std::exception& caught) {
+    library.reset();
+    error = caught.what();
+    return error.c_str();
+  }
+}

@@ -1,0 +1,22 @@
+// The only file that both torch-facing sources include: the operators that one defines and the other calls.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace rmsnorm {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight, int64_t dims, double eps,
+                                            double offset, bool round_first);
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, Tensor rstd,
+                                             OptionalTensor weight, int64_t dims, double eps, double offset,
+                                             bool need_input, bool need_weight);
+
+}  // namespace rmsnorm
