@@ -38,9 +38,13 @@ bool takes(const Tensor& input, const Sizes& shape, OptionalTensor& weight) {
 }
 
 template <class... Arguments>
-std::tuple<Tensor, Tensor> call(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+std::tuple<Tensor, Tensor> call(const char* name, const Tensor& first, const Arguments&... others) {
+  const ScalarType type = first.scalar_type();
+  std::array<StableIValue, 1 + sizeof...(others)> stack{torch::stable::detail::from(first),
+                                                        torch::stable::detail::from(others)...};
+  // The stable ABI tells that a call failed, not why. Torch's formula fails for one reason; these are its words.
+  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+                  "\"rms_norm\" not implemented for '", toString(type), "'");
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
@@ -62,25 +66,29 @@ std::tuple<Tensor, Tensor> fused_rms_norm_backward(Tensor grad, Tensor input, Si
   return {mask[0] ? dx : Tensor(), mask[1] && weight ? dw : Tensor()};
 }
 
-std::unique_ptr<StableLibrary> library;
+std::unique_ptr<StableLibrary> forward, backward;
+
+std::unique_ptr<StableLibrary> fill(const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
+  auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
+  library->impl(name, kernel);
+  return library;
+}
 
 }  // namespace
 }  // namespace rmsnorm
 
 // Returns null, or why it did not work; the text lives until the next call. For _install.py, through ctypes.
+//
+// The backward kernel stays once it is there: graphs recorded before uninstall() still need it, and nothing else calls it.
 extern "C" __attribute__((visibility("default"))) const char* rmsnorm_install(bool on) {
   using namespace rmsnorm;
   static std::string error;
   try {
-    library.reset();
-    if (on) {
-      library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
-      library->impl("_fused_rms_norm", TORCH_BOX(&fused_rms_norm));
-      library->impl("_fused_rms_norm_backward", TORCH_BOX(&fused_rms_norm_backward));
-    }
+    forward.reset();
+    if (on && !backward) backward = fill("_fused_rms_norm_backward", TORCH_BOX(&fused_rms_norm_backward));
+    if (on) forward = fill("_fused_rms_norm", TORCH_BOX(&fused_rms_norm));
     return nullptr;
   } catch (const std::exception& caught) {
-    library.reset();
     error = caught.what();
     return error.c_str();
   }

@@ -17,18 +17,32 @@ MAY_IMPORT = {
     "reference": set(),
     "_native": set(),
     "_ops": {"_native", "reference"},
-    "_autograd": {"_ops", "reference"},
+    "_vmap": {"_ops", "reference"},
+    "_autograd": {"_ops", "_vmap", "reference"},
     "functional": {"_autograd", "_ops", "reference"},
     "module": {"functional"},
-    "_info": {"_native"},
-    "__init__": {"_info", "functional", "module"},
+    "_install": {"_native", "_vmap"},
+    "_info": {"_install", "_native"},
+    "__init__": {"_info", "_install", "functional", "module"},
 }
 
 
 def test_public_page():
     public = {name for name in vars(rmsnorm) if not name.startswith("_")}
     submodules = set(SOURCES) | {"reference", "functional", "module"}
-    assert sorted(rmsnorm.__all__) == sorted(public - submodules) == ["RMSNorm", "add_rms_norm", "info", "rms_norm"]
+    assert (
+        sorted(rmsnorm.__all__)
+        == sorted(public - submodules)
+        == [
+            "RMSNorm",
+            "add_rms_norm",
+            "info",
+            "install",
+            "installed",
+            "rms_norm",
+            "uninstall",
+        ]
+    )
 
 
 PROBE = """
@@ -70,13 +84,19 @@ def test_every_file_says_what_it_is_for(path):
 
 
 @pytest.mark.parametrize(
-    ("text", "owner"),
-    [("ctypes", "_native"), ("environ.get", "_native"), ("torch.library", "_ops"), ("autograd.Function", "_autograd")],
+    ("text", "owners"),
+    [
+        ("ctypes", ["_native"]),
+        ("environ.get", ["_native"]),
+        ("library.define", ["_install", "_ops"]),
+        ("register_vmap", ["_install", "_vmap"]),
+        ("autograd.Function", ["_autograd"]),
+    ],
 )
-def test_one_owner(text, owner):
+def test_one_owner(text, owners):
     """ "The only file that …" is meant."""
     code = {name: "\n".join(map(ast.unparse, code_of(path))) for name, path in SOURCES.items()}
-    assert [name for name in sorted(code) if text in code[name]] == [owner]
+    assert [name for name in sorted(code) if text in code[name]] == owners
 
 
 def code_of(path: Path) -> list[ast.stmt]:

@@ -5,9 +5,12 @@ The public page is this list; everything else is private or lives beside the cor
 
 from ._info import info as info
 from ._info import version as _version
+from ._install import install as install
+from ._install import installed as installed
+from ._install import uninstall as uninstall
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .module import RMSNorm as RMSNorm
 
-__all__ = ["RMSNorm", "add_rms_norm", "info", "rms_norm"]
+__all__ = ["RMSNorm", "add_rms_norm", "info", "install", "installed", "rms_norm", "uninstall"]
 __version__ = _version()

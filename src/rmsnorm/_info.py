@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _install, _native
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Info:
     """The kernels in use, or None without the native library."""
     cpu_targets: list[str]
     """All that this build and this CPU have, best first."""
+    installed: bool
+    """Whether torch's own ``F.rms_norm`` runs on these kernels (``rmsnorm.install()``)."""
     threads: int
     triton: str | None
 
@@ -48,6 +50,7 @@ def info() -> Info:
         why_not_native=_native.why_not(),
         cpu_target=_native.cpu_target(),
         cpu_targets=_native.cpu_targets(),
+        installed=_install.is_installed(),
         threads=torch.get_num_threads(),
         triton=importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     )

@@ -47,6 +47,8 @@ def load() -> None:
     if _library is not None:
         _library.rmsnorm_cpu_target.restype = ctypes.c_char_p
         _library.rmsnorm_cpu_targets.restype = ctypes.c_char_p
+        _library.rmsnorm_install.argtypes = [ctypes.c_bool]
+        _library.rmsnorm_install.restype = ctypes.c_char_p
         if target:
             set_cpu_target(target)
 
@@ -72,6 +74,13 @@ def set_cpu_target(name: str) -> None:
         raise RuntimeError(
             f"CPU target {name!r} can't run here: this CPU and this build have {', '.join(cpu_targets()) or 'none'}"
         )
+
+
+def fill_slot(on: bool) -> str | None:
+    """Puts the kernels into the CPU slot of torch's own operator, or takes them out; returns what went wrong."""
+    assert _library is not None
+    error = _library.rmsnorm_install(on)
+    return error.decode() if error else None
 
 
 def warn_if_missing(input: Tensor) -> None:

@@ -135,3 +135,35 @@ _RULES = {
 }
 for _name, _rule in _RULES.items():
     torch.library.register_vmap(f"rmsnorm::{_name}", _rule, lib=_ops.library)
+
+
+def fused_backward(
+    info: Any,
+    in_dims: Any,
+    grad: Tensor,
+    input: Tensor,
+    normalized_shape: list[int],
+    rstd: Tensor,
+    weight: Tensor | None,
+    mask: list[bool],
+) -> Any:
+    """The rule of torch's own ``aten::_fused_rms_norm_backward``, in use while ``install()`` is."""
+    apply = torch.ops.aten._fused_rms_norm_backward.default
+    grad, input, rstd = (
+        _front(t, d, info.batch_size)
+        for t, d in zip((grad, input, rstd), (in_dims[0], in_dims[1], in_dims[3]), strict=True)
+    )
+    wide, dims = reference.accumulation_dtype(input.dtype), len(normalized_shape)
+    x, dx, dw = input.to(wide), None, None
+    if mask[0] and weight is not None and in_dims[4] is not None:
+        scaled = grad.to(wide) * _own_weights(weight, in_dims[4], input).to(wide)
+        dx = apply(scaled, x, normalized_shape, rstd, None, [True, False])[0].to(input.dtype)
+    elif mask[0]:
+        dx = apply(grad, input, normalized_shape, rstd, weight, [True, False])[0]
+    if mask[1] and weight is not None:
+        # 1/rms is given as a constant; as a function of the input, with the eps that it implies, it has derivatives.
+        last, outer = tuple(range(-dims, 0)), tuple(range(1, input.dim() - dims))
+        mean = x.square().mean(last, keepdim=True)
+        dw = grad.to(wide) * x * torch.rsqrt(mean + (rstd.to(wide).pow(-2) - mean).detach())
+        dw = (dw.sum(outer) if outer else dw).to(weight.dtype)
+    return (dx, dw), (None if dx is None else 0, None if dw is None else 0)

@@ -5,6 +5,7 @@ Annotations are evaluated there too, hence no ``from __future__ import annotatio
 """
 
 import os
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,14 @@ def build() -> "typer.Typer":
             table.add_row(name, escape(", ".join(value) if isinstance(value, list) else str(value)))
         Console().print(table)
 
+    @app.command(name="run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+    def run_script(
+        script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A Python program.")],
+        arguments: Annotated[list[str] | None, typer.Argument(help="What the program gets as its own.")] = None,
+    ) -> None:
+        """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels."""
+        run_program(script, arguments or [])
+
     @app.command(name="bench")
     def run_bench(
         rows: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1,512,4096",
@@ -98,14 +107,32 @@ def build() -> "typer.Typer":
             console.print(f"Stopped after {len(results)} of {len(cases)} cases.")
             raise typer.Exit(130)
 
-    def sizes(option: str, text: str) -> list[int]:
-        numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-        if 0 in numbers:
-            good = "whole numbers from 1 up, separated by commas, like 1,512,4096"
-            raise typer.BadParameter(f"{text!r} is not a list of sizes; give {good}", param_hint=option)
-        return numbers
-
     return app
+
+
+def sizes(option: str, text: str) -> list[int]:
+    """A list of sizes as the command line gives it."""
+    import typer
+
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if 0 in numbers:
+        good = "whole numbers from 1 up, separated by commas, like 1,512,4096"
+        raise typer.BadParameter(f"{text!r} is not a list of sizes; give {good}", param_hint=option)
+    return numbers
+
+
+def run_program(script: Path, arguments: list[str]) -> None:
+    """Runs a Python program as ``python script.py`` would, after ``rmsnorm.install()``."""
+    from ._install import install
+
+    try:
+        install()
+    except RuntimeError as refused:
+        print(refused, file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [str(script), *arguments]
+    sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":
