@@ -1,6 +1,6 @@
-// The only file that stands in for torch's own operators: aten::_fused_rms_norm and its backward have no CPU kernel, and
-// rmsnorm.install() puts ours into that empty slot. What the kernels don't take goes back to torch's own formula, through
-// the two operators of _install.py that hold it.
+// The only file that stands in for torch's own operators: aten::_fused_rms_norm and its backward have no CPU kernel,
+// and rmsnorm.install() puts ours into that empty slot. What the kernels don't take goes back to torch's own formula,
+// through the two operators of _install.py that hold it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -79,7 +79,8 @@ std::unique_ptr<StableLibrary> fill(const char* name, void (*kernel)(StableIValu
 
 // Returns null, or why it did not work; the text lives until the next call. For _install.py, through ctypes.
 //
-// The backward kernel stays once it is there: graphs recorded before uninstall() still need it, and nothing else calls it.
+// The backward kernel stays once it is there: graphs recorded before uninstall() still need it, and nothing else calls
+// it.
 extern "C" __attribute__((visibility("default"))) const char* rmsnorm_install(bool on) {
   using namespace rmsnorm;
   static std::string error;

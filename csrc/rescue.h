@@ -62,7 +62,8 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const T* x = (const T*)rows.input[r];
   const T* grad = (const T*)rows.grad[r];
   const S* gain = (const S*)b.gain;
-  // A normal 1/rms serves as it is (so does a NaN), fp64 has the room; another was rounded off or lost, and is found anew.
+  // A normal 1/rms serves as it is (so does a NaN), fp64 has the room; another was rounded off or lost, and is found
+  // anew.
   const double rstd = (double)((const S*)rows.rstd)[r];
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
   const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
