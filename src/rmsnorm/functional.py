@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import _autograd, _ops, reference
+from . import _autograd, _onnx, _ops, reference
 
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
@@ -65,6 +65,8 @@ def rms_norm(
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
+    if torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export():
+        return _onnx.rms_norm(input, weight, dims, eps, offset, round_first)
     if not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _autograd.needed(input, weight):
@@ -104,7 +106,8 @@ def add_rms_norm(
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
-    if not native or _autograd.refused() or residual.dtype is not input.dtype:
+    split = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
+    if split or not native or _autograd.refused() or residual.dtype is not input.dtype:
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if _autograd.needed(input, weight, residual):

@@ -1,0 +1,24 @@
+"""The only file that speaks ONNX: what ``torch.onnx.export`` sees in place of our operators.
+
+ONNX has had the operator ``RMSNormalization`` since opset 23, and torch's exporter has it for ``aten::rms_norm``. It
+rounds to the input's type before the gain, and runtimes differ in what they do inside a half type. So it is given wide
+inputs, and every rounding of ours is a ``Cast`` of its own: the graph has our meaning in any runtime.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+
+def rms_norm(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> Tensor:
+    """``reference.rms_norm`` around ``RMSNormalization``; below opset 23 torch takes it apart into older operators."""
+    shape = input.shape[-dims:]
+    wide = input.to(reference.accumulation_dtype(input.dtype))
+    if weight is None or round_first:
+        return reference.apply_gain(F.rms_norm(wide, shape, None, eps), input, weight, offset, round_first)
+    return F.rms_norm(wide, shape, reference.gain(weight, wide, offset), eps).to(input.dtype)
