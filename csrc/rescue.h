@@ -62,10 +62,11 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const T* x = (const T*)rows.input[r];
   const T* grad = (const T*)rows.grad[r];
   const S* gain = (const S*)b.gain;
-  // A normal 1/rms serves as it is (so does a NaN), fp64 has the room; another was rounded off or lost, and is found anew.
+  // A normal 1/rms serves as it is: fp64 has the room. Another was rounded off or lost (squares of fp64 that overflow
+  // leave NaN), and is found anew.
   const double rstd = (double)((const S*)rows.rstd)[r];
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
-  const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
+  const bool usable = rstd >= smallest && rstd <= 1 / smallest;
   const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0} : scale_row(x, b.columns, b.eps);
   double mean = 0.0;
   for (int64_t i = 0; i < b.columns; ++i)
