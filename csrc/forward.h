@@ -48,8 +48,12 @@ void forward(const Forward& f, const ForwardRows& rows) {
       sum = sum_row(r + 1, store);
       continue;
     }
-    if (rstd.safe) for_columns<2>(0, f.columns, store);
-    else rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
+    if (rstd.safe) {
+      for_columns<2>(0, f.columns, store);
+    } else {
+      const Scalar<T> found = rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
+      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = found;
+    }
     if (!last) sum = sum_row(r + 1, nothing);
   }
 }

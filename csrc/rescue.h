@@ -15,7 +15,7 @@ RMSNORM_INLINE void set_element(T* row, int64_t i, double x) {
   Tail{i, 1}.store_to(row, splat((Scalar<T>)x));
 }
 
-// The row is normalised as (x·scale)·(high + low); 1/rms = scale·high.
+// The row is normalised as (x·scale)·(high + low); 1/rms = scale·high, which forward keeps.
 struct ScaledRow {
   double scale, high, low;
   RMSNORM_INLINE double normalise(double x) const { return __builtin_fma(x * scale, high, x * scale * low); }
@@ -45,8 +45,8 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps) {
 }
 
 template <class T, class Gain, class Out, bool RoundFirst>
-__attribute__((noinline, cold)) void rescue_forward(const T* x, const Gain* gain, Out* out, int64_t columns,
-                                                    double eps) {
+__attribute__((noinline, cold)) Scalar<T> rescue_forward(const T* x, const Gain* gain, Out* out, int64_t columns,
+                                                         double eps) {
   const ScaledRow row = scale_row(x, columns, eps);
   for (int64_t i = 0; i < columns; ++i) {
     double y = row.normalise(element(x, i));
@@ -54,6 +54,7 @@ __attribute__((noinline, cold)) void rescue_forward(const T* x, const Gain* gain
     if constexpr (!std::is_void_v<Gain>) y = y * element(gain, i);
     set_element(out, i, y);
   }
+  return (Scalar<T>)(row.high * row.scale);
 }
 
 template <class T>
@@ -62,7 +63,7 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const T* x = (const T*)rows.input[r];
   const T* grad = (const T*)rows.grad[r];
   const S* gain = (const S*)b.gain;
-  // A normal 1/rms serves as it is (so does a NaN), fp64 has the room; another was rounded off or lost, and is found
+  // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
   const double rstd = (double)((const S*)rows.rstd)[r];
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;

@@ -36,7 +36,10 @@ def refused() -> bool:
 
     Forward mode in forward mode: a Function's tangent counts as a constant (torch 2.13: jvp of jvp of ``x**3`` written
     as a Function is 0). A transform of torch.func under torch.compile: dynamo doesn't trace Functions there.
+    torch.export with gradients enabled: it would keep the Function's operator and lose its derivative.
     """
+    if torch.compiler._is_exporting_flag:
+        return torch.is_grad_enabled()
     if not torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():

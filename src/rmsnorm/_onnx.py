@@ -2,7 +2,8 @@
 
 ONNX has had the operator ``RMSNormalization`` since opset 23, and torch's exporter has it for ``aten::rms_norm``. It
 rounds to the input's type before the gain, and runtimes differ in what they do inside a half type. So it is given wide
-inputs, and every rounding of ours is a ``Cast`` of its own: the graph has our meaning in any runtime.
+inputs, and every rounding of ours is a ``Cast`` of its own: the graph has our meaning in any runtime. One thing is
+lost: by default (``stash_type``) ONNX takes the mean square in float32 for a float64 input too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from torch import Tensor
 from . import reference
 
 
-def rms_norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> Tensor:
+def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
     """``reference.rms_norm`` around ``RMSNormalization``; below opset 23 torch takes it apart into older operators."""
     shape = input.shape[-dims:]
     wide = input.to(reference.accumulation_dtype(input.dtype))
-    if weight is None or round_first:
+    # In a wide type both casting modes are one function, and what RMSNormalization means.
+    if weight is None or (round_first and not wide.dtype == input.dtype == weight.dtype):
         return reference.apply_gain(F.rms_norm(wide, shape, None, eps), input, weight, offset, round_first)
     return F.rms_norm(wide, shape, reference.gain(weight, wide, offset), eps).to(input.dtype)
