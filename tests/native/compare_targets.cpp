@@ -1,8 +1,10 @@
 // Runs the kernels of several targets on the same rows and compares every bit that they write; exits with 1 at the
-// first difference. Also what the sanitizers run: every row lies at the very end of its own allocation, at an odd
-// address where the type allows it, so that one element read or written too far is seen.
+// first difference. Also what the sanitizers run: every row lies at the very end of its own allocation, half of them
+// at the very beginning too, so that one element read or written too far is seen.
 //
 // Link with any of the objects that target.cpp makes; the first one there, in the order below, is the reference.
+// With --digest it compares nothing and prints a hash of each tensor of the reference: two CPUs that can't run in one
+// process are compared by their digests (sanitize.sh).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,10 +33,12 @@ void put(char* to, Type type, double value) {
   std::memcpy(&bits, &narrow, 4);
   const uint32_t magnitude = bits & 0x7fffffff;
   uint16_t half = (uint16_t)(bits >> 16);
-  if (type == Type::f16)  // truncated; flushed below and saturated above its normal numbers
+  if (type == Type::f16)  // truncated; any subnormal below and the largest finite number above its normal numbers
     half = (uint16_t)((bits >> 16 & 0x8000) | (magnitude < (113u << 23)    ? bits & 0x3ff
-                                               : magnitude >= (143u << 23) ? 0x7bff
-                                                                           : (magnitude >> 13) - (112 << 10)));
+                                               : magnitude < (143u << 23)  ? (magnitude >> 13) - (112 << 10)
+                                               : magnitude < (255u << 23)  ? 0x7bff
+                                               : magnitude == (255u << 23) ? 0x7c00
+                                                                           : 0x7e00));
   if (type == Type::f64) std::memcpy(to, &value, 8);
   else if (type == Type::f32) std::memcpy(to, &narrow, 4);
   else std::memcpy(to, &half, 2);
@@ -42,59 +46,78 @@ void put(char* to, Type type, double value) {
 
 using Bytes = std::vector<char>;
 
-// Plain, tiny, huge, zero, and rows with a NaN or an Inf. Made once: random numbers take longer than the kernels.
+// Plain, tiny, huge, zero, and rows with a NaN or an Inf. Made once: random numbers take longer than the kernels. The
+// same on every platform: mt19937_64 is in the standard to the bit, normal_distribution calls the platform's log.
 const Bytes& make_rows(Type type, int64_t rows, int64_t columns, unsigned seed) {
   static std::map<std::tuple<Type, int64_t, int64_t, unsigned>, Bytes> made;
   const auto [entry, is_new] = made.try_emplace({type, rows, columns, seed});
   Bytes& bytes = entry->second;
   if (!is_new || type == Type::none) return bytes;
   bytes.resize(rows * columns * size_of(type));
-  std::mt19937 random(seed);
-  std::normal_distribution<double> normal;
+  std::mt19937_64 random(seed);
   const double scales[] = {1.0, 1e-39, 1e30, 0.0, 1e3, 1.0, 1e-20};
   for (int64_t i = 0; i < rows * columns; ++i) {
     const int64_t row = i / columns;
-    double value = normal(random) * scales[row % 7];
-    if (row % 7 == 5 && i % columns == columns / 2) value = row % 2 ? INFINITY : NAN;
+    const uint64_t bits = random();
+    // The difference of two uniform numbers; √6 gives it unit variance, and all 53 bits to an fp64 mantissa.
+    double value = ((double)(bits >> 32) - (double)(uint32_t)bits) * 0x1p-32 * 2.449489742783178 * scales[row % 7];
+    if (row % 7 == 5 && i % columns == columns / 2) value = columns % 2 ? INFINITY : NAN;
     put(bytes.data() + i * size_of(type), type, value);
   }
   return bytes;
 }
 
-// Equal bits; any NaN equals any other, as its sign and payload are not promised.
-bool same(const Bytes& a, const Bytes& b, Type type) {
+// An element's bits; any NaN is the same one, as its sign and payload are not promised.
+uint64_t bits_of(const char* element, Type type) {
   const int64_t size = size_of(type);
-  for (size_t i = 0; i + size <= a.size(); i += size) {
-    if (!std::memcmp(&a[i], &b[i], size)) continue;
-    uint64_t x = 0, y = 0;
-    std::memcpy(&x, &a[i], size), std::memcpy(&y, &b[i], size);
-    const uint64_t infinity = type == Type::f64    ? 0x7ffull << 52
-                              : type == Type::f32  ? 0x7f800000
-                              : type == Type::bf16 ? 0x7f80
-                                                   : 0x7c00;
-    const uint64_t magnitude = ~(1ull << (8 * size - 1));
-    if ((x & magnitude) > infinity && (y & magnitude) > infinity) continue;
+  uint64_t bits = 0;
+  std::memcpy(&bits, element, size);
+  const uint64_t infinity = type == Type::f64    ? 0x7ffull << 52
+                            : type == Type::f32  ? 0x7f800000
+                            : type == Type::bf16 ? 0x7f80
+                                                 : 0x7c00;
+  const uint64_t sign = 1ull << (8 * size - 1);
+  return (bits & ~sign) > infinity ? infinity + 1 : bits;
+}
+
+bool same(const Bytes& a, const Bytes& b, Type type) {
+  if (a == b) return true;
+  const int64_t size = size_of(type);
+  for (size_t i = 0; i < a.size(); i += size) {
+    const uint64_t x = bits_of(&a[i], type), y = bits_of(&b[i], type);
+    if (x == y) continue;
     std::printf("element %zu: %llx and %llx\n", i / size, (unsigned long long)x, (unsigned long long)y);
     return false;
   }
   return true;
 }
 
-// Rows, each at the end of its own allocation and one element off any alignment.
+// FNV-1a, 64 bits.
+uint64_t digest_of(const Bytes& bytes, Type type) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (size_t i = 0; i < bytes.size(); i += size_of(type)) {
+    const uint64_t bits = bits_of(&bytes[i], type);
+    for (int shift = 0; shift < 8 * size_of(type); shift += 8) hash = (hash ^ (bits >> shift & 0xff)) * 0x100000001b3;
+  }
+  return hash;
+}
+
+// Rows, each at the end of its own allocation: the first half as aligned as malloc makes them, with nothing of their
+// own in front; the others, and a row alone, one element off.
 struct Rows {
   std::vector<Bytes> row;
-  int64_t offset;
-  Rows(const Bytes& all, int64_t rows, int64_t bytes, int64_t offset) : row(rows), offset(offset) {
+  int64_t bytes;
+  Rows(const Bytes& all, int64_t rows, int64_t bytes, int64_t element) : row(rows), bytes(bytes) {
     for (int64_t r = 0; r < rows; ++r) {
-      row[r].resize(offset + bytes);
+      row[r].resize(bytes + (2 * r >= rows - 1 ? element : 0));
       row[r].shrink_to_fit();
-      if (!all.empty()) std::memcpy(row[r].data() + offset, all.data() + r * bytes, bytes);
+      if (!all.empty()) std::memcpy(at(r), all.data() + r * bytes, bytes);
     }
   }
-  char* at(int64_t r) { return row[r].data() + offset; }
+  char* at(int64_t r) { return row[r].data() + row[r].size() - bytes; }
   Bytes gather() const {
     Bytes all;
-    for (const Bytes& r : row) all.insert(all.end(), r.begin() + offset, r.end());
+    for (const Bytes& r : row) all.insert(all.end(), r.end() - bytes, r.end());
     return all;
   }
 };
@@ -151,7 +174,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const bool digest = argc > 1 && !std::strcmp(argv[1], "--digest");
   std::vector<const Target*> targets;
   for (const Target* target : {&target_baseline, &target_avx2, &target_avx512, &target_avx512bf16})
     if (target) targets.push_back(target);
@@ -169,19 +193,25 @@ int main() {
             Case c = cases[form];
             c.add = add;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2);
+            const Type types[] = {c.output, input, wider, input, input};
+            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight"};
+            char name[99];
+            std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
+                          needs, (long long)columns);
+            for (int i = 0; digest && i < 5; ++i)
+              std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
+            if (digest) continue;
             for (const Target* target : targets) {
               if (target == targets[0]) continue;
               const auto actual = run(*target, c, needs & 1, needs & 2);
-              const Type types[] = {c.output, input, wider, input, input};
-              const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight"};
               for (int i = 0; i < 5; ++i, ++compared)
                 if (!same(expected[i], actual[i], types[i])) {
-                  std::printf("%s differs: %s from %s, type %d, form %d, add %d, needs %d, %lld columns\n", names[i],
-                              target->name, targets[0]->name, (int)input, form, add, needs, (long long)columns);
+                  std::printf("%s differs: %s from %s, %s\n", names[i], target->name, targets[0]->name, name);
                   return 1;
                 }
             }
           }
+  if (digest) return 0;
   std::printf("%ld tensors compared, all equal, targets:", compared);
   for (const Target* target : targets) std::printf(" %s", target->name);
   std::printf("\n");
