@@ -77,14 +77,17 @@ def _torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight)
 
 
-def _bind_compiled(x: Tensor, weight: Tensor) -> Forward:
-    import torch._functorch.config as aot
+def _compiled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Forward]:
+    def bind(x: Tensor, weight: Tensor) -> Forward:
+        import torch._functorch.config as aot
 
-    torch._dynamo.reset()  # otherwise the eighth shape would hit the recompilation limit and time eager code
-    compiled = torch.compile(_torch_rms_norm, dynamic=False)
-    with aot.patch(donated_buffer=False):  # compiled so that backward can run twice on one graph
-        compiled(x, weight)
-    return lambda: compiled(x, weight)
+        torch._dynamo.reset()  # otherwise the eighth shape would hit the recompilation limit and time eager code
+        compiled = torch.compile(function, dynamic=False)
+        with aot.patch(donated_buffer=False):  # compiled so that backward can run twice on one graph
+            compiled(x, weight)
+        return lambda: compiled(x, weight)
+
+    return bind
 
 
 def _bind_copy(x: Tensor, weight: Tensor) -> Forward:
@@ -96,10 +99,23 @@ def _bind_copy(x: Tensor, weight: Tensor) -> Forward:
 CONTENDERS = (
     Contender("rmsnorm", lambda x, weight: lambda: rms_norm(x, weight.shape, weight)),
     Contender("F.rms_norm", lambda x, weight: lambda: _torch_rms_norm(x, weight)),
-    Contender("torch.compile", _bind_compiled, may_fail=True),
+    Contender("torch.compile", _compiled(_torch_rms_norm), may_fail=True),
     Contender("F.layer_norm", lambda x, weight: lambda: F.layer_norm(x, weight.shape, weight), is_rms_norm=False),
     Contender("copy_ (floor)", _bind_copy, is_rms_norm=False, has_backward=False),
 )
+
+# Inside one compiled graph: our operator, which Inductor calls, against Inductor's own code for the formula, which it
+# can fuse with its neighbours. Each form has the add before, and the multiply after, in the graph or not.
+IN_GRAPH = {
+    "alone": (
+        Contender("our operator", _compiled(lambda x, w: rms_norm(x, w.shape, w))),
+        Contender("Inductor's code", _compiled(_torch_rms_norm)),
+    ),
+    "between an add and a multiply": (
+        Contender("our operator", _compiled(lambda x, w: rms_norm(x + 1, w.shape, w) * x)),
+        Contender("Inductor's code", _compiled(lambda x, w: _torch_rms_norm(x + 1, w) * x)),
+    ),
+}
 
 
 def grid(rows: Iterable[int], cols: Iterable[int], dtypes: Iterable[str]) -> list[Case]:

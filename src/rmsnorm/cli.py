@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 if TYPE_CHECKING:
     import typer
 
+    from . import bench
+
 SECONDS_PER_RACE = 3.0
 
 
@@ -107,7 +109,30 @@ def build() -> "typer.Typer":
             console.print(f"Stopped after {len(results)} of {len(cases)} cases.")
             raise typer.Exit(130)
 
+    @app.command(name="graph")
+    def run_graph(
+        rows: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1,512,4096",
+        cols: Annotated[str, typer.Option(help="Columns, separated by commas.")] = "4096",
+    ) -> None:
+        """Inside torch.compile: our operator against the code that Inductor makes of the formula."""
+        race_in_graph(bench.grid(sizes("--rows", rows), sizes("--cols", cols), ("float32", "bfloat16")))
+
     return app
+
+
+def race_in_graph(cases: "list[bench.Case]") -> None:
+    """Prints one table for each form of ``bench.IN_GRAPH``."""
+    from rich.console import Console
+
+    from . import _report, bench
+
+    console, here = Console(), _report.machine()
+    console.print(_report.header(here))
+    for form, contenders in bench.IN_GRAPH.items():
+        results, complete = _report.race_all(cases, contenders, SECONDS_PER_RACE)
+        console.print(form, _report.table(results), _report.verdict(results, "Inductor's code"), sep="\n")
+        if not complete:
+            sys.exit(130)
 
 
 def sizes(option: str, text: str) -> list[int]:
