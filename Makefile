@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format wheel bench clean
+.PHONY: help demo test fuzz sanitize lint format wheel bench accuracy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,9 @@ demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and t
 test: $(NATIVE) ## run every test on two processes, and the layer again without the native library (RMSNORM_NATIVE=0)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
+
+fuzz: $(NATIVE) ## 10,000 new random problems for each property that `make test` checks on 300
+	$(BIN)/python -m pytest tests/conformance/test_fuzz.py --hypothesis-profile=fuzz
 
 sanitize: ## the kernels alone under ASan, UBSan and TSan, and on AArch64 (qemu) with the bits of x86-64
 	tests/native/sanitize.sh
@@ -37,6 +40,9 @@ format: $(NATIVE) ## rewrite the sources as lint wants them
 
 bench: $(NATIVE) ## the table of the README, measured on this machine
 	$(BIN)/rmsnorm bench
+
+accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write the table of docs/numerics.md
+	$(BIN)/python tests/accuracy.py
 
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
 	rm -rf dist build

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from rmsnorm import _native, _ops
 
@@ -19,6 +20,15 @@ _OPERATORS = (
     "add_rms_norm",
     "add_rms_norm_forward",
 )
+
+# `make test` draws the same problems each time. `make fuzz` (--hypothesis-profile=fuzz) draws new ones, remembers those
+# that failed in .hypothesis/, and prints how to draw them again elsewhere.
+_slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "test", max_examples=300, derandomize=True, database=None, deadline=None, suppress_health_check=_slow
+)
+settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=_slow)
+settings.load_profile("test")
 
 
 @pytest.fixture(autouse=True)

@@ -101,21 +101,24 @@ class Truth:
         low, high = np.minimum(*products), np.maximum(*products)
         return Bounds(low - 0.51 * ulp(low, dtype), high + 0.51 * ulp(high, dtype))
 
-    def backward(self, grad: Tensor, weight: Tensor | None, offset: float) -> tuple[Bounds, Bounds | None]:
+    def backward(
+        self, grad: Tensor, weight: Tensor | None, offset: float, more: np.ndarray | float = 0.0
+    ) -> tuple[Bounds, Bounds | None]:
         """dx and dw, rounded once from arithmetic in units u of the accumulation type. dx cancels, so its error is
         c·u·r·(|h| + |x̂|·mean|h·x̂|) and not relative to itself; each term of dw carries r, x̂ and the product
-        (3u), and a sum of up to 130 random ones about sqrt(130)·u more. Both stay below 16u."""
+        (3u), and a sum of up to 130 random ones about sqrt(130)·u more. Both stay below 16u. ``more`` is allowed to dx
+        beside: a number of u, or one per row."""
         g, x_hat = exact(grad).reshape(self.normalised.shape), self.normalised
         h = g if weight is None else g * gain(weight, self.dtype, offset)
-        unit = 16 * torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32).eps / 2
+        unit = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32).eps / 2
         dx = self.r * (h - x_hat * np.mean(h * x_hat, axis=-1, keepdims=True))
         size = self.r * (np.abs(h) + np.abs(x_hat) * np.mean(np.abs(h * x_hat), axis=-1, keepdims=True))
-        margin = 0.501 * ulp(dx, self.dtype) + unit * size
+        margin = 0.501 * ulp(dx, self.dtype) + (16 + more) * unit * size
         dx_bounds = Bounds(dx - margin, dx + margin)
         if weight is None:
             return dx_bounds, None
         dw = np.sum(g * x_hat, axis=0)
-        margin = 0.501 * ulp(dw, weight.dtype) + unit * np.sum(np.abs(g * x_hat), axis=0)
+        margin = 0.501 * ulp(dw, weight.dtype) + 16 * unit * np.sum(np.abs(g * x_hat), axis=0)
         return dx_bounds, Bounds(dw - margin, dw + margin)
 
 
