@@ -110,10 +110,14 @@ class Truth:
         beside: a number of u, or one per row."""
         g, x_hat = exact(grad).reshape(self.normalised.shape), self.normalised
         h = g if weight is None else g * gain(weight, self.dtype, offset)
-        unit = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32).eps / 2
-        dx = self.r * (h - x_hat * np.mean(h * x_hat, axis=-1, keepdims=True))
+        accumulation = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32)
+        unit, step = accumulation.eps / 2, accumulation.smallest_normal * accumulation.eps
+        mean = np.mean(h * x_hat, axis=-1, keepdims=True)
+        dx = self.r * (h - x_hat * mean)
         size = self.r * (np.abs(h) + np.abs(x_hat) * np.mean(np.abs(h * x_hat), axis=-1, keepdims=True))
-        margin = 0.501 * ulp(dx, self.dtype) + (16 + more) * unit * size
+        # Where x̂, the mean or their product are subnormal, each is off by up to half a step, which the others multiply.
+        steps = self.r * step * (1 + np.abs(x_hat) + np.abs(mean))
+        margin = 0.501 * ulp(dx, self.dtype) + (16 + more) * unit * size + steps
         dx_bounds = Bounds(dx - margin, dx + margin)
         if weight is None:
             return dx_bounds, None

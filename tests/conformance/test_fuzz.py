@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from oracle import HALVES, ULPS, Bounds, Truth, exact, gain, outside, same_bits
-from problems import Problem, problems
+from problems import TARGETS, Layout, Problem, problems
 from torch import Tensor
 
 from rmsnorm import RMSNorm, _native, add_rms_norm, rms_norm
@@ -140,6 +140,32 @@ def test_forward(problem):
         assert same(alone, got[i]), f"row {i} alone and contiguous, by {problem.other}: other bits"
 
 
+GAIN_OF_ZERO = Problem(  # -0.5 + offset: only x̂·mean is left of dx, and it is subnormal
+    dtype=torch.float32,
+    outer=(1,),
+    inner=(3197,),
+    weight_type=torch.bfloat16,
+    weight_power=0,
+    weight_step=1,
+    offset=0.5,
+    eps=1e-06,
+    mode="torch",
+    powers=(-73, -73),
+    spread=0,
+    zeros=False,
+    poison="",
+    grad_power=-2,
+    layout=Layout((0, 1), (1, 1), (0, 0), (False, False)),
+    grad_layout=Layout((0, 1), (1, 1), (0, 0), (False, False)),
+    threads=1,
+    target=TARGETS[0],
+    other=TARGETS[0],
+    api="rms_norm",
+    seed=0,
+)
+
+
+@example(GAIN_OF_ZERO)
 @given(problems())
 def test_backward(problem):
     columns, options = problem.columns, problem.options
