@@ -39,7 +39,6 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps) {
     const Double2 next = two_sum(sum.high, square);
     sum = {next.high, sum.low + (next.low + __builtin_fma(scaled, scaled, -square))};
   }
-  if (!(sum.high < __builtin_inf())) sum.low = 0.0;  // Inf - Inf
   const Rstd<double> rstd = rstd_from<double>(sum, columns, eps * scale * scale);
   return {scale, rstd.high, rstd.low};
 }

@@ -49,13 +49,14 @@ def test_many_threads_at_once(threads):
     assert not wrong
 
 
-def test_the_number_of_threads_may_change(threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_may_change(threads, dtype):
     """Forward, dx and dW have the same bits at 1, 2, 3 and 4 threads, in any order of asking."""
     results = {}
     for count in (2, 1, 4, 3, 1, 2):
         threads(count)
         for shape in SHAPES:
-            results.setdefault(shape, []).append(work(*shape))
+            results.setdefault(shape, []).append(work(*shape, dtype))
     for runs in results.values():
         assert all(all(map(same_bits, run, runs[0])) for run in runs[1:])
 
@@ -128,7 +129,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_importing_twice(python):
-    """Modules dropped and imported again find the operators that the process has; so does a reload."""
+    """A reload, and a second import, find the operators that the process has."""
     program = """
 import importlib, torch, rmsnorm
 x = torch.ones(2, 4)
