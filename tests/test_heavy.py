@@ -17,7 +17,7 @@ pytestmark = [
 SHAPES = [(2**24 + 3, 129), (2**9 + 1, 2**22 + 1)]  # 2.16e9 elements, 4.3 GB in bf16: narrow rows, and wide ones
 
 
-@pytest.fixture(params=SHAPES, ids=["narrow rows", "wide rows"])
+@pytest.fixture(scope="module", params=SHAPES, ids=["narrow rows", "wide rows"])  # 30 s to write
 def x(request):
     rows, columns = request.param
     assert rows * columns > 2**31
