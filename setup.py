@@ -23,7 +23,7 @@ KERNEL_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-ma
 KERNEL_FLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# The baseline is the portable one: -O1, as its emulated operations take -O2 twice as long to compile (80 s) for the same
+# The baseline is the portable one: -O1, as -O2 takes twice as long to compile its emulated operations for the same
 # speed, and -O3 unrolls them into four times the code.
 TARGETS = {"baseline": ["-O1"]}
 if platform.machine() in ("x86_64", "AMD64"):
