@@ -22,7 +22,7 @@ RMSNORM_INLINE void backward_row(const Backward& b, const BackwardRows& rows, in
     });
     mean = splat((S)(sum.high / (double)b.columns));
   }
-  for_columns<1>(0, b.columns, [&](auto span, auto) __attribute__((always_inline)) {
+  for_columns<T, 1>(0, b.columns, [&](auto span, auto) __attribute__((always_inline)) {
     const V dy = span.load_from(grad), normalised = span.load_from(x) * scale;
     if constexpr (NeedInput) {
       V h = dy;

@@ -2,18 +2,21 @@
 #pragma once
 
 // Sixteen columns of a row starting at j, or the last few of them: absent lanes load as zero and are not stored.
+// Whatever the type of a pointer, its lanes are in the order that suits rows of type `Row` (half.h).
+template <class Row>
 struct Full {
   int64_t j;
   template <class T>
   RMSNORM_INLINE auto load_from(const T* row) const {
-    return load(row + j);
+    return load_for<Row>(row + j);
   }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
-    store(row + j, x);
+    store_for<Row>(row + j, x);
   }
 };
 
+template <class Row>
 struct Tail {
   int64_t j;
   int64_t count;
@@ -21,12 +24,12 @@ struct Tail {
   RMSNORM_INLINE auto load_from(const T* row) const {
     T lanes[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) lanes[i] = row[j + i];
-    return load(lanes);
+    return load_for<Row>(lanes);
   }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
     T lanes[kLanes];
-    store(lanes, x);
+    store_for<Row>(lanes, x);
     for (int64_t i = 0; i < count; ++i) row[j + i] = lanes[i];
   }
 };
@@ -37,23 +40,23 @@ struct Index {
 };
 
 // Calls body(span, Index<u>) over columns [begin, end), u cycling through 0..Unroll-1: independent accumulators.
-template <int Unroll, class Body>
+template <class Row, int Unroll, class Body>
 RMSNORM_INLINE void for_columns(int64_t begin, int64_t end, Body&& body) {
   int64_t j = begin;
   for (; j + Unroll * kLanes <= end; j += Unroll * kLanes) {
-    body(Full{j}, Index<0>{});
-    if constexpr (Unroll > 1) body(Full{j + kLanes}, Index<1>{});
+    body(Full<Row>{j}, Index<0>{});
+    if constexpr (Unroll > 1) body(Full<Row>{j + kLanes}, Index<1>{});
     if constexpr (Unroll > 2) {
-      body(Full{j + 2 * kLanes}, Index<2>{});
-      body(Full{j + 3 * kLanes}, Index<3>{});
+      body(Full<Row>{j + 2 * kLanes}, Index<2>{});
+      body(Full<Row>{j + 3 * kLanes}, Index<3>{});
     }
   }
   if constexpr (Unroll > 1) {
-    if (j + kLanes <= end) body(Full{j}, Index<0>{}), j += kLanes;
+    if (j + kLanes <= end) body(Full<Row>{j}, Index<0>{}), j += kLanes;
   }
   if constexpr (Unroll > 2) {
-    if (j + kLanes <= end) body(Full{j}, Index<1>{}), j += kLanes;
-    if (j + kLanes <= end) body(Full{j}, Index<2>{}), j += kLanes;
+    if (j + kLanes <= end) body(Full<Row>{j}, Index<1>{}), j += kLanes;
+    if (j + kLanes <= end) body(Full<Row>{j}, Index<2>{}), j += kLanes;
   }
-  if (j < end) body(Tail{j, end - j}, Index<Unroll - 1>{});
+  if (j < end) body(Tail<Row>{j, end - j}, Index<Unroll - 1>{});
 }

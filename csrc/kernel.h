@@ -17,7 +17,7 @@ inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; 
 
 // Most rows in one batch: enough that the first and the last row, which have nobody to overlap with, hardly count. A
 // divisor of kFlush, so that batches never straddle a flush of the weight's gradient.
-constexpr int64_t kBatch = 16;
+constexpr int64_t kBatch = 32;
 
 // Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.
 constexpr int64_t kFlush = 32;

@@ -7,12 +7,12 @@
 // Rows are reached one element at a time through the same conversions as whole vectors.
 template <class T>
 RMSNORM_INLINE double element(const T* row, int64_t i) {
-  const auto lanes = Tail{i, 1}.load_from(row);
+  const auto lanes = Tail<T>{i, 1}.load_from(row);
   return (double)lanes.v[0][0];
 }
 template <class T>
 RMSNORM_INLINE void set_element(T* row, int64_t i, double x) {
-  Tail{i, 1}.store_to(row, splat((Scalar<T>)x));
+  Tail<T>{i, 1}.store_to(row, splat((Scalar<T>)x));
 }
 
 // The row is normalised as (x·scale)·(high + low); 1/rms = scale·high, which forward keeps.

@@ -70,7 +70,7 @@ RMSNORM_INLINE Double2 two_sum(double a, double b) {
 
 template <class T>
 RMSNORM_INLINE Double2 value_of(const Sum<T>& sum) {
-  return {reduce(sum.total), 0.0};
+  return {reduce(in_order<T>(sum.total)), 0.0};
 }
 template <>
 RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
@@ -91,8 +91,8 @@ RMSNORM_INLINE Double2 sum_columns(int64_t columns, Add&& add) {
   int64_t begin = 0;
   do {  // at least once, so that an empty row sums to zero
     const int64_t end = columns - begin > Sum<T>::kBlock ? begin + Sum<T>::kBlock : columns;
-    for_columns<Sum<T>::kUnroll>(begin, end,
-                                 [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
+    for_columns<T, Sum<T>::kUnroll>(begin, end,
+                                    [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
     sum.end_block();
     begin = end;
   } while (begin < columns);

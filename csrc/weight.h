@@ -22,8 +22,8 @@ void make_gain(Type weight_type, const void* weight, double offset, Type gain_ty
     const auto* from = (const decltype(weight_tag)*)weight;
     auto* to = (decltype(gain_tag)*)gain;
     const auto shift = splat((decltype(gain_tag))offset);
-    for_columns<1>(0, count,
-                   [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
+    for_columns<float, 1>(0, count,
+                          [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
   };
   with_type(weight_type, [&](auto weight_tag) {
     gain_type == Type::f64 ? convert(weight_tag, double{}) : convert(weight_tag, float{});
@@ -33,7 +33,7 @@ void make_gain(Type weight_type, const void* weight, double offset, Type gain_ty
 void flush(Type type, void* partial, double* total, int64_t count) {
   const auto add = [&](auto tag) {
     auto* from = (decltype(tag)*)partial;
-    for_columns<1>(0, count, [&](auto span, auto) {
+    for_columns<float, 1>(0, count, [&](auto span, auto) {
       const auto part = span.load_from(from);
       span.store_to(total, span.load_from((const double*)total) + to_wide(part, double{}));
       span.store_to(from, decltype(part){});
@@ -46,7 +46,7 @@ void finish(const double* totals, int64_t chunks, int64_t columns, int64_t begin
             void* grad_weight) {
   with_type(type, [&](auto tag) {
     using W = decltype(tag);
-    for_columns<1>(begin, end, [&](auto span, auto) {
+    for_columns<float, 1>(begin, end, [&](auto span, auto) {
       D sum = {};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + span.load_from(totals + chunk * columns);
       span.store_to((W*)grad_weight, to_wide(sum, Scalar<W>{}));
