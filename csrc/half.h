@@ -138,9 +138,24 @@ RMSNORM_INLINE void store_split(float* p, const F& x) {
   _mm256_storeu2_m128(p + 8, p, low);
   _mm256_storeu2_m128(p + 12, p + 4, high);
 }
+template <class Row>
+RMSNORM_INLINE D in_order(const D& x) {
+  if constexpr (!kSplit<Row>) return x;
+  D r;
+  for (int i = 0; i < kDoubleRegs; i += 2) {
+    const DoubleReg even = x.v[i / 2], odd = x.v[i / 2 + kDoubleRegs / 2];
+    r.v[i] = __builtin_shuffle(even, odd, (WideBitsReg){0, 4, 1, 5});
+    r.v[i + 1] = __builtin_shuffle(even, odd, (WideBitsReg){2, 6, 3, 7});
+  }
+  return r;
+}
 #else
 template <class Row>
 constexpr bool kSplit = false;
+template <class Row>
+RMSNORM_INLINE const D& in_order(const D& x) {
+  return x;
+}
 #endif
 
 template <class Row, class T>
@@ -152,17 +167,6 @@ template <class Row, class T, class V>
 RMSNORM_INLINE void store_for(T* p, const V& x) {
   if constexpr (kSplit<Row>) store_split(p, x);
   else store(p, x);
-}
-template <class Row>
-RMSNORM_INLINE D in_order(const D& x) {
-  if constexpr (!kSplit<Row>) return x;
-  D r;
-  for (int i = 0; i < kDoubleRegs; i += 2) {
-    const DoubleReg even = x.v[i / 2], odd = x.v[i / 2 + kDoubleRegs / 2];
-    r.v[i] = __builtin_shuffle(even, odd, (WideBitsReg){0, 4, 1, 5});
-    r.v[i + 1] = __builtin_shuffle(even, odd, (WideBitsReg){2, 6, 3, 7});
-  }
-  return r;
 }
 
 // The value that storing as T and loading again would give.
