@@ -13,12 +13,13 @@ RMSNORM_INLINE Vector<T> load_row(const ForwardRows& rows, int64_t r, Span span)
 }
 
 // The store step: one vector of the output.
-template <class T, class Gain, class Out, bool RoundFirst, class Span>
+template <class T, class Gain, class Out, bool RoundFirst, bool Stream, class Span>
 RMSNORM_INLINE void store_part(const T* x, const Gain* gain, Out* out, Vector<T> high, Vector<T> low, Span span) {
   Vector<T> y = normalise<T>(span.load_from(x), high, low);
   if constexpr (RoundFirst) y = round_to<T>(y);
   if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
-  span.store_to(out, y);
+  if constexpr (Stream) stream_to(span, out, y);
+  else span.store_to(out, y);
 }
 
 // How many rows are between a row's sum and its store: several short ones, as the square roots and divisions of rows
@@ -53,11 +54,14 @@ void forward(const Forward& f, const ForwardRows& rows) {
       Out* out = (Out*)rows.output[r];
       const Vector<T> high = splat(rstd[r].high), low = splat(rstd[r].low);
       const auto store = [&](auto span, auto...) __attribute__((always_inline)) {
-        store_part<T, Gain, Out, RoundFirst>(x, gain, out, high, low, span);
+        store_part<T, Gain, Out, RoundFirst, false>(x, gain, out, high, low, span);
+      };
+      const auto stream = [&](auto span) __attribute__((always_inline)) {
+        store_part<T, Gain, Out, RoundFirst, true>(x, gain, out, high, low, span);
       };
       const bool last = r + ahead >= rows.count;
       if (__builtin_expect(rstd[r].safe && !last, 1)) {
-        sum_row(r + ahead, store);
+        rows.stream&& can_stream(out) ? sum_row(r + ahead, stream) : sum_row(r + ahead, store);
       } else if (rstd[r].safe) {
         for_columns<T, 2>(0, f.columns, store);
       } else {
@@ -67,6 +71,7 @@ void forward(const Forward& f, const ForwardRows& rows) {
       if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = rstd[r].high;
     }
   }
+  if (rows.stream) finish_streaming();
 }
 
 template <class T, class Gain, class Out, bool RoundFirst>

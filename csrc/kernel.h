@@ -39,7 +39,8 @@ struct ForwardRows {
   const void* residual[kBatch];
   void* sum[kBatch];
   void* output[kBatch];
-  void* rstd;  // one wide(input) value per row of this batch, or null
+  void* rstd;   // one wide(input) value per row of this batch, or null
+  bool stream;  // output is larger than the caches: its stores should go past them
 };
 
 struct Backward {

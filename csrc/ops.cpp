@@ -45,7 +45,9 @@ Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  ask_for_huge_pages(tensor.data_ptr(), tensor.numel() * size_of(type));
+  return tensor;
 }
 
 Tensor empty_like(const Tensor& tensor, Type type) { return empty(tensor.sizes().data(), tensor.dim(), type); }
@@ -149,8 +151,8 @@ void run_forward(const Tensor& input, const Tensor* residual, const OptionalTens
   const Gain gain(weight, offset, type, shape.columns, true);
   const Tensor x = with_plain_rows(input, shape.outer);
   const Tensor added = residual ? with_plain_rows(*residual, shape.outer) : Tensor();
-  const Forward f = {shape.columns, eps, type, type_of(output), gain.type, round_first, residual != nullptr, gain.data};
   const auto operands = operands_of<kForwardOperands>(x, shape.outer, {&x, &output, residual ? &added : nullptr, sum});
+  const Forward f = {shape.columns, eps, type, type_of(output), gain.type, round_first, residual != nullptr, gain.data};
   char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
   const Target& target = current_target();
   parallel(operands.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(shape.columns, 1)),
@@ -243,9 +245,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
   const bool add = grad_sum && need_input;
   const Tensor ds = add ? with_plain_rows(*grad_sum, shape.outer) : Tensor(), r = torch::stable::contiguous(rstd);
-  const Backward b = {shape.columns, eps, type, need_input, need_weight, add, gain.data};
   const auto operands = operands_of<kBackwardOperands>(
       x, shape.outer, {&x, &dy, need_input ? &grad_input : nullptr, add ? &ds : nullptr});
+  const Backward b = {shape.columns, eps, type, need_input, need_weight, add, gain.data};
   const char* statistic = static_cast<const char*>(r.data_ptr());
   const Target& target = current_target();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(shape.columns, 1));
@@ -280,3 +282,9 @@ STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
 }
 
 }  // namespace rmsnorm
+
+extern "C" __attribute__((visibility("default"))) int64_t rmsnorm_large_bytes() { return rmsnorm::large_bytes(); }
+
+extern "C" __attribute__((visibility("default"))) void rmsnorm_set_large_bytes(int64_t bytes) {
+  rmsnorm::large_bytes() = bytes;
+}

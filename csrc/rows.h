@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "kernel.h"
+#include "memory.h"
 
 namespace rmsnorm {
 
@@ -70,6 +71,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows;
+  rows.stream = is_large(operands.rows * f.columns * size_of(f.output));
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;

@@ -26,6 +26,8 @@ namespace {
 
 #include "rescue.h"
 
+#include "stream.h"
+
 #include "forward.h"
 
 #include "backward.h"

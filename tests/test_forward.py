@@ -35,7 +35,7 @@ from oracle import (
     weights,
 )
 
-from rmsnorm import _native, rms_norm
+from rmsnorm import _native, add_rms_norm, rms_norm
 
 OFFSETS = (0.0, 1.0, 0.5)
 NATIVE = bool(_native.cpu_targets())
@@ -251,3 +251,39 @@ def test_powers_of_two_scale_out(problem, power):
     expected = rms_norm(x, x.shape[1], weight, 0.0, offset=offset, casting_mode=mode)
     scaled = rms_norm(x * 2.0**power, x.shape[1], weight, 0.0, offset=offset, casting_mode=mode)
     assert same_bits(scaled, expected), f"2^{power}"
+
+
+@pytest.fixture
+def everything_is_large():
+    """Every output is taken for larger than the caches, as those from 8 to 32 MiB on are."""
+    before = _native.large_bytes()
+    yield lambda: _native.set_large_bytes(1)
+    _native.set_large_bytes(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_large, dtype):
+    """Streamed rows (aligned to 32 bytes), rows beside them that can't be, and outputs in huge pages."""
+
+    def results():
+        for columns, rows, mode in product(COLUMNS, (0, 1, 3, 70), MODES):
+            x = sample(rows, columns, dtype)
+            for weight in weights(columns, dtype):
+                yield rms_norm(x, columns, weight, EPS, casting_mode=mode)
+                yield from add_rms_norm(x, x.flip(0), columns, weight, EPS, casting_mode=mode)
+                place = torch.full((rows, columns + 7), 5.0)
+                for start in (0, 1):  # rows at every alignment
+                    y = place.to(rms_norm(x[:0], columns, weight, EPS, casting_mode=mode).dtype, copy=True)
+                    rms_norm(x, columns, weight, EPS, casting_mode=mode, out=y[:, start : start + columns])
+                    yield y
+
+    small = list(results())
+    everything_is_large()
+    for expected, y in zip(small, results(), strict=True):
+        assert same_bits(y, expected)
+
+
+def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
+    assert 8 * 2**20 <= _native.large_bytes() <= 32 * 2**20
+    everything_is_large()
+    assert _native.large_bytes() == 1

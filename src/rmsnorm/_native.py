@@ -49,6 +49,8 @@ def load() -> None:
         _library.rmsnorm_cpu_targets.restype = ctypes.c_char_p
         _library.rmsnorm_install.argtypes = [ctypes.c_bool]
         _library.rmsnorm_install.restype = ctypes.c_char_p
+        _library.rmsnorm_set_large_bytes.argtypes = [ctypes.c_int64]
+        _library.rmsnorm_large_bytes.restype = ctypes.c_int64
         if target:
             set_cpu_target(target)
 
@@ -74,6 +76,17 @@ def set_cpu_target(name: str) -> None:
         raise RuntimeError(
             f"CPU target {name!r} can't run here: this CPU and this build have {', '.join(cpu_targets()) or 'none'}"
         )
+
+
+def large_bytes() -> int:
+    """From how many bytes on an output goes past the caches, in huge pages if it is fresh (csrc/memory.h)."""
+    return _library.rmsnorm_large_bytes() if _library else 0
+
+
+def set_large_bytes(count: int) -> None:
+    """Sets it, in every thread. For the tests: from 1 on every output is large."""
+    assert _library is not None
+    _library.rmsnorm_set_large_bytes(count)
 
 
 def fill_slot(on: bool) -> str | None:

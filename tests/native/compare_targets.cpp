@@ -142,6 +142,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0)};
   ForwardRows rows = {};
   rows.count = kRows;
+  rows.stream = need_input;  // the rows that happen to be aligned
   rows.rstd = rstd.data();
   for (int64_t r = 0; r < kRows; ++r)
     rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r);

@@ -1,0 +1,41 @@
+// The only file that knows about memory larger than the caches: pages, and stores past the caches.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace rmsnorm {
+
+// Outputs from this size on, in bytes: a last-level cache, as by then nothing of the input is left in it when the
+// output is written, and nothing of the output when it is read. Tests set it to 1.
+inline std::atomic<int64_t>& large_bytes() {
+  static std::atomic<int64_t> bytes{[] {
+    int64_t cache = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or -1 where it isn't told
+#endif
+    return std::clamp<int64_t>(cache, int64_t{8} << 20, int64_t{32} << 20);
+  }()};
+  return bytes;
+}
+
+inline bool is_large(int64_t bytes) { return bytes >= large_bytes().load(std::memory_order_relaxed); }
+
+// Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
+// page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
+// not, or the system keeps its huge pages for itself, the request does nothing.
+inline void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  if (!is_large(bytes)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace rmsnorm
