@@ -31,7 +31,6 @@ inline bool is_large(int64_t bytes) { return bytes >= large_bytes().load(std::me
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096;
-  if (!is_large(bytes)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

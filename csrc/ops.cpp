@@ -40,40 +40,54 @@ ScalarType scalar_of(Type type) {
 }
 
 Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
-  int64_t strides[kMaxDims];
-  for (int64_t d = dims, stride = 1; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  int64_t strides[kMaxDims], stride = 1;
+  for (int64_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  ask_for_huge_pages(tensor.data_ptr(), tensor.numel() * size_of(type));
+  const int64_t bytes = stride * size_of(type);
+  if (is_large(bytes)) ask_for_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 
-Tensor empty_like(const Tensor& tensor, Type type) { return empty(tensor.sizes().data(), tensor.dim(), type); }
+Tensor empty_like(const Tensor& tensor, Type type) {
+  const auto sizes = tensor.sizes();
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), type);
+}
 
 // What both directions need to know of the shape.
 struct Shape {
   int64_t outer;    // outer dimensions
   int64_t columns;  // elements of a row
-  Shape(const Tensor& input, int64_t dims) : outer(input.dim() - dims), columns(1) {
-    STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", input.dim(), ", but is ", dims);
-    for (int64_t d = outer; d < input.dim(); ++d) columns *= input.size(d);
+  Shape(const Tensor& input, int64_t dims) : columns(1) {
+    const auto sizes = input.sizes();
+    outer = static_cast<int64_t>(sizes.size()) - dims;
+    STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
+    for (size_t d = outer; d < sizes.size(); ++d) columns *= sizes[d];
   }
 };
 
 // A row can be read in place if its elements lie side by side.
 bool has_plain_rows(const Tensor& tensor, int64_t outer) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
-  for (int64_t d = tensor.dim(); d-- > outer;) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
+  for (int64_t d = static_cast<int64_t>(sizes.size()); d-- > outer;) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
   }
   return true;
 }
 
 Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
   return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
+}
+
+void check_weight(const Tensor& weight, const Tensor& input, const Shape& shape) {
+  const auto sizes = weight.sizes(), row = input.sizes();
+  bool same = weight.is_cpu() && sizes.size() == row.size() - shape.outer;
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == row[shape.outer + d];
+  STD_TORCH_CHECK(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
 }
 
 void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
@@ -92,7 +106,7 @@ Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<con
     if (!tensors[k]) continue;
     operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
     strides[k] = tensors[k]->strides().data();
-    bytes[k] = static_cast<int64_t>(tensors[k]->element_size());
+    bytes[k] = size_of(type_of(*tensors[k]));
   }
   const auto sizes = input.sizes();
   for (int64_t d = 0; d < outer; ++d) {
@@ -107,11 +121,12 @@ Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<con
 // The gain as a kernel reads it: the weight in place, or offset + weight formed once in the wide type.
 class Gain {
  public:
-  Gain(const OptionalTensor& weight, double offset, Type input, int64_t columns, bool may_be_input_type) {
+  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, bool may_be_input_type) {
     if (!weight) return;
-    STD_TORCH_CHECK(weight->numel() == columns, "rmsnorm: weight has ", weight->numel(), " elements for rows of ",
-                    columns);
-    plain_ = torch::stable::contiguous(*weight);
+    const Type input = type_of(x);
+    const int64_t columns = shape.columns;
+    check_weight(*weight, x, shape);
+    plain_ = with_plain_rows(*weight, 0);
     type = type_of(plain_);
     STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
                     "rmsnorm: no native kernel for a float64 weight and a narrower input");
@@ -148,7 +163,7 @@ void run_forward(const Tensor& input, const Tensor* residual, const OptionalTens
                  double offset, bool round_first, const Tensor& output, const Tensor* sum, const Tensor* rstd) {
   const Shape shape(input, dims);
   const Type type = type_of(input);
-  const Gain gain(weight, offset, type, shape.columns, true);
+  const Gain gain(weight, offset, input, shape, true);
   const Tensor x = with_plain_rows(input, shape.outer);
   const Tensor added = residual ? with_plain_rows(*residual, shape.outer) : Tensor();
   const auto operands = operands_of<kForwardOperands>(x, shape.outer, {&x, &output, residual ? &added : nullptr, sum});
@@ -236,7 +251,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   need_weight = need_weight && weight;
   const Shape shape(input, dims);
   const Type type = type_of(input);
-  const Gain gain(weight, offset, type, shape.columns, false);
+  const Gain gain(weight, offset, input, shape, false);
   const int64_t none = 0;
   const Tensor grad_input = need_input ? empty_like(input, type) : empty(&none, 1, type);
   const Tensor grad_weight = need_weight ? empty_like(*weight, type_of(*weight)) : empty(&none, 1, type);

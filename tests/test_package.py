@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "_vmap": {"_ops", "reference"},
     "_autograd": {"_ops", "_vmap", "reference"},
     "_onnx": {"reference"},
-    "functional": {"_autograd", "_onnx", "_ops", "reference"},
+    "functional": {"_autograd", "_everyday", "_onnx", "_ops", "reference"},
+    "_everyday": {"_autograd", "_ops"},
     "module": {"functional"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
@@ -91,7 +92,7 @@ def test_every_file_says_what_it_is_for(path):
         ("environ.get", ["_native"]),
         ("library.define", ["_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd"]),
+        ("autograd.Function", ["_autograd", "_everyday"]),
     ],
 )
 def test_one_owner(text, owners):

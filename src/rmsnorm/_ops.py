@@ -17,7 +17,8 @@ from . import _native, reference
 library = torch.library.Library("rmsnorm", "DEF")
 
 _SCHEMAS = {
-    "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first) -> Tensor",
+    "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset=0.0, bool round_first=False)"
+    " -> Tensor",
     "rms_norm_out": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, "
     "Tensor(a!) out) -> ()",
     "rms_norm_forward": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first)"
@@ -31,8 +32,18 @@ _SCHEMAS = {
 }
 
 
-def _rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
+def _check(input: Tensor, weight: Tensor | None, dims: int) -> None:
+    """What the kernels check, for devices without kernels: ``functional.py`` leaves it to the operator."""
+    fits = weight is None or (weight.shape == input.shape[input.dim() - dims :] and weight.device == input.device)
+    if not fits or not 0 < dims <= input.dim() or input.is_complex() or not input.is_floating_point():
+        raise RuntimeError("rmsnorm: input and weight don't fit, or are of no floating type; call rmsnorm.rms_norm")
+
+
+def _rms_norm(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
+) -> Tensor:
     _native.warn_if_missing(input)
+    _check(input, weight, dims)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
 
 
@@ -46,6 +57,7 @@ def _rms_norm_forward(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     _native.warn_if_missing(input)
+    _check(input, weight, dims)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)
 
 
@@ -78,6 +90,7 @@ def _add_rms_norm_forward(
     input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _native.warn_if_missing(input)
+    _check(input, weight, dims)
     sum = (input + residual).contiguous()
     output, rstd = reference.rms_norm(sum, weight, dims, eps, offset, round_first)
     return output, sum, rstd
@@ -88,8 +101,9 @@ def _like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _fake_rms_norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
 ) -> Tensor:
+    _check(input, weight, dims)
     return _like(input, reference.result_dtype(input, weight, round_first))
 
 
@@ -144,6 +158,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
 
 _native.load()
+native = bool(_native.cpu_targets())
 
 rms_norm = torch.ops.rmsnorm.rms_norm.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import _autograd, _onnx, _ops, reference
+from . import _autograd, _everyday, _onnx, _ops, reference
 
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
@@ -60,6 +60,19 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
+    if out is None and (way := _everyday.short_way(input, weight)):
+        shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+        if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
+            if eps is None:
+                eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
+            try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+                return (
+                    way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
+                    if offset or casting_mode != "torch"
+                    else way(input, weight, len(shape), eps)  # 0.3 µs less
+                )
+            except (RuntimeError, KeyError):
+                pass
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
     if out is not None:
         _check_out(out, input, weight, round_first)
@@ -128,7 +141,7 @@ def _resolve(
 
     ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _as_tuple(normalized_shape)
     dims = len(shape)
     if not dims or input.shape[-dims:] != shape or (weight is not None and weight.shape != shape):
         _raise_shape(name, input, shape, weight)
@@ -151,6 +164,10 @@ def _resolve(
     if eps is None:
         eps = _EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else _EPS
     return dims, eps, round_first, native
+
+
+def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def check_casting_mode(name: str, casting_mode: str) -> None:
