@@ -45,7 +45,7 @@ class BuildNative(build_ext):
         for name, flags in TARGETS.items():
             define = [f"-DRMSNORM_TARGET=target_{name}", f'-DRMSNORM_TARGET_NAME="{name}"']
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
-        units += [("csrc/ops.cpp", "ops.o", boundary), ("csrc/aten.cpp", "aten.o", boundary)]
+        units += [(f"csrc/{name}.cpp", f"{name}.o", boundary) for name in ("ops", "layer_ops", "aten")]
         units.append(("csrc/dispatch.cpp", "dispatch.o", [*common, "-O2"]))
         compiler = os.environ.get("CXX", "c++")
 

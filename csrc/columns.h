@@ -14,6 +14,10 @@ struct Full {
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
     store_for<Row>(row + j, x);
   }
+  template <class V>
+  RMSNORM_INLINE const V& present(const V& x) const {
+    return x;
+  }
 };
 
 template <class Row>
@@ -31,6 +35,14 @@ struct Tail {
     T lanes[kLanes];
     store_for<Row>(lanes, x);
     for (int64_t i = 0; i < count; ++i) row[j + i] = lanes[i];
+  }
+  // The vector with zeros in the absent lanes.
+  template <class V>
+  RMSNORM_INLINE V present(const V& x) const {
+    std::remove_cvref_t<decltype(x.v[0][0])> lanes[kLanes];
+    store_for<Row>(lanes, x);
+    for (int64_t i = count; i < kLanes; ++i) lanes[i] = 0;
+    return load_for<Row>(lanes);
   }
 };
 

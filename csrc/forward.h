@@ -13,11 +13,13 @@ RMSNORM_INLINE Vector<T> load_row(const ForwardRows& rows, int64_t r, Span span)
 }
 
 // The store step: one vector of the output.
-template <class T, class Gain, class Out, bool RoundFirst, bool Stream, class Span>
-RMSNORM_INLINE void store_part(const T* x, const Gain* gain, Out* out, Vector<T> high, Vector<T> low, Span span) {
-  Vector<T> y = normalise<T>(span.load_from(x), high, low);
+template <class Norm, class Gain, class Out, bool RoundFirst, bool Stream, class T, class Span>
+RMSNORM_INLINE void store_part(const T* x, const Gain* gain, const Gain* bias, Out* out,
+                               const typename Norm::Normaliser& normalised, Span span) {
+  Vector<T> y = normalised(span.load_from(x));
   if constexpr (RoundFirst) y = round_to<T>(y);
   if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
+  if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias);
   if constexpr (Stream) stream_to(span, out, y);
   else span.store_to(out, y);
 }
@@ -32,43 +34,48 @@ int64_t rows_ahead(int64_t columns) {
 
 // While one row is stored, a later one is summed: reading and writing overlap, and both passes take little more time
 // than a copy (8192x512 fp32, 1 thread of a Zen 3: 1.04 times memcpy; the two passes one after the other, 1.5 times).
-template <class T, class Gain, class Out, bool RoundFirst, bool Add>
+template <class Norm, class Gain, class Out, bool RoundFirst, bool Add>
 void forward(const Forward& f, const ForwardRows& rows) {
-  const Gain* gain = (const Gain*)f.gain;
-  Double2 sums[kBatch];
-  Rstd<Scalar<T>> rstd[kBatch];
+  using T = typename Norm::Element;
+  const Gain *gain = (const Gain*)f.gain, *bias = (const Gain*)f.bias;
+  typename Norm::Values sums[kBatch];
+  typename Norm::Row row[kBatch];
   const auto sum_row = [&](int64_t r, auto&& store) __attribute__((always_inline)) {
-    sums[r] = sum_columns<T>(f.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-      sum.add_square(u, load_row<T, Add>(rows, r, span));
-      store(span);
-    });
+    const auto adder = Norm::adder((const T*)rows.input[r], f.columns);
+    sums[r] =
+        sum_columns<T, typename Norm::Sums>(f.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
+          adder.add(sum, u, load_row<T, Add>(rows, r, span), span);
+          store(span);
+        });
   };
   const auto only_sum_row = [&](int64_t r) __attribute__((noinline)) { sum_row(r, [](auto) {}); };
   const int64_t ahead = rows_ahead<T>(f.columns);
   for (int64_t r = 0; r < ahead && r < rows.count; ++r) only_sum_row(r);
   for (int64_t begin = 0; begin < rows.count; begin += ahead) {
     const int64_t end = begin + ahead < rows.count ? begin + ahead : rows.count;
-    for (int64_t r = begin; r < end; ++r) rstd[r] = rstd_from<T>(sums[r], f.columns, f.eps);
+    for (int64_t r = begin; r < end; ++r) row[r] = Norm::row(sums[r], (const T*)rows.input[r], f.columns, f.eps);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = (const T*)(Add ? rows.sum[r] : rows.input[r]);
       Out* out = (Out*)rows.output[r];
-      const Vector<T> high = splat(rstd[r].high), low = splat(rstd[r].low);
+      const typename Norm::Normaliser normalised(row[r]);
       const auto store = [&](auto span, auto...) __attribute__((always_inline)) {
-        store_part<T, Gain, Out, RoundFirst, false>(x, gain, out, high, low, span);
+        store_part<Norm, Gain, Out, RoundFirst, false>(x, gain, bias, out, normalised, span);
       };
       const auto stream = [&](auto span) __attribute__((always_inline)) {
-        store_part<T, Gain, Out, RoundFirst, true>(x, gain, out, high, low, span);
+        store_part<Norm, Gain, Out, RoundFirst, true>(x, gain, bias, out, normalised, span);
       };
       const bool last = r + ahead >= rows.count;
-      if (__builtin_expect(rstd[r].safe && !last, 1)) {
+      if (__builtin_expect(row[r].safe && !last, 1)) {
         rows.stream&& can_stream(out) ? sum_row(r + ahead, stream) : sum_row(r + ahead, store);
-      } else if (rstd[r].safe) {
+      } else if (row[r].safe) {
         for_columns<T, 2>(0, f.columns, store);
       } else {
-        rstd[r].high = rescue_forward<T, Gain, Out, RoundFirst>(x, gain, out, f.columns, f.eps);
+        rescue_forward<RoundFirst>(row[r], x, gain, bias, out, f.columns, f.eps);
         if (!last) only_sum_row(r + ahead);
       }
-      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = rstd[r].high;
+      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row[r].high;
+      if constexpr (Norm::kBias)
+        if (rows.mean) rows.mean[r] = row[r].mean;
     }
   }
   if (rows.stream) finish_streaming();
@@ -76,7 +83,13 @@ void forward(const Forward& f, const ForwardRows& rows) {
 
 template <class T, class Gain, class Out, bool RoundFirst>
 ForwardKernel forward_of(const Forward& f) {
-  return f.add ? &forward<T, Gain, Out, RoundFirst, true> : &forward<T, Gain, Out, RoundFirst, false>;
+  return f.add ? &forward<Rms<T>, Gain, Out, RoundFirst, true> : &forward<Rms<T>, Gain, Out, RoundFirst, false>;
+}
+
+template <class T>
+ForwardKernel layer_of(const Forward& f) {
+  return f.gain_type == Type::none ? &forward<Layer<T>, void, T, false, false>
+                                   : &forward<Layer<T>, Scalar<T>, T, false, false>;
 }
 
 template <class T>
@@ -93,7 +106,17 @@ ForwardKernel forward_of_full(const Forward& f) {
   return f.gain_type == Type::none ? forward_of<T, void, T, false>(f) : forward_of<T, T, T, false>(f);
 }
 
+ForwardKernel select_layer_forward(const Forward& f) {
+  switch (f.input) {
+    case Type::bf16: return layer_of<bf16>(f);
+    case Type::f16: return layer_of<f16>(f);
+    case Type::f64: return layer_of<double>(f);
+    default: return layer_of<float>(f);
+  }
+}
+
 ForwardKernel select_forward(const Forward& f) {
+  if (f.layer) return select_layer_forward(f);
   switch (f.input) {
     case Type::bf16: return forward_of_half<bf16>(f);
     case Type::f16: return forward_of_half<f16>(f);

@@ -31,6 +31,8 @@ struct Forward {
   bool round_first;  // round to the input's type before the gain (Llama) instead of after it (torch)
   bool add;          // sum = input + residual first
   const void* gain;
+  bool layer;  // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
+  const void* bias;
 };
 
 struct ForwardRows {
@@ -39,8 +41,9 @@ struct ForwardRows {
   const void* residual[kBatch];
   void* sum[kBatch];
   void* output[kBatch];
-  void* rstd;   // one wide(input) value per row of this batch, or null
-  bool stream;  // output is larger than the caches: its stores should go past them
+  void* rstd;    // one wide(input) value per row of this batch, or null
+  double* mean;  // the same, for LayerNorm
+  bool stream;   // output is larger than the caches: its stores should go past them
 };
 
 struct Backward {
@@ -51,6 +54,7 @@ struct Backward {
   bool need_weight;
   bool add;          // a gradient arrives at the sum itself
   const void* gain;  // wide(input), or null
+  bool layer;        // LayerNorm; add is false
 };
 
 struct BackwardRows {
@@ -59,8 +63,9 @@ struct BackwardRows {
   const void* grad[kBatch];
   const void* grad_sum[kBatch];
   void* grad_input[kBatch];
-  const void* rstd;   // one wide(input) value per row of this batch
-  void* grad_weight;  // wide(input)[columns], added to
+  const void* rstd;    // one wide(input) value per row of this batch
+  const double* mean;  // the same, for LayerNorm
+  void* grad_weight;   // wide(input)[columns], added to; LayerNorm: [2][columns], the bias's gradient behind it
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);

@@ -15,14 +15,16 @@ RMSNORM_INLINE void set_element(T* row, int64_t i, double x) {
   Tail<T>{i, 1}.store_to(row, splat((Scalar<T>)x));
 }
 
-// The row is normalised as (x·scale)·(high + low); 1/rms = scale·high, which forward keeps.
+// The row is normalised as (x·scale - mean)·(high + low); 1/rms = scale·high, which forward keeps. RMSNorm's mean is 0.
 struct ScaledRow {
   double scale, high, low;
-  RMSNORM_INLINE double normalise(double x) const { return __builtin_fma(x * scale, high, x * scale * low); }
+  Double2 mean;
+  RMSNORM_INLINE double centred(double x) const { return (x * scale - mean.high) - mean.low; }
+  RMSNORM_INLINE double normalise(double x) const { return __builtin_fma(centred(x), high, centred(x) * low); }
 };
 
 template <class T>
-ScaledRow scale_row(const T* x, int64_t columns, double eps) {
+ScaledRow scale_row(const T* x, int64_t columns, double eps, bool layer) {
   double largest = __builtin_sqrt(eps > 0 ? eps : 0.0);
   for (int64_t i = 0; i < columns; ++i) {
     const double magnitude = __builtin_fabs(element(x, i));
@@ -32,28 +34,54 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps) {
   if (largest > 0 && largest < __builtin_inf()) __builtin_frexp(largest, &exponent);
   // 2^1023 is the largest power; for the smallest subnormals the squares are then 2^-102, still exact enough.
   if (exponent < -1022) exponent = -1022;
-  const double scale = __builtin_ldexp(1.0, -exponent);
-  Double2 sum = {0.0, 0.0};
-  for (int64_t i = 0; i < columns; ++i) {
-    const double scaled = element(x, i) * scale, square = scaled * scaled;
-    const Double2 next = two_sum(sum.high, square);
-    sum = {next.high, sum.low + (next.low + __builtin_fma(scaled, scaled, -square))};
+  ScaledRow row = {__builtin_ldexp(1.0, -exponent), 0.0, 0.0, {0.0, 0.0}};
+  const auto sum = [&](auto&& term) {
+    Double2 sum = {0.0, 0.0};
+    for (int64_t i = 0; i < columns; ++i) {
+      const Double2 next = two_sum(sum.high, term(element(x, i)));
+      sum = {next.high, sum.low + next.low};
+    }
+    return sum;
+  };
+  if (layer) {
+    const double n = (double)columns;
+    const Double2 total = sum([&](double value) { return value * row.scale; });
+    row.mean.high = total.high / n;
+    row.mean.low = (__builtin_fma(-row.mean.high, n, total.high) + total.low) / n;
   }
-  const Rstd<double> rstd = rstd_from<double>(sum, columns, eps * scale * scale);
-  return {scale, rstd.high, rstd.low};
+  double lost = 0.0;
+  Double2 squares = sum([&](double value) {
+    const double centred = row.centred(value), square = centred * centred;
+    lost += __builtin_fma(centred, centred, -square);
+    return square;
+  });
+  squares.low += lost;
+  const Rstd<double> rstd = rstd_from<double>(squares, columns, eps * row.scale * row.scale);
+  row.high = rstd.high, row.low = rstd.low;
+  return row;
 }
 
-template <class T, class Gain, class Out, bool RoundFirst>
-__attribute__((noinline, cold)) Scalar<T> rescue_forward(const T* x, const Gain* gain, Out* out, int64_t columns,
-                                                         double eps) {
-  const ScaledRow row = scale_row(x, columns, eps);
+template <class S>
+RMSNORM_INLINE void keep_mean(Rstd<S>&, const ScaledRow&) {}
+template <class S>
+RMSNORM_INLINE void keep_mean(LayerRow<S>& row, const ScaledRow& scaled) {
+  row.mean = scaled.mean.high / scaled.scale;
+}
+
+template <bool RoundFirst, class Row, class T, class Gain, class Out>
+__attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const Gain* gain, const Gain* bias, Out* out,
+                                                    int64_t columns, double eps) {
+  constexpr bool layer = std::is_same_v<Row, LayerRow<Scalar<T>>>;
+  const ScaledRow scaled = scale_row(x, columns, eps, layer);
   for (int64_t i = 0; i < columns; ++i) {
-    double y = row.normalise(element(x, i));
+    double y = scaled.normalise(element(x, i));
     if constexpr (RoundFirst) y = (double)round_to<T>(splat((Scalar<T>)y)).v[0][0];
     if constexpr (!std::is_void_v<Gain>) y = y * element(gain, i);
+    if constexpr (!std::is_void_v<Gain> && layer) y = y + element(bias, i);
     set_element(out, i, y);
   }
-  return (Scalar<T>)(row.high * row.scale);
+  row.high = (Scalar<T>)(scaled.high * scaled.scale);
+  keep_mean(row, scaled);
 }
 
 template <class T>
@@ -64,20 +92,24 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const S* gain = (const S*)b.gain;
   // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
-  const double rstd = (double)((const S*)rows.rstd)[r];
+  const double rstd = (double)((const S*)rows.rstd)[r], mean = b.layer ? rows.mean[r] : 0.0;
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
   const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
-  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0} : scale_row(x, b.columns, b.eps);
-  double mean = 0.0;
-  for (int64_t i = 0; i < b.columns; ++i)
-    mean += element(grad, i) * (gain ? (double)gain[i] : 1.0) * row.normalise(element(x, i)) / (double)b.columns;
+  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}} : scale_row(x, b.columns, b.eps, b.layer);
+  double mean_h = 0.0, mean_product = 0.0;
+  for (int64_t i = 0; i < b.columns; ++i) {
+    const double h = element(grad, i) * (gain ? (double)gain[i] : 1.0) / (double)b.columns;
+    mean_product += h * row.normalise(element(x, i));
+    if (b.layer) mean_h += h;
+  }
   for (int64_t i = 0; i < b.columns; ++i) {
     const double dy = element(grad, i), normalised = row.normalise(element(x, i));
     if (b.need_input) {
-      double dx = (dy * (gain ? (double)gain[i] : 1.0) - normalised * mean) * row.high * row.scale;
+      double dx = ((dy * (gain ? (double)gain[i] : 1.0) - mean_h) - normalised * mean_product) * row.high * row.scale;
       if (b.add) dx += element((const T*)rows.grad_sum[r], i);
       set_element((T*)rows.grad_input[r], i, dx);
     }
     if (b.need_weight) ((S*)rows.grad_weight)[i] += (S)(dy * normalised);
+    if (b.need_weight && b.layer) ((S*)rows.grad_weight)[b.columns + i] += (S)dy;
   }
 }

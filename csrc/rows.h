@@ -66,8 +66,9 @@ class Cursor {
 
 enum ForwardOperand { kInput, kOutput, kResidual, kSum, kForwardOperands };
 
+// `rstd` and `mean` have one value per row, or are null.
 inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, char* rstd,
-                         int64_t begin, int64_t end) {
+                         double* mean, int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows;
@@ -75,6 +76,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
+    rows.mean = mean ? mean + row : nullptr;
     for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
       rows.input[r] = cursor[kInput];
       rows.output[r] = cursor[kOutput];
@@ -92,9 +94,14 @@ enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kBackwardOperands };
 // chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB).
 inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 127) / 128); }
 
-// Rows of one chunk; `partial` is wide(input)[columns] and zero, `total` is double[columns], or both null.
+// Columns of the weight's gradient, with the bias's behind it.
+inline int64_t weight_columns(const Backward& b) { return b.layer ? 2 * b.columns : b.columns; }
+
+// Rows of one chunk; `partial` is wide(input)[weight_columns] and zero, `total` is double[weight_columns], or both
+// null.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
-                          const char* rstd, char* partial, double* total, int64_t begin, int64_t end) {
+                          const char* rstd, const double* mean, char* partial, double* total, int64_t begin,
+                          int64_t end) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows;
@@ -102,6 +109,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
+    rows.mean = mean ? mean + row : nullptr;
     for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
       rows.input[r] = cursor[kX];
       rows.grad[r] = cursor[kGrad];
@@ -110,7 +118,8 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     }
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;
-    if (partial && (done % kFlush == 0 || begin + done == end)) target.flush(wide(b.input), partial, total, b.columns);
+    if (partial && (done % kFlush == 0 || begin + done == end))
+      target.flush(wide(b.input), partial, total, weight_columns(b));
   }
 }
 

@@ -84,15 +84,15 @@ RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
   return two_sum(value.high, value.low);
 }
 
-// Runs add(sum, span, u) over all columns and returns the sum.
-template <class T, class Add>
-RMSNORM_INLINE Double2 sum_columns(int64_t columns, Add&& add) {
-  Sum<T> sum;
+// Runs add(sum, span, u) over all columns and returns the value of the sum.
+template <class T, class Sums, class Add>
+RMSNORM_INLINE auto sum_columns(int64_t columns, Add&& add) {
+  Sums sum;
   int64_t begin = 0;
   do {  // at least once, so that an empty row sums to zero
-    const int64_t end = columns - begin > Sum<T>::kBlock ? begin + Sum<T>::kBlock : columns;
-    for_columns<T, Sum<T>::kUnroll>(begin, end,
-                                    [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
+    const int64_t end = columns - begin > Sums::kBlock ? begin + Sums::kBlock : columns;
+    for_columns<T, Sums::kUnroll>(begin, end,
+                                  [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
     sum.end_block();
     begin = end;
   } while (begin < columns);
@@ -142,3 +142,31 @@ RMSNORM_INLINE Vector<T> normalise(const Vector<T>& x, Vector<T> high, Vector<T>
   if constexpr (sizeof(T) == 2) return x * high;
   return fma(x, high, x * low);
 }
+
+// The statistic as the kernels know it; Layer in layer.h is the other one.
+template <class T>
+struct Rms {
+  static constexpr bool kBias = false;  // a mean to keep, and a bias to add
+  using Element = T;
+  using Sums = Sum<T>;
+  using Values = Double2;
+  using Row = Rstd<Scalar<T>>;
+
+  struct Square {
+    template <class Span>
+    RMSNORM_INLINE void add(Sums& sums, int u, const Vector<T>& x, Span) const {
+      sums.add_square(u, x);
+    }
+  };
+  RMSNORM_INLINE static Square adder(const T*, int64_t) { return {}; }
+  RMSNORM_INLINE static Row row(Values sum, const T*, int64_t columns, double eps) {
+    return rstd_from<T>(sum, columns, eps);
+  }
+
+  // x̂ of a vector, from splats of the row.
+  struct Normaliser {
+    Vector<T> high, low;
+    RMSNORM_INLINE Normaliser(const Row& row) : high(splat(row.high)), low(splat(row.low)) {}
+    RMSNORM_INLINE Vector<T> operator()(const Vector<T>& x) const { return normalise<T>(x, high, low); }
+  };
+};

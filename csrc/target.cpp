@@ -24,6 +24,8 @@ namespace {
 
 #include "statistic.h"
 
+#include "layer.h"
+
 #include "rescue.h"
 
 #include "stream.h"

@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "_onnx": {"reference"},
     "functional": {"_autograd", "_everyday", "_onnx", "_ops", "reference"},
     "_everyday": {"_autograd", "_ops"},
+    "_layer_norm": {"_ops"},
     "module": {"functional"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
-    "__init__": {"_info", "_install", "functional", "module"},
+    "__init__": {"_info", "_install", "_layer_norm", "functional", "module"},
 }
 
 
@@ -36,11 +37,13 @@ def test_public_page():
         sorted(rmsnorm.__all__)
         == sorted(public - submodules)
         == [
+            "LayerNorm",
             "RMSNorm",
             "add_rms_norm",
             "info",
             "install",
             "installed",
+            "layer_norm",
             "rms_norm",
             "uninstall",
         ]
@@ -92,7 +95,7 @@ def test_every_file_says_what_it_is_for(path):
         ("environ.get", ["_native"]),
         ("library.define", ["_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd", "_everyday"]),
+        ("autograd.Function", ["_autograd", "_everyday", "_layer_norm"]),
     ],
 )
 def test_one_owner(text, owners):

@@ -8,9 +8,21 @@ from ._info import version as _version
 from ._install import install as install
 from ._install import installed as installed
 from ._install import uninstall as uninstall
+from ._layer_norm import LayerNorm as LayerNorm
+from ._layer_norm import layer_norm as layer_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .module import RMSNorm as RMSNorm
 
-__all__ = ["RMSNorm", "add_rms_norm", "info", "install", "installed", "rms_norm", "uninstall"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "add_rms_norm",
+    "info",
+    "install",
+    "installed",
+    "layer_norm",
+    "rms_norm",
+    "uninstall",
+]
 __version__ = _version()

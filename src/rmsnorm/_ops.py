@@ -157,6 +157,18 @@ for _name, _schema in _SCHEMAS.items():
     library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
 
+# LayerNorm's: CPU only, as torch has the operator for all else, and nothing but _layer_norm.py calls them.
+library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")
+library.define(
+    "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps)"
+    " -> (Tensor output, Tensor mean, Tensor rstd)"
+)
+library.define(
+    "layer_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int dims, "
+    "float eps, bool need_input, bool need_weight, bool need_bias)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+
 _native.load()
 native = bool(_native.cpu_targets())
 
@@ -166,3 +178,6 @@ rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
 rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default
 add_rms_norm = torch.ops.rmsnorm.add_rms_norm.default
 add_rms_norm_forward = torch.ops.rmsnorm.add_rms_norm_forward.default
+layer_norm = torch.ops.rmsnorm.layer_norm.default
+layer_norm_forward = torch.ops.rmsnorm.layer_norm_forward.default
+layer_norm_backward = torch.ops.rmsnorm.layer_norm_backward.default

@@ -126,6 +126,7 @@ struct Case {
   Type input, gain, output;
   bool round_first, add;
   int64_t columns;
+  bool layer = false;
 };
 
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight) {
@@ -139,8 +140,10 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
       gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
   Bytes rstd(kRows * size_of(wide(c.input)));
 
-  Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0)};
+  Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0), c.layer, gain.at(0)};
+  std::vector<double> mean(kRows);
   ForwardRows rows = {};
+  rows.mean = mean.data();
   rows.count = kRows;
   rows.stream = need_input;  // the rows that happen to be aligned
   rows.rstd = rstd.data();
@@ -150,16 +153,19 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
 
   Bytes formed(c.columns * size_of(wide(c.input)));
   if (c.gain != Type::none) target.make_gain(c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
-  Bytes partial(formed.size());
-  std::vector<double> total(2 * c.columns);
+  Bytes partial(2 * formed.size());
+  const int64_t width = c.layer ? 2 * c.columns : c.columns;
+  std::vector<double> total(2 * width);
   Backward b = {c.columns,
                 1e-6,
                 c.input,
                 need_input,
                 need_weight,
                 c.add && need_input,
-                c.gain == Type::none ? nullptr : formed.data()};
+                c.gain == Type::none ? nullptr : formed.data(),
+                c.layer};
   BackwardRows back = {};
+  back.mean = mean.data();
   back.count = kRows;
   back.rstd = rstd.data();
   back.grad_weight = partial.data();
@@ -167,10 +173,12 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r),
     back.grad_input[r] = dx.at(r);
   target.backward(b)(b, back);
-  target.flush(wide(c.input), partial.data(), total.data(), c.columns);
-  Rows dw({}, 1, row_bytes, in);
-  target.finish(total.data(), 2, c.columns, 0, c.columns, c.input, dw.at(0));
-  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather()};
+  target.flush(wide(c.input), partial.data(), total.data(), width);
+  Rows dw({}, 1, c.layer ? 2 * row_bytes : row_bytes, in);
+  target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
+  Bytes means(kRows * sizeof(double));
+  std::memcpy(means.data(), mean.data(), means.size());
+  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means};
 }
 
 }  // namespace
@@ -183,29 +191,31 @@ int main(int argc, char** argv) {
   long compared = 0;
   for (Type input : kTypes)
     for (int64_t columns : kColumns)
-      for (int form = 0; form < 6; ++form)
+      for (int form = 0; form < 8; ++form)
         for (int add = 0; add < 2; ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
             const Case cases[] = {
                 {input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
                 {input, input, input, true, false, columns},       {input, wider, input, false, false, columns},
-                {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns}};
+                {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns},
+                {input, Type::none, input, false, false, columns}, {input, wider, input, false, false, columns}};
             Case c = cases[form];
-            c.add = add;
+            c.layer = form >= 6;
+            c.add = add && !c.layer;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2);
-            const Type types[] = {c.output, input, wider, input, input};
-            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight"};
+            const Type types[] = {c.output, input, wider, input, input, Type::f64};
+            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean"};
             char name[99];
             std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
                           needs, (long long)columns);
-            for (int i = 0; digest && i < 5; ++i)
+            for (int i = 0; digest && i < 6; ++i)
               std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
             if (digest) continue;
             for (const Target* target : targets) {
               if (target == targets[0]) continue;
               const auto actual = run(*target, c, needs & 1, needs & 2);
-              for (int i = 0; i < 5; ++i, ++compared)
+              for (int i = 0; i < 6; ++i, ++compared)
                 if (!same(expected[i], actual[i], types[i])) {
                   std::printf("%s differs: %s from %s, %s\n", names[i], target->name, targets[0]->name, name);
                   return 1;

@@ -66,18 +66,18 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
   current_target().make_gain(p.type, weight.data(), 1.0, wide(p.type), gain.data(), p.columns);
   const Target& target = current_target();
 
-  const Forward f = {p.columns, 1e-6, p.type, p.type, wide(p.type), false, true, gain.data()};
+  const Forward f = {p.columns, 1e-6, p.type, p.type, wide(p.type), false, true, gain.data(), false, nullptr};
   Operands<kForwardOperands> forward;
   forward.data = {input.data(), output.data(), residual.data(), sum.data()};
   forward.push(p.outer, {pitch, p.inner * pitch, p.inner * pitch, p.inner * pitch});
   forward.push(p.inner, {p.outer * pitch, pitch, pitch, pitch});
   parallel(threads, rows,
-           [&](int64_t begin, int64_t end) { forward_rows(target, f, forward, rstd.data(), begin, end); });
+           [&](int64_t begin, int64_t end) { forward_rows(target, f, forward, rstd.data(), nullptr, begin, end); });
 
   std::vector<Bytes> written = {output, sum, rstd};
   for (bool need_weight : {false, true}) {
     Bytes grad_input(rows * pitch), grad_weight(pitch);
-    const Backward b = {p.columns, 1e-6, p.type, true, need_weight, true, gain.data()};
+    const Backward b = {p.columns, 1e-6, p.type, true, need_weight, true, gain.data(), false};
     Operands<kBackwardOperands> backward;
     backward.data = {sum.data(), grad.data(), grad_input.data(), residual.data()};
     backward.push(p.outer, {p.inner * pitch, pitch, p.inner * pitch, p.inner * pitch});
@@ -88,15 +88,15 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
       parallel(threads, chunks, [&](int64_t begin, int64_t end) {
         const auto partial = std::make_unique<char[]>(p.columns * wide_size);
         for (int64_t chunk = begin; chunk < end; ++chunk)
-          backward_rows(target, b, backward, rstd.data(), partial.get(), totals.get() + chunk * p.columns, chunk * each,
-                        std::min(rows, (chunk + 1) * each));
+          backward_rows(target, b, backward, rstd.data(), nullptr, partial.get(), totals.get() + chunk * p.columns,
+                        chunk * each, std::min(rows, (chunk + 1) * each));
       });
       parallel(threads, p.columns, [&](int64_t begin, int64_t end) {
         target.finish(totals.get(), chunks, p.columns, begin, end, p.type, grad_weight.data());
       });
     } else {
       parallel(threads, rows, [&](int64_t begin, int64_t end) {
-        backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, begin, end);
+        backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, nullptr, begin, end);
       });
     }
     written.insert(written.end(), {grad_input, grad_weight});

@@ -1,0 +1,235 @@
+// The only file that knows torch's tensors and our rows: checks, allocates what is returned, hands rows to the threads.
+// Stable ABI only (TORCH_TARGET_VERSION): one binary for every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+
+#include "ops.h"
+#include "rows.h"
+
+namespace rmsnorm {
+
+using torch::headeronly::ScalarType;
+
+// Work below this many elements stays on the calling thread: waking another costs as much as 30,000 elements.
+constexpr int64_t kGrain = 32768;
+
+inline Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default:
+      STD_TORCH_CHECK(false,
+                      "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
+  }
+}
+
+inline ScalarType scalar_of(Type type) {
+  switch (type) {
+    case Type::f32: return ScalarType::Float;
+    case Type::f64: return ScalarType::Double;
+    case Type::bf16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
+  }
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
+  int64_t strides[kMaxDims], stride = 1;
+  for (int64_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  const int64_t bytes = stride * size_of(type);
+  if (is_large(bytes)) ask_for_huge_pages(tensor.data_ptr(), bytes);
+  return tensor;
+}
+
+inline Tensor empty_like(const Tensor& tensor, Type type) {
+  const auto sizes = tensor.sizes();
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), type);
+}
+
+// What stands for a gradient that was not asked for.
+inline Tensor none(Type type) {
+  const int64_t size = 0;
+  return empty(&size, 1, type);
+}
+
+// What both directions need to know of the shape.
+struct Shape {
+  int64_t outer;    // outer dimensions
+  int64_t columns;  // elements of a row
+  Shape(const Tensor& input, int64_t dims) : columns(1) {
+    const auto sizes = input.sizes();
+    outer = static_cast<int64_t>(sizes.size()) - dims;
+    STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
+    for (size_t d = outer; d < sizes.size(); ++d) columns *= sizes[d];
+  }
+};
+
+// A row can be read in place if its elements lie side by side.
+inline bool has_plain_rows(const Tensor& tensor, int64_t outer) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t expected = 1;
+  for (int64_t d = static_cast<int64_t>(sizes.size()); d-- > outer;) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+inline Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
+  return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline void check_weight(const Tensor& weight, const Tensor& input, const Shape& shape) {
+  const auto sizes = weight.sizes(), row = input.sizes();
+  bool same = weight.is_cpu() && sizes.size() == row.size() - shape.outer;
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == row[shape.outer + d];
+  STD_TORCH_CHECK(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
+}
+
+inline void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
+  bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type();
+  for (int64_t d = 0; same && d < input.dim(); ++d) same = tensor.size(d) == input.size(d);
+  STD_TORCH_CHECK(same, "rmsnorm: ", name, " must have the shape and dtype of input");
+}
+
+// Operands are given by their tensors; null where the call has none.
+template <int N>
+Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<const Tensor*, N>& tensors) {
+  Operands<N> operands;
+  std::array<const int64_t*, N> strides = {};
+  std::array<int64_t, N> bytes = {};
+  for (int k = 0; k < N; ++k) {
+    if (!tensors[k]) continue;
+    operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
+    strides[k] = tensors[k]->strides().data();
+    bytes[k] = size_of(type_of(*tensors[k]));
+  }
+  const auto sizes = input.sizes();
+  for (int64_t d = 0; d < outer; ++d) {
+    std::array<int64_t, N> step = {};
+    for (int k = 0; k < N; ++k)
+      if (tensors[k]) step[k] = strides[k][d] * bytes[k];
+    operands.push(sizes[d], step);
+  }
+  return operands;
+}
+
+// The gain as a kernel reads it: the weight in place, or offset + weight formed once in the wide type.
+class Gain {
+ public:
+  Gain() = default;
+  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, bool may_be_input_type) {
+    if (!weight) return;
+    const Type input = type_of(x);
+    const int64_t columns = shape.columns;
+    check_weight(*weight, x, shape);
+    plain_ = with_plain_rows(*weight, 0);
+    type = type_of(plain_);
+    STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
+                    "rmsnorm: no native kernel for a float64 weight and a narrower input");
+    data = plain_.data_ptr();
+    if (offset == 0.0 && (type == wide(input) || (type == input && may_be_input_type))) return;
+    formed_.reset(new char[columns * size_of(wide(input))]);
+    current_target().make_gain(type, data, offset, wide(input), formed_.get(), columns);
+    type = wide(input);
+    data = formed_.get();
+  }
+
+  // `count` times `value`.
+  Gain(double value, Type input, int64_t count) : type(wide(input)), formed_(new char[count * size_of(type)]) {
+    data = formed_.get();
+    if (type == Type::f64) std::fill_n(reinterpret_cast<double*>(formed_.get()), count, value);
+    else std::fill_n(reinterpret_cast<float*>(formed_.get()), count, static_cast<float>(value));
+  }
+
+  Type type = Type::none;
+  const void* data = nullptr;
+
+ private:
+  Tensor plain_;
+  std::unique_ptr<char[]> formed_;
+};
+
+// The least work worth a thread: rows of so many columns each.
+inline int64_t grain_rows(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)); }
+
+template <class Function>
+void parallel(int64_t count, int64_t grain, const Function& function) {
+  if (count == 0) return;  // a cursor needs a row to stand on
+  if (count <= grain) function(0, count);
+  else torch::stable::parallel_for(0, count, grain, function);
+}
+
+// One value per row.
+inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
+  std::array<int64_t, kMaxDims> sizes;
+  for (int64_t d = 0; d < input.dim(); ++d) sizes[d] = d < input.dim() - dims ? input.size(d) : 1;
+  return empty(sizes.data(), input.dim(), type);
+}
+
+// Forward, for all rows.
+inline void run_forward(Forward f, const Tensor& input, const Tensor* residual, const Gain& gain, const Shape& shape,
+                        const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean) {
+  const Tensor x = with_plain_rows(input, shape.outer);
+  const Tensor added = residual ? with_plain_rows(*residual, shape.outer) : Tensor();
+  const auto operands = operands_of<kForwardOperands>(x, shape.outer, {&x, &output, residual ? &added : nullptr, sum});
+  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output), f.add = residual != nullptr;
+  f.gain_type = gain.type, f.gain = gain.data;
+  char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
+  double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
+  const Target& target = current_target();
+  parallel(operands.rows, grain_rows(shape.columns),
+           [&](int64_t begin, int64_t end) { forward_rows(target, f, operands, statistic, means, begin, end); });
+}
+
+// Backward, for all rows. The weight's gradient comes as totals per chunk: finish() adds those of the columns asked
+// for.
+inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum, const Tensor& input,
+                         const Tensor& rstd, const Tensor* mean, const Shape& shape, const Tensor& grad_input,
+                         const std::array<const Tensor*, 2>& grad_weights) {
+  b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input;
+  if (!b.need_input && !b.need_weight) return;
+  const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
+  const Tensor ds = b.add ? with_plain_rows(*grad_sum, shape.outer) : Tensor(), r = with_plain_rows(rstd, 0);
+  const Tensor m = mean ? with_plain_rows(*mean, 0) : Tensor();
+  const auto operands = operands_of<kBackwardOperands>(
+      x, shape.outer, {&x, &dy, b.need_input ? &grad_input : nullptr, b.add ? &ds : nullptr});
+  const char* statistic = static_cast<const char*>(r.data_ptr());
+  const double* means = mean ? static_cast<const double*>(m.data_ptr()) : nullptr;
+  const Target& target = current_target();
+  const int64_t grain = grain_rows(shape.columns);
+  if (!b.need_weight) {
+    parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
+      backward_rows(target, b, operands, statistic, means, nullptr, nullptr, begin, end);
+    });
+    return;
+  }
+  const int64_t rows = operands.rows, each = chunk_rows(rows), chunks = (rows + each - 1) / each;
+  const int64_t columns = weight_columns(b);
+  const auto totals = std::make_unique<double[]>(chunks * columns);  // zeros
+  parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
+    const auto partial = std::make_unique<char[]>(columns * size_of(wide(b.input)));
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      backward_rows(target, b, operands, statistic, means, partial.get(), totals.get() + chunk * columns, chunk * each,
+                    std::min(rows, (chunk + 1) * each));
+  });
+  for (int k = 0; k < 2; ++k) {
+    if (!grad_weights[k]) continue;
+    const double* first = totals.get() + k * shape.columns;
+    parallel(shape.columns, grain_rows(chunks), [&](int64_t begin, int64_t end) {
+      target.finish(first, chunks, columns, begin, end, type_of(*grad_weights[k]), grad_weights[k]->data_ptr());
+    });
+  }
+}
+
+}  // namespace rmsnorm
