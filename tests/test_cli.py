@@ -174,6 +174,7 @@ def test_demo_swaps_the_norms_of_a_real_model() -> None:
         (["--cols", "many"], "like 1,512,4096"),
         (["--threads", "0"], "greater than or equal to 1"),
         (["--json", "/no/such/place/x.json"], "/no/such/place is not a directory"),
+        (["--against", "jaxx"], "rmsnorm.layer_norm, transformers, onnxruntime, openvino, jax, mlx (or all)"),
     ],
 )
 def test_bad_values_are_refused_with_the_good_ones(arguments: list[str], good: str) -> None:
@@ -280,3 +281,18 @@ def test_timing_takes_turns_and_survives_outliers(monkeypatch: pytest.MonkeyPatc
 )
 def test_times_are_written_with_three_digits(seconds: tuple[float, ...], text: str) -> None:
     assert _timing.human(*seconds) == text
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_other_libraries_agree_or_say_why_not(dtype: torch.dtype, backward: bool) -> None:
+    """race() refuses those that disagree. Not all are installed where this runs; these two are, for other tests."""
+    case = bench.Case(3, 64, dtype, backward)
+    result = bench.race(case, [*bench.CONTENDERS[:2], *bench.PEERS], 0.01)
+    known = {one.name for one in bench.PEERS if one.has_backward or not backward}
+    assert known == (result.timings.keys() | result.skipped.keys()) - {"rmsnorm", "F.rms_norm"}
+    assert {"rmsnorm.layer_norm", "transformers"} <= result.timings.keys()
+    if not backward and dtype is torch.float32:
+        assert "onnxruntime" in result.timings
+    assert all(result.skipped.values())

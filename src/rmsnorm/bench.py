@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _timing
+from . import _peers, _timing
+from ._layer_norm import layer_norm
 from .functional import rms_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-13}
 """Largest difference to torch's result, relative to its largest element: a few roundings of the type."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 
-Forward = Callable[[], Tensor]
-Call = Callable[[], Tensor | tuple[Tensor, ...]]
+Forward = Callable[[], Any]
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Contender:
     has_backward: bool = True
     may_fail: bool = False
     """It depends on more than torch: left out, with its reason, where that is missing."""
+    bind_backward: Callable[[Tensor, nn.Parameter, Tensor], Call] | None = None
+    """How to bind its backward, if torch's autograd doesn't know it."""
 
 
 @dataclass
@@ -102,6 +106,16 @@ CONTENDERS = (
     Contender("torch.compile", _compiled(_torch_rms_norm), may_fail=True),
     Contender("F.layer_norm", lambda x, weight: lambda: F.layer_norm(x, weight.shape, weight), is_rms_norm=False),
     Contender("copy_ (floor)", _bind_copy, is_rms_norm=False, has_backward=False),
+)
+
+# Also raced when asked for: our own LayerNorm, which has the same engine and one statistic more, and other libraries.
+PEERS = (
+    Contender("rmsnorm.layer_norm", lambda x, w: lambda: layer_norm(x, w.shape, w), is_rms_norm=False),
+    Contender("transformers", _peers.transformers, may_fail=True),
+    Contender("onnxruntime", _peers.onnxruntime, has_backward=False, may_fail=True),
+    Contender("openvino", _peers.openvino, has_backward=False, may_fail=True),
+    Contender("jax", _peers.jax, may_fail=True, bind_backward=_peers.jax_backward),
+    Contender("mlx", _peers.mlx, may_fail=True, bind_backward=_peers.mlx_backward),
 )
 
 # Inside one compiled graph: our operator, which Inductor calls, against Inductor's own code for the formula, which it
@@ -151,7 +165,8 @@ def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
                 continue
             calls[contender.name] = call
             if contender.is_rms_norm:
-                values[contender.name] = (value,) if isinstance(value, Tensor) else value
+                several = isinstance(value, (tuple, list))
+                values[contender.name] = tuple(map(_peers.to_torch, value if several else (value,)))
             del value
         _check(case, values)
         values.clear()
@@ -160,6 +175,8 @@ def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
 
 
 def _bind(contender: Contender, x: Tensor, weight: nn.Parameter, grad: Tensor | None) -> Call:
+    if grad is not None and contender.bind_backward:
+        return contender.bind_backward(x, weight, grad)
     forward = contender.bind(x, weight)
     if grad is None:
         return forward

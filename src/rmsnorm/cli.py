@@ -83,6 +83,9 @@ def build() -> "typer.Typer":
         threads: Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="How many torch may use.")] = None,
         json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the results to this file.")] = None,
         compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Race torch.compile too.")] = True,
+        against: Annotated[
+            str, typer.Option(help=f"Race these too: all, or of {', '.join(one.name for one in bench.PEERS)}.")
+        ] = "",
     ) -> None:
         """Ours against torch's norms, forward and backward, taking turns. Ctrl-C keeps what was measured."""
         dtypes = dtype.split(",")
@@ -92,7 +95,7 @@ def build() -> "typer.Typer":
         if json and not json.parent.is_dir():
             raise typer.BadParameter(f"{json.parent} is not a directory; make it first", param_hint="--json")
         cases = bench.grid(sizes("--rows", rows), sizes("--cols", cols), dtypes)
-        contenders = [one for one in bench.CONTENDERS if compile or not one.may_fail]
+        contenders = [one for one in bench.CONTENDERS if compile or not one.may_fail] + peers(against)
         if threads:
             torch.set_num_threads(threads)
         console = Console()
@@ -118,6 +121,19 @@ def build() -> "typer.Typer":
         race_in_graph(bench.grid(sizes("--rows", rows), sizes("--cols", cols), ("float32", "bfloat16")))
 
     return app
+
+
+def peers(against: str) -> "list[bench.Contender]":
+    """The contenders that an option names."""
+    import typer
+
+    from . import bench
+
+    known = {one.name: one for one in bench.PEERS}
+    names = list(known) if against == "all" else [name for name in against.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)} (or all)", param_hint="--against")
+    return [known[name] for name in names]
 
 
 def race_in_graph(cases: "list[bench.Case]") -> None:
