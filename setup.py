@@ -44,6 +44,8 @@ class BuildNative(build_ext):
         units = []  # the longest first, or one core waits for another at the end
         for name, flags in TARGETS.items():
             define = [f"-DRMSNORM_TARGET=target_{name}", f'-DRMSNORM_TARGET_NAME="{name}"']
+            if name == "avx512bf16":
+                define.append("-DRMSNORM_LENDER=target_avx512")
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
         units += [(f"csrc/{name}.cpp", f"{name}.o", boundary) for name in ("ops", "layer_ops", "aten")]
         units.append(("csrc/dispatch.cpp", "dispatch.o", [*common, "-O2"]))

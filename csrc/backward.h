@@ -118,10 +118,14 @@ BackwardKernel backward_of(const Backward& b) {
 }
 
 BackwardKernel select_backward(const Backward& b) {
+#if defined(RMSNORM_LENDER)
+  return b.input == Type::bf16 ? backward_of<bf16>(b) : RMSNORM_LENDER.backward(b);
+#else
   switch (b.input) {
     case Type::bf16: return backward_of<bf16>(b);
     case Type::f16: return backward_of<f16>(b);
     case Type::f64: return backward_of<double>(b);
     default: return backward_of<float>(b);
   }
+#endif
 }

@@ -66,7 +66,8 @@ void forward(const Forward& f, const ForwardRows& rows) {
       };
       const bool last = r + ahead >= rows.count;
       if (__builtin_expect(row[r].safe && !last, 1)) {
-        rows.stream&& can_stream(out) ? sum_row(r + ahead, stream) : sum_row(r + ahead, store);
+        if (kStreams && !Add && rows.stream && can_stream(out)) sum_row(r + ahead, stream);
+        else sum_row(r + ahead, store);
       } else if (row[r].safe) {
         for_columns<T, 2>(0, f.columns, store);
       } else {
@@ -78,7 +79,7 @@ void forward(const Forward& f, const ForwardRows& rows) {
         if (rows.mean) rows.mean[r] = row[r].mean;
     }
   }
-  if (rows.stream) finish_streaming();
+  if (kStreams && !Add && rows.stream) finish_streaming();
 }
 
 template <class T, class Gain, class Out, bool RoundFirst>
@@ -94,6 +95,7 @@ ForwardKernel layer_of(const Forward& f) {
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
+  if (f.layer) return layer_of<T>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
   if (f.gain_type == f.input) return f.round_first ? forward_of<T, T, T, true>(f) : forward_of<T, T, T, false>(f);
   if (f.output == Type::f32) return forward_of<T, float, float, true>(f);
@@ -103,24 +105,19 @@ ForwardKernel forward_of_half(const Forward& f) {
 // For fp32 and fp64 rounding before the gain is no rounding: both modes are one kernel.
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
+  if (f.layer) return layer_of<T>(f);
   return f.gain_type == Type::none ? forward_of<T, void, T, false>(f) : forward_of<T, T, T, false>(f);
 }
 
-ForwardKernel select_layer_forward(const Forward& f) {
-  switch (f.input) {
-    case Type::bf16: return layer_of<bf16>(f);
-    case Type::f16: return layer_of<f16>(f);
-    case Type::f64: return layer_of<double>(f);
-    default: return layer_of<float>(f);
-  }
-}
-
 ForwardKernel select_forward(const Forward& f) {
-  if (f.layer) return select_layer_forward(f);
+#if defined(RMSNORM_LENDER)
+  return f.input == Type::bf16 ? forward_of_half<bf16>(f) : RMSNORM_LENDER.forward(f);
+#else
   switch (f.input) {
     case Type::bf16: return forward_of_half<bf16>(f);
     case Type::f16: return forward_of_half<f16>(f);
     case Type::f64: return forward_of_full<double>(f);
     default: return forward_of_full<float>(f);
   }
+#endif
 }

@@ -1,20 +1,25 @@
 // The only file that writes past the caches.
 //
-// A plain store first reads the line that it overwrites: 8192x4096 fp32 then moves 384 MiB instead of 256.
+// A plain store first reads the line that it overwrites: 8192x4096 fp32 then moves 384 MiB instead of 256. A loop that
+// streams is one more loop to compile, so the baseline has none, nor has add + norm, which writes half of its output as
+// it reads.
 #pragma once
+
+#if defined(__AVX__)
+constexpr bool kStreams = true;
+RMSNORM_INLINE void stream_32_bytes(char* p, const char* from) {
+  _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)from));
+}
+// Must come between the last row and whatever tells another thread that it is there.
+RMSNORM_INLINE void finish_streaming() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+RMSNORM_INLINE void stream_32_bytes(char*, const char*) {}
+RMSNORM_INLINE void finish_streaming() {}
+#endif
 
 // Whether a row can be streamed: its vectors must be aligned. Rows that aren't take plain stores.
 RMSNORM_INLINE bool can_stream(const void* row) { return (uintptr_t)row % 32 == 0; }
-
-RMSNORM_INLINE void stream_32_bytes(char* p, const char* from) {
-#if defined(__AVX__)
-  _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)from));
-#elif defined(__SSE2__)
-  for (int k = 0; k < 32; k += 16) _mm_stream_si128((__m128i*)(p + k), _mm_loadu_si128((const __m128i*)(from + k)));
-#else
-  __builtin_memcpy(p, from, 32);
-#endif
-}
 
 // What a span does as store_to, past the caches. The way through memory is free: the stores wait for the bus.
 template <class Row, class T, class V>
@@ -26,11 +31,4 @@ RMSNORM_INLINE void stream_to(const Full<Row>& span, T* row, const V& x) {
 template <class Row, class T, class V>
 RMSNORM_INLINE void stream_to(const Tail<Row>& span, T* row, const V& x) {
   span.store_to(row, x);
-}
-
-// Must come between the last row and whatever tells another thread that it is there.
-RMSNORM_INLINE void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }

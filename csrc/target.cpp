@@ -14,6 +14,13 @@
 #include "kernel.h"
 
 namespace rmsnorm {
+
+// avx512bf16 differs from avx512 in how it rounds to bf16 alone: it borrows the other kernels instead of compiling them
+// again, for 25 seconds.
+#if defined(RMSNORM_LENDER)
+extern const Target RMSNORM_LENDER;
+#endif
+
 namespace {
 
 #include "simd.h"
