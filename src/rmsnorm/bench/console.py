@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .._info import info
+from .bars import Outcome
 from .results import OURS, Report, Result, first, verdict
 from .timing import human
 
 T = TypeVar("T")
+VERDICTS = {"holds": "green", "holds by minima": "yellow", "missed": "red", "not measured": "red"}
 
 
 def watch(labels: Sequence[object], items: Iterable[T], done: list[T]) -> bool:
@@ -148,6 +150,28 @@ def footprints(report: Report) -> Table:
         cells = [cell for size in sizes for cell in (mebibytes(size), f"{size / one.tensor_bytes:.2f}")]
         grid.add_row(f"  {one.contender}", *cells)
     return grid
+
+
+def bars(outcomes: Sequence[Outcome]) -> RenderableType:
+    """The performance contract: a table for each thread count, a line for each bar, a number for each run."""
+    parts: list[RenderableType] = []
+    for count in dict.fromkeys(one.threads for one in outcomes):
+        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        grid.add_column("ours ÷ other", width=26)
+        for name in ("bound", "medians", "minima"):
+            grid.add_column(name, justify="right", no_wrap=True)
+        grid.add_column("")
+        cell = ""
+        for one in outcomes:
+            if one.threads == count:
+                if cell != (cell := f"{one.bar.cell}, {one.bar.case().shape} {one.bar.dtype}"):
+                    grid.add_section()
+                    grid.add_row(f"[bold]{cell}")
+                runs = [" ".join(f"{value:.2f}" for value in values) for values in (one.medians, one.minima)]
+                verdict = f"[{VERDICTS[one.verdict]}]{one.verdict}[/]"
+                grid.add_row(f"÷ {one.bar.other}", f"{one.bar.bound:.2f}", *runs, verdict)
+        parts += [Text(f"{count} thread{'s' * (count > 1)}", style="bold"), grid]
+    return Group(*parts)
 
 
 def mebibytes(size: int) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .results import Report
 
@@ -53,7 +54,7 @@ NEEDS_MATPLOTLIB = (".html", ".png")
 
 def refusal(file: Path, *suffixes: str) -> str | None:
     """Why a file can't be written, or None: known before anything is measured."""
-    if file.suffix not in suffixes and not file.is_dir():
+    if file.suffix not in suffixes and not (file.is_dir() and ".json" in suffixes):
         return f"{file.name} must end in {' or '.join(suffixes)}"
     if not file.parent.is_dir():
         return f"{file.parent} is not a directory; make it first"
@@ -64,11 +65,17 @@ def refusal(file: Path, *suffixes: str) -> str | None:
 
 def write(report: Report, file: Path) -> Path:
     """Writes the report in the format that the suffix names; into a directory, as JSON under a name of its own."""
-    if file.is_dir():
-        file /= default_name(report)
-    content = FORMATS[file.suffix](report)
-    replace(file, content)
+    file = in_directory(file, report.machine)
+    replace(file, FORMATS[file.suffix](report))
     return file
+
+
+def in_directory(file: Path, machine: dict[str, Any], ending: str = ".json") -> Path:
+    """The file, or ``<machine>-<date><ending>`` in it if it is a directory."""
+    if not file.is_dir():
+        return file
+    words = f"{machine['cpu']} {machine['cores']} cores {machine['cpu_target'] or 'no kernels'}"
+    return file / f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{machine['date'][:10]}{ending}"
 
 
 def replace(file: Path, content: str | bytes) -> None:
@@ -79,10 +86,3 @@ def replace(file: Path, content: str | bytes) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def default_name(report: Report) -> str:
-    """``<machine>-<date>.json``."""
-    here = report.machine
-    words = re.sub(r"[^a-z0-9]+", "-", f"{here['cpu']} {here['cores']} cores {here['cpu_target'] or 'no kernels'}".lower())
-    return f"{words.strip('-')}-{here['date'][:10]}.json"

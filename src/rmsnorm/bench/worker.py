@@ -12,14 +12,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TypeVar, cast
 
 T = TypeVar("T")
 
 
-def apart(threads: int, function: Callable[..., Iterator[T]], *arguments: object) -> Iterator[T]:
-    """Yields what ``function(*arguments)`` yields in a new process with so many threads.
+def apart(
+    threads: int,
+    function: Callable[..., Iterator[T]],
+    *arguments: object,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[T]:
+    """Yields what ``function(*arguments)`` yields in a new process with so many threads, and these variables.
 
     Closing the iterator, by Ctrl-C or otherwise, ends the process.
 
@@ -34,7 +39,7 @@ def apart(threads: int, function: Callable[..., Iterator[T]], *arguments: object
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
-            env={**os.environ, **environment(threads)},
+            env={**os.environ, **environment(threads), **(variables or {})},
             start_new_session=True,
         )
         assert process.stdin
