@@ -93,7 +93,7 @@ def tables(results: Sequence[Result]) -> RenderableType:
 
 
 def _table(results: Sequence[Result]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     grid.add_column("case, contender", no_wrap=True)
     for name in ("time", "quartiles", "best", "GB/s", "copy", "ours ÷"):
         grid.add_column(name, justify="right", no_wrap=True)
@@ -138,7 +138,7 @@ def summary(results: Sequence[Result], rival: str = "F.rms_norm") -> str:
 
 def footprints(report: Report) -> Table:
     """The bytes of forward and backward, absolute and in tensors of the input's size."""
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title="Memory of forward and backward")
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), title="Memory of forward and backward")
     grid.add_column("case, contender", no_wrap=True)
     for name in ("peak", "÷ input", "kept for backward", "÷ input"):
         grid.add_column(name, justify="right", no_wrap=True)
@@ -156,7 +156,7 @@ def bars(outcomes: Sequence[Outcome]) -> RenderableType:
     """The performance contract: a table for each thread count, a line for each bar, a number for each run."""
     parts: list[RenderableType] = []
     for count in dict.fromkeys(one.threads for one in outcomes):
-        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         grid.add_column("ours ÷ other", width=26)
         for name in ("bound", "medians", "minima"):
             grid.add_column(name, justify="right", no_wrap=True)

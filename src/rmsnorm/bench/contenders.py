@@ -23,6 +23,7 @@ from ..module import RMSNorm
 from . import peers
 from .cases import DTYPES, Case
 from .timing import Around
+from .worker import unbound
 
 EPS = peers.EPS
 Call = Callable[[], Any]
@@ -170,10 +171,10 @@ PEERS = (
     # Our own LayerNorm has the same engine and one statistic more.
     Contender("rmsnorm.layer_norm", of(lambda p: layer_norm, _layer_norm_arguments), is_rms_norm=False),
     Contender("transformers", of_layer(peers.llama_layer), may_fail=True),
-    Contender("onnxruntime", peers.ONNXRUNTIME, may_fail=True, own_threads=True),
-    Contender("openvino", peers.OPENVINO, may_fail=True, own_threads=True),
-    Contender("jax", peers.JAX, may_fail=True, own_threads=True),
-    Contender("mlx", peers.MLX, may_fail=True, own_threads=True),
+    Contender("onnxruntime", peers.ONNXRUNTIME, may_fail=True, around=unbound, own_threads=True),
+    Contender("openvino", peers.OPENVINO, may_fail=True, around=unbound, own_threads=True),
+    Contender("jax", peers.JAX, may_fail=True, around=unbound, own_threads=True),
+    Contender("mlx", peers.MLX, may_fail=True, around=unbound, own_threads=True),
 )
 GROUPS = {"torch": TORCH, "peers": PEERS, "all": TORCH + PEERS}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Timing:
 
 
 def measure(
-    contenders: Mapping[str, Call], seconds: float, around: Mapping[str, Around] | None = None, pause: float = 0.0
+    contenders: Mapping[str, Call], seconds: float, around: Mapping[str, Around] | None = None, settle: float = 0.0
 ) -> dict[str, Timing]:
     """Times the contenders against each other for about so many seconds, but for no fewer than 7 rounds each.
 
@@ -66,7 +66,8 @@ def measure(
         contenders: what to call, by name.
         seconds: for all of them together.
         around: what a contender's samples run inside of; entered and left off the clock.
-        pause: seconds of sleep before each sample, off the clock: what another library's threads need to fall asleep.
+        settle: seconds of calls before each sample, off the clock, but at least one call. A contender then has its own
+            data in the caches, and the threads of the one before it have gone to sleep.
     """
     within = {name: (around or {}).get(name, nullcontext) for name in contenders}
     with _garbage_stays():
@@ -80,9 +81,10 @@ def measure(
             shuffle(order)
             for name in order:
                 with within[name]():
-                    if pause:
-                        sleep(pause)
-                    contenders[name]()  # the caches are its own, as they are for a model that calls one norm
+                    ready = perf_counter() + settle
+                    contenders[name]()
+                    while perf_counter() < ready:
+                        contenders[name]()
                     samples[name].append(_sample(contenders[name], calls[name]) / calls[name])
     return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
 
