@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import _smollm
 from .bench import cases, console, contenders, race
-from .bench.results import Result
+from .bench.results import Result, verdict
 from .module import RMSNorm
 
 ROW_COLOURS = ("cyan", "magenta", "yellow")
@@ -196,4 +196,4 @@ def _clock(screen: Console) -> None:
     screen.print()
     screen.print(console.tables(results))
     screen.print()
-    screen.print(console.verdict(results, layers[1].name))
+    screen.print(verdict(results, layers[1].name))

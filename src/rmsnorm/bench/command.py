@@ -38,13 +38,17 @@ def run_bench(
     cols: Annotated[str, typer.Option(help="Instead of the preset's: columns. Every pair is a shape.")] = "",
     dtype: Annotated[str, typer.Option(help=f"Of {', '.join(cases.DTYPES)}.")] = "",
     direction: Annotated[str, typer.Option(help=f"Of {', '.join(cases.DIRECTIONS)}.")] = "",
-    output: Annotated[str, typer.Option("--memory", help="The output: fresh, or warm: into memory that is given.")] = "",
+    output: Annotated[
+        str, typer.Option("--memory", help="The output: fresh, or warm: into memory that is given.")
+    ] = "",
     threads: Threads = "",
     against: Annotated[str, typer.Option(help=f"Of {AGAINST}.")] = "",
     footprint: Annotated[bool | None, typer.Option(help="Measure peak and kept memory too.")] = None,
     seconds: Seconds = SECONDS_PER_RACE,
     json: Json = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the results here, a line for each contender and case.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the results here, a line for each contender and case.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a report with figures here: .html, or .png.")] = None,
 ) -> None:
     """Ours against torch's norms and other libraries', taking turns. Ctrl-C keeps what was measured."""

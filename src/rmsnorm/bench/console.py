@@ -138,7 +138,13 @@ def summary(results: Sequence[Result], rival: str = "F.rms_norm") -> str:
 
 def footprints(report: Report) -> Table:
     """The bytes of forward and backward, absolute and in tensors of the input's size."""
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), title="Memory of forward and backward")
+    grid = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title="Memory of forward and backward",
+    )
     grid.add_column("case, contender", no_wrap=True)
     for name in ("peak", "÷ input", "kept for backward", "÷ input"):
         grid.add_column(name, justify="right", no_wrap=True)

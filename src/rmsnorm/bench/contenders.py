@@ -181,7 +181,9 @@ GROUPS = {"torch": TORCH, "peers": PEERS, "all": TORCH + PEERS}
 # For the performance contract (bars.py) alone.
 REFERENCES = (
     Contender("torch.neg", {"forward": lambda p: partial(torch.neg, p.x)}, is_rms_norm=False),
-    Contender("F.layer_norm, no bias", of(lambda p: F.layer_norm, lambda p: (p.x, p.shape, p.weight, None, EPS)), False),
+    Contender(
+        "F.layer_norm, no bias", of(lambda p: F.layer_norm, lambda p: (p.x, p.shape, p.weight, None, EPS)), False
+    ),
     Contender("add, then rmsnorm", {"add": of(lambda p: rms_norm)["add"]}),
     Contender("rmsnorm.RMSNorm", of_layer(RMSNorm)),
     Contender("nn.RMSNorm", of_layer(nn.RMSNorm)),

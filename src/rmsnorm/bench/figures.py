@@ -31,8 +31,9 @@ STYLES = {
     "mlx": ("#5A3E9B", "p"),
     FLOOR: ("#000000", "_"),
 }
+WIDTH = 9.0
 FLOOR_LABEL = "copy_ (floor)"
-RC = {
+RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -48,7 +49,12 @@ RC = {
     "legend.frameon": False,
     "svg.fonttype": "path",
 }
-TITLES = {"forward": "forward, fresh output", "warm": "forward, out=", "add": "add + norm", "recorded": "recorded forward"}
+TITLES = {
+    "forward": "forward, fresh output",
+    "warm": "forward, out=",
+    "add": "add + norm",
+    "recorded": "recorded forward",
+}
 RATIOS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
 
@@ -68,7 +74,7 @@ def roofline(report: Report, threads: int, tasks: Sequence[str] | None = None) -
     dtypes = list(dict.fromkeys(one.case.dtype for one in results))
     tasks = [task for task in dict.fromkeys(one.case.task for one in results) if tasks is None or task in tasks]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(3.6 * len(tasks) + 0.4, 2.5 * len(dtypes) + 1.1), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.6 * len(dtypes) + 1.1), layout="constrained")
         panels = figure.subplots(len(dtypes), len(tasks), squeeze=False, sharey=True)
         for dtype, line in zip(dtypes, panels, strict=True):
             for task, axes in zip(tasks, line, strict=True):
@@ -90,7 +96,9 @@ def _bandwidth(axes: Axes, results: Sequence[Result]) -> None:
             axes.plot(places, speeds, color=colour, linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)
         else:
             width = 2.6 if name == OURS else 1.1
-            axes.plot(places, speeds, color=colour, marker=marker, markersize=4.5, linewidth=width, zorder=2 + (name == OURS))
+            axes.plot(
+                places, speeds, color=colour, marker=marker, markersize=4.5, linewidth=width, zorder=2 + (name == OURS)
+            )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -102,7 +110,7 @@ def ratios(report: Report, threads: int, cases: Sequence[Case] | None = None) ->
     """The time of ours ÷ that of each other, a line of dots for each case."""
     results = [one for one in report.results if one.case.threads == threads and (cases is None or one.case in cases)]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(7.6, 0.24 * len(results) + 1.5), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.24 * len(results) + 1.5), layout="constrained")
         axes = figure.subplots()
         for place, result in enumerate(results):
             found = [(name, ratio) for name, ratio in result.ratios().items() if name != FLOOR]
@@ -114,7 +122,9 @@ def ratios(report: Report, threads: int, cases: Sequence[Case] | None = None) ->
         axes.set_xscale("log", base=2)
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(FixedLocator([r for r in RATIOS if low <= r <= high] or [1]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+        )
         axes.set_yticks(range(len(results)), [str(one.case) for one in results], fontsize=7.5)
         axes.set_ylim(len(results) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
@@ -148,7 +158,9 @@ def _threads(count: int) -> str:
 
 def size(case: Case) -> str:
     """The bytes of one tensor, in words."""
-    unit, name = next((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if case.tensor_bytes >= u)
+    unit, name = next(
+        (u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if case.tensor_bytes >= u
+    )
     return f"{case.tensor_bytes / unit:.3g} {name}"
 
 

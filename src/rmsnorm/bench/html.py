@@ -34,7 +34,9 @@ def page(report: Report) -> str:
     here, threads = report.machine, report.threads()
     won, contested, lost = first(report.results)
     facts = f"{here['cpu']}, {here['cores']} cores · torch {here['torch']} · rmsnorm {here['rmsnorm']}, CPU target "
-    facts += f"{here['cpu_target']} · huge pages: {here['huge_pages']} · load before {here['load']:.1f} · {here['date']}"
+    facts += (
+        f"{here['cpu_target']} · huge pages: {here['huge_pages']} · load before {here['load']:.1f} · {here['date']}"
+    )
     body = [
         "<h1>rmsnorm bench</h1>",
         f'<p class="dim">{escape(facts)}</p>',
@@ -108,11 +110,11 @@ def _footprints(footprints: Sequence[Footprint]) -> str:
 
 def _method() -> list[str]:
     return [
-        "Outputs are compared with F.rms_norm before anything is timed. The contenders take turns in one process for each "
-        "thread count, in a new random order each round; a ratio is the median over the rounds of time ÷ time. GB/s are "
-        "the bytes that must move (forward 2 tensors of the input's size, backward 3, add + norm 4) ÷ the median time; "
-        '"of copy" compares that with copy_ into warm memory in the same race, above 100 % where a cache serves one and '
-        "not the other.",
+        "Outputs are compared with F.rms_norm before anything is timed. The contenders take turns in one process for "
+        "each thread count, in a new random order each round; a ratio is the median over the rounds of time ÷ time. "
+        "GB/s are the bytes that must move (forward 2 tensors of the input's size, backward 3, add + norm 4) ÷ the "
+        'median time; "of copy" compares that with copy_ into warm memory in the same race: above 100 % where a cache '
+        "serves one and not the other.",
         "; ".join(f"{name}: {text}" for name, text in (DIRECTIONS | MEMORIES).items()) + ".",
         "Peak: by how much the resident memory of a process rises in one forward and backward with the output alive, "
         "beside input, weight and incoming gradient. Kept: what autograd saves beside input and weight.",

@@ -74,8 +74,8 @@ def readme(report: Report) -> str:
     won, contested, _ = first(report.results)
     return (
         "Time of rmsnorm ÷ time of the other; below 1, rmsnorm is faster. One interleaved run, outputs compared first, "
-        f"medians over rounds; {threads} threads, {where(report)}. Over all shapes, thread counts and libraries measured, "
-        f"rmsnorm is the fastest RMSNorm in {won} of {contested} cases "
+        f"medians over rounds; {threads} threads, {where(report)}. Over all shapes, thread counts and libraries "
+        f"that were measured, rmsnorm is the fastest RMSNorm in {won} of {contested} cases "
         "([which not, and why](docs/performance.md#where-we-are-not-first)).\n\n"
         f"{table(titles, rows)}\n![Bandwidth reached, and time ÷ time, by case]({FIGURE})\n"
     )
@@ -89,8 +89,12 @@ def speed(report: Report) -> str:
         rows = []
         for result in _of(report, threads):
             ratios = result.ratios()
-            rows.append([str(result.case), human(result.contenders[OURS].median_s), *(_ratio(ratios.get(n)) for n in names)])
-        text += f"\n{threads} thread{'s' * (threads > 1)}:\n\n" + table(["", OURS, *(f"÷ {name}" for name in names)], rows)
+            rows.append(
+                [str(result.case), human(result.contenders[OURS].median_s), *(_ratio(ratios.get(n)) for n in names)]
+            )
+        text += f"\n{threads} thread{'s' * (threads > 1)}:\n\n" + table(
+            ["", OURS, *(f"÷ {name}" for name in names)], rows
+        )
     return text
 
 
@@ -129,7 +133,9 @@ def memory(report: Report) -> str:
     """Peak and kept bytes."""
     rows = []
     for one in report.footprints:
-        sizes = [c for size in (one.peak_bytes, one.kept_bytes) for c in (mebibytes(size), f"{size / one.tensor_bytes:.1f}")]
+        sizes = [
+            c for size in (one.peak_bytes, one.kept_bytes) for c in (mebibytes(size), f"{size / one.tensor_bytes:.1f}")
+        ]
         rows.append([f"{one.rows}×{one.cols} {one.dtype}", one.contender, *sizes])
     return f"{where(report)}.\n\n" + table(("", "", "peak", "÷ input", "kept for backward", "÷ input"), rows)
 
@@ -140,7 +146,9 @@ def bars(plain: dict[str, Any]) -> str:
     for one in plain["bars"]:
         cell = f"{one['cell']}, {Case(one['rows'], one['cols'], one['dtype']).shape} {one['dtype']}"
         runs = [" ".join(f"{value:.2f}" for value in one[name]) for name in ("medians", "minima")]
-        rows.append([cell, f"{one['ours']} ÷ {one['other']}", f"{one['bound']:.2f}", str(one["threads"]), *runs, one["verdict"]])
+        rows.append(
+            [cell, f"{one['ours']} ÷ {one['other']}", f"{one['bound']:.2f}", str(one["threads"]), *runs, one["verdict"]]
+        )
     titles = ("cell", "ratio", "at most", "threads", "medians of the runs", "minima", "")
     return f"{where(Report(plain['machine']))}.\n\n" + table(titles, rows)
 
@@ -154,13 +162,25 @@ PERFORMANCE: dict[str, Callable[[Report], str]] = {
 }
 
 
+def newest(folder: Path) -> Path:
+    """The results with the latest date in their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = [file for file in folder.glob("*.json") if not file.stem.endswith("-bars")]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no results; run `make results` first")
+    return max(found, key=lambda file: file.stem[-10:])
+
+
 def write(results: Path, root: Path = Path()) -> None:
     """Redraws the figure and rewrites the blocks from a results file, and from its ``-bars.json`` if there is one."""
     report, page = Report.load(results), root / "docs" / "performance.md"
     threads = max(report.threads())
-    tasks = [task for task in ("forward", "warm", "backward")]
     shown = [one.case for one in report.results if one.case.memory == "fresh"]
-    drawn = figures.stack([figures.roofline(report, threads, tasks), figures.ratios(report, threads, shown)])
+    bandwidth = figures.roofline(report, threads, ("forward", "backward"))
+    drawn = figures.stack([bandwidth, figures.ratios(report, threads, shown)])
     export.replace(root / FIGURE, drawn)
     replace_block(root / "README.md", "made by `make figure`", readme(report))
     for name, block in PERFORMANCE.items():
@@ -171,4 +191,4 @@ def write(results: Path, root: Path = Path()) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]) if sys.argv[1:] else newest(Path("benchmarks/results")))

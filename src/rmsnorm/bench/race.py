@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3, "float64": 1e-1
 
 SETTLE = 0.003
 """Seconds of its own calls before a contender's sample where thread pools are mixed. libgomp's threads, which are
-torch's, spin for milliseconds before they sleep, on a core that onnxruntime or MLX needs: 23 µs instead of 15, 125 of 70."""
+torch's, spin for milliseconds before they sleep, on a core that onnxruntime or MLX needs: 23 µs instead of 15."""
 
 
 def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
@@ -47,7 +48,7 @@ def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
                 skipped[one.name] = next(iter(str(error).splitlines()), "") or type(error).__name__
             else:
                 calls[one.name] = call
-            value = call = None  # a kept output would be memory that the next fresh one can't have
+            value = None  # a kept output would be memory that the next fresh one can't have
         del expected
         mixed = case.threads > 1 and any(one.own_threads and one.name in calls for one in entered)
         around = {one.name: one.around for one in entered}
@@ -71,9 +72,9 @@ def truth(p: Problem) -> tuple[Tensor, ...]:
     return (F.rms_norm(p.x, p.shape, p.weight, EPS).detach(),)
 
 
-def _check(name: str, case: Case, value: object, expected: tuple[Tensor, ...]) -> None:
+def _check(name: str, case: Case, value: Any, expected: tuple[Tensor, ...]) -> None:
     several = isinstance(value, (tuple, list))
-    for theirs, right in zip(value if several else (value,), expected, strict=True):  # type: ignore[arg-type]
+    for theirs, right in zip(value if several else (value,), expected, strict=True):
         difference = (peers.to_torch(theirs) - right).abs().max() / right.abs().max()
         if not difference <= TOLERANCE[case.dtype]:
             raise ArithmeticError(

@@ -122,7 +122,7 @@ class Report:
 def lines(case: Case, timings: Mapping[str, Timing], rms_norms: Iterable[str]) -> dict[str, Line]:
     """The samples of one race, condensed."""
     ours = next(iter(timings.values()), None)
-    moved = {name: case.moved_bytes for name in timings} | {FLOOR: COPY_TENSORS * case.tensor_bytes}
+    moved = dict.fromkeys(timings, case.moved_bytes) | {FLOOR: COPY_TENSORS * case.tensor_bytes}
     speed = {name: moved[name] / timing.median / 1e9 for name, timing in timings.items()}
     rms_norms = set(rms_norms)
     return {

@@ -64,7 +64,7 @@ def environment(threads: int) -> dict[str, str]:
     """What tells libraries their number of threads before they are imported; JAX listens to nothing else.
 
     torch's threads are bound to a core each. Unbound, one that slept may be woken on the core of the thread that spins
-    while it waits for it: seen on a virtual machine with 2 cores, where calls of 9 µs then took 8 ms, one after the other.
+    while it waits for it: seen on a virtual machine with 2 cores, where calls of 9 µs then took 8 ms, each of them.
     """
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads))
     if threads == 1:
