@@ -60,6 +60,10 @@ RATIOS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 16)
 
 def png(report: Report) -> bytes:
     """Both figures, one below the other, for the most threads."""
+    if not report.results:
+        empty = Figure(figsize=(WIDTH, 1.0))
+        empty.text(0.01, 0.5, "Nothing was measured.")
+        return stack([empty])
     threads = max(report.threads())
     return stack([roofline(report, threads), ratios(report, threads)])
 
@@ -83,7 +87,8 @@ def roofline(report: Report, threads: int, tasks: Sequence[str] | None = None) -
                 axes.set_title(f"{TITLES.get(task, task)}, {dtype}")
             line[0].set_ylabel("GB/s")
         figure.suptitle(f"Bandwidth reached, {_threads(threads)} (higher is better)", x=0.01, ha="left", weight="bold")
-        _legend(figure, report.contenders())
+        shown = _names([one for one in results if one.case.task in tasks])
+        _legend(figure, [name for name in report.contenders() if name in shown])
         return figure
 
 
@@ -173,7 +178,7 @@ def stack(figures: Sequence[Figure]) -> bytes:
     for number, image in enumerate(images):
         whole.paste(image, (0, sum(i.height for i in images[:number])))
     out = io.BytesIO()
-    whole.save(out, "PNG", optimize=True)
+    whole.quantize(96).save(out, "PNG", optimize=True)  # a few colours and their edges: a quarter of the bytes
     return out.getvalue()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,16 @@ def _of(report: Report, threads: int) -> list[Result]:
     return [one for one in report.results if one.case.threads == threads]
 
 
+def _in_readme(case: Case) -> bool:
+    return (case.rows, case.cols) in README_SHAPES and case.task in ("forward", "backward")
+
+
 def readme(report: Report) -> str:
     """The table of the README: the most threads, fresh outputs, three shapes."""
     threads = max(report.threads())
     rows = []
     for result in _of(report, threads):
-        if (result.case.rows, result.case.cols) in README_SHAPES and result.case.memory == "fresh":
+        if _in_readme(result.case):
             ratios = result.ratios()
             best = max(((ratios[name], name) for name in LIBRARIES if name in ratios), default=None)
             others = [_ratio(ratios.get(name)) for name in README_COLUMNS]
@@ -72,13 +77,14 @@ def readme(report: Report) -> str:
             rows.append([str(result.case), *others, library, _ratio(ratios.get(FLOOR))])
     titles = ("", "`F.rms_norm`", "`torch.compile`", "`F.layer_norm`", "transformers", "best other library", "`copy_`")
     won, contested, _ = first(report.results)
-    return (
+    text = (
         "Time of rmsnorm ÷ time of the other; below 1, rmsnorm is faster. One interleaved run, outputs compared first, "
         f"medians over rounds; {threads} threads, {where(report)}. Over all shapes, thread counts and libraries "
         f"that were measured, rmsnorm is the fastest RMSNorm in {won} of {contested} cases "
-        "([which not, and why](docs/performance.md#where-we-are-not-first)).\n\n"
-        f"{table(titles, rows)}\n![Bandwidth reached, and time ÷ time, by case]({FIGURE})\n"
+        "([which not, and why](docs/performance.md#where-we-are-not-first))."
     )
+    text = textwrap.fill(text, 118, break_on_hyphens=False)
+    return f"{text}\n\n{table(titles, rows)}\n![Bandwidth reached, and time ÷ time, by case]({FIGURE})\n"
 
 
 def speed(report: Report) -> str:
@@ -178,7 +184,7 @@ def write(results: Path, root: Path = Path()) -> None:
     """Redraws the figure and rewrites the blocks from a results file, and from its ``-bars.json`` if there is one."""
     report, page = Report.load(results), root / "docs" / "performance.md"
     threads = max(report.threads())
-    shown = [one.case for one in report.results if one.case.memory == "fresh"]
+    shown = [one.case for one in report.results if _in_readme(one.case)]
     bandwidth = figures.roofline(report, threads, ("forward", "backward"))
     drawn = figures.stack([bandwidth, figures.ratios(report, threads, shown)])
     export.replace(root / FIGURE, drawn)

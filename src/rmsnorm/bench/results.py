@@ -103,7 +103,9 @@ class Report:
             results = []
             for one in plain["results"]:
                 lines = one.pop("contenders"), one.pop("skipped")
-                contenders = {name: Line(**line) for name, line in lines[0].items()}
+                contenders = {
+                    name: Line(**{**line, "quartiles_s": tuple(line["quartiles_s"])}) for name, line in lines[0].items()
+                }
                 results.append(Result(Case(**one), contenders, lines[1]))
             footprints = [Footprint(**one) for one in plain["footprints"]]
             return cls(plain["machine"], results, footprints, plain["complete"])
