@@ -32,8 +32,15 @@ from rmsnorm.bench.results import FLOOR, Footprint, Line, Report, Result
 TINY = ["bench", "--rows", "2", "--cols", "8", "--seconds", "0.01", "--against", "F.rms_norm,F.layer_norm"]
 ROOT = Path(__file__).parent.parent
 MACHINE = {
-    "cpu": "A CPU (R) 9000", "cores": 2, "load": 0.0, "huge_pages": "madvise", "date": "2026-11-25T10:00:00+00:00",
-    "torch": "2.13.0", "rmsnorm": "0.1.0", "cpu_target": "avx2", "why_not_native": None,
+    "cpu": "A CPU (R) 9000",
+    "cores": 2,
+    "load": 0.0,
+    "huge_pages": "madvise",
+    "date": "2026-11-25T10:00:00+00:00",
+    "torch": "2.13.0",
+    "rmsnorm": "0.1.0",
+    "cpu_target": "avx2",
+    "why_not_native": None,
 }
 
 
@@ -162,11 +169,13 @@ def test_a_real_ctrl_c_ends_the_measuring_process_too(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     command = [sys.executable, "-m", "rmsnorm", "bench", "--rows", "8192", "--json", str(file), "--seconds", "60"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert "load" in process.stdout.readline()  # the header; then it measures
     while not (children := psutil.Process(process.pid).children()):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert not any(child.is_running() for child in children)
+    assert not psutil.wait_procs(children, timeout=60)[1]
     assert process.returncode == 130
     assert "stopped after 0 of 4 cases" in output
     assert json.loads(file.read_text())["complete"] is False

@@ -73,15 +73,15 @@ def svg(figure: Figure) -> bytes:
 
 
 def roofline(report: Report, threads: int, tasks: Sequence[str] | None = None) -> Figure:
-    """GB/s against the size of the input: one panel for each dtype and task."""
+    """GB/s against the size of the input: a line of panels for each task, one for each dtype."""
     results = [one for one in report.results if one.case.threads == threads]
     dtypes = list(dict.fromkeys(one.case.dtype for one in results))
     tasks = [task for task in dict.fromkeys(one.case.task for one in results) if tasks is None or task in tasks]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, 2.6 * len(dtypes) + 1.1), layout="constrained")
-        panels = figure.subplots(len(dtypes), len(tasks), squeeze=False, sharey=True)
-        for dtype, line in zip(dtypes, panels, strict=True):
-            for task, axes in zip(tasks, line, strict=True):
+        figure = Figure(figsize=(WIDTH, 2.6 * len(tasks) + 1.1), layout="constrained")
+        panels = figure.subplots(len(tasks), len(dtypes), squeeze=False, sharey=True)
+        for task, line in zip(tasks, panels, strict=True):
+            for dtype, axes in zip(dtypes, line, strict=True):
                 some = [one for one in results if (one.case.dtype, one.case.task) == (dtype, task)]
                 _bandwidth(axes, sorted(some, key=lambda one: one.case.tensor_bytes))
                 axes.set_title(f"{TITLES.get(task, task)}, {dtype}")
