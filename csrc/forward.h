@@ -34,7 +34,7 @@ RMSNORM_INLINE auto normalise_part(const T* x, const Gain* gain, const Gain* bia
 // one loop, 1.8).
 template <class T>
 int64_t block_rows(int64_t columns) {
-  const int64_t most = 8192 / ((columns + 1) * (int64_t)sizeof(T));
+  const int64_t most = 16384 / (columns > 0 ? columns * (int64_t)sizeof(T) : 1);
   return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;
 }
 
