@@ -10,6 +10,7 @@ import rmsnorm
 from rmsnorm import functional, module
 
 SOURCES = {path.stem: path for path in Path(rmsnorm.__file__).parent.glob("*.py")}
+ROOMS = sorted(path for path in Path(rmsnorm.__file__).parent.glob("*/*.py") if path.stem != "__init__")
 OPTIONAL = ("transformers", "triton", "matplotlib", "typer", "rich", "onnx", "rmsnorm.cli", "rmsnorm.demo")
 
 # The corridor: a file may import those to its right, and nothing else of ours.
@@ -26,26 +27,30 @@ MAY_IMPORT = {
     "module": {"functional"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
-    "__init__": {"_info", "_install", "_layer_norm", "functional", "module"},
+    "__init__": {"_info", "_install", "_layer_norm", "functional", "models", "module"},
 }
 
 
 def test_public_page():
     public = {name for name in vars(rmsnorm) if not name.startswith("_")}
-    submodules = set(SOURCES) | {"reference", "functional", "module"}
+    submodules = set(SOURCES) | {"reference", "functional", "module", "models"}
     assert (
         sorted(rmsnorm.__all__)
         == sorted(public - submodules)
         == [
             "LayerNorm",
+            "PatchReport",
             "RMSNorm",
             "add_rms_norm",
             "info",
             "install",
             "installed",
             "layer_norm",
+            "patch",
+            "patched",
             "rms_norm",
             "uninstall",
+            "unpatch",
         ]
     )
 
@@ -80,7 +85,7 @@ def test_imports_follow_the_corridor(name):
     assert imports(SOURCES[name]) <= MAY_IMPORT[name]
 
 
-@pytest.mark.parametrize("path", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("path", [*SOURCES.values(), *ROOMS], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_file_says_what_it_is_for(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert text

@@ -12,17 +12,25 @@ from ._layer_norm import LayerNorm as LayerNorm
 from ._layer_norm import layer_norm as layer_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
+from .models import PatchReport as PatchReport
+from .models import patch as patch
+from .models import patched as patched
+from .models import unpatch as unpatch
 from .module import RMSNorm as RMSNorm
 
 __all__ = [
     "LayerNorm",
+    "PatchReport",
     "RMSNorm",
     "add_rms_norm",
     "info",
     "install",
     "installed",
     "layer_norm",
+    "patch",
+    "patched",
     "rms_norm",
     "uninstall",
+    "unpatch",
 ]
 __version__ = _version()

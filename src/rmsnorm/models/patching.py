@@ -1,0 +1,68 @@
+"""The only file that changes a model: it rebinds the forward of its norms, and takes that back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .binding import bind, binding_of, unbind
+from .probe import EPS_NAMES, Refused, examine
+from .recipes import Recipe
+from .report import Entry, PatchReport
+
+
+def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, layer_norm: bool = False) -> PatchReport:
+    """Runs every RMS norm of a model on our kernels, with the meaning that it had."""
+    report = PatchReport()
+    known: dict[type, Recipe] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if not _may_be_a_norm(module):
+            continue
+        try:
+            if reason := _left_alone(module, layer_norm):
+                raise Refused(reason)
+            binding, errors = examine(module, layer_norm=layer_norm, verify=verify, first=known.get(cls))
+        except Refused as refused:
+            report.skipped.append(Entry(name, cls.__name__, reason=str(refused)))
+            continue
+        known[cls] = binding.recipe
+        bind(module, binding)
+        report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=errors, types=binding.types()))
+    return report
+
+
+def _may_be_a_norm(module: nn.Module) -> bool:
+    """By its name; or a stranger with an eps and nothing inside."""
+    named = "norm" in type(module).__name__.lower()
+    return named or (not module._modules and any(hasattr(module, name) for name in EPS_NAMES))
+
+
+def _left_alone(module: nn.Module, layer_norm: bool) -> str:
+    """Why a module isn't even asked what it does."""
+    if binding_of(module):
+        return "it is patched already"
+    home = type(module).__module__.partition(".")[0]
+    if home == "rmsnorm":
+        return "it is rmsnorm's own layer"
+    if home == "torch" and not isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        return "it is another norm"
+    return ""
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
+    for module in model.modules():
+        unbind(module)
+
+
+@contextmanager
+def patched(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, layer_norm: bool = False) -> Iterator[PatchReport]:
+    """:func:`patch` for the length of a ``with`` block."""
+    report = patch(model, verify=verify, fuse_add=fuse_add, layer_norm=layer_norm)
+    try:
+        yield report
+    finally:
+        unpatch(model)
