@@ -2,7 +2,7 @@
 
 ``functools.partial`` of a module-level function is the one binding of an instance's forward that deepcopy, pickle and
 ``torch.compile`` all follow. A bound method is pickled by its name and comes back as the class's own forward; another
-``__class__`` would break ``type(module) is ...`` and hide from FSDP, which swaps classes itself.
+``__class__`` would break ``type(module) is ...`` and get in the way of FSDP, which swaps classes itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .recipes import Recipe
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-Types = tuple[torch.dtype, torch.dtype | None]
-"""Of the input and of the weight."""
+Types = tuple[torch.dtype | None, ...]
+"""Of the weight, the input and, if there is one, the gate."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,26 @@ class Binding:
     weight: str | None
     bias: str | None
     eps: str
+    group: str | None = None
+    """Holds the size of a group of the last dimension, or the number of groups."""
+    group_counts: bool = False
     proven: frozenset[Types] = frozenset()
     """What the recipe was seen to reproduce. Everything else runs on the module's own forward."""
+    single: bool = True
+    """Whether that includes inputs ``[batch, 1, size]``, which one class squeezes."""
 
     def complete(self) -> bool:
-        """Whether each type was proven together with a weight of the same type."""
-        return all((x, x if self.weight else None) in self.proven for x in TYPES)
+        """Whether each type was proven together with weights and gates of the same type."""
+        gates = 1 + bool(self.recipe.gate)
+        return all((x if self.weight else None, *[x] * gates) in self.proven for x in TYPES)
 
     def types(self) -> tuple[str, ...]:
-        """The proven types in words: ``bfloat16``, or ``bfloat16 × float32`` with a weight of another type."""
-        names = ((str(x).removeprefix("torch."), str(w or x).removeprefix("torch.")) for x, w in self.proven)
-        return tuple(sorted(x if x == w else f"{x} × {w}" for x, w in names))
+        """The proven input types in words; ``bfloat16 × float32`` with a weight (and gate) of another type."""
+        words = (
+            " × ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (x, weight, *gate) if t))
+            for weight, x, *gate in self.proven
+        )
+        return tuple(sorted(set(words)))
 
 
 def bind(module: nn.Module, binding: Binding) -> None:
@@ -47,15 +56,13 @@ def bind(module: nn.Module, binding: Binding) -> None:
     module.forward = functools.partial(forward, module, binding)
 
 
-def unbind(module: nn.Module) -> bool:
-    """Takes our forward away; True if there was one. Wrappers that were put around it later stay, without it."""
-    found = [name for name, value in vars(module).items() if _is_ours(value)]
-    for name in found:
+def unbind(module: nn.Module) -> None:
+    """Takes our forward away, if there is one. Wrappers that were put around it later stay, around the class's own."""
+    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
         if name == "forward":
             del module.forward
         else:  # accelerate keeps what it wraps as an attribute of its own
             setattr(module, name, type(module).forward.__get__(module))
-    return bool(found)
 
 
 def binding_of(module: nn.Module) -> Binding | None:
@@ -66,18 +73,26 @@ def binding_of(module: nn.Module) -> Binding | None:
 
 def forward(module: Any, binding: Binding, *args: Any, **kwargs: Any) -> Any:
     """What a patched norm does when it is called."""
-    if len(args) == 1 and not kwargs:
+    if not kwargs and len(args) == 1 + bool(binding.recipe.gate) and args[-1] is not None:
         weight = getattr(module, binding.weight) if binding.weight else None
-        if (args[0].dtype, None if weight is None else weight.dtype) in binding.proven:
-            return apply(module, binding, args[0], weight)
+        types = (None if weight is None else weight.dtype, *[x.dtype for x in args])
+        if (
+            types in binding.proven
+            and args[0].shape == args[-1].shape
+            and (binding.single or args[0].shape[-2:-1] != (1,))
+        ):
+            return apply(module, binding, weight, *args)
     return type(module).forward(module, *args, **kwargs)
 
 
-def apply(module: Any, binding: Binding, x: Tensor, weight: Tensor | None) -> Tensor:
+def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """The recipe on the module's own numbers."""
-    shape = weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
     bias = getattr(module, binding.bias) if binding.bias else None
-    return binding.recipe(x, weight, bias, getattr(module, binding.eps), shape)
+    shape = weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
+    group = getattr(module, binding.group) if binding.group else None
+    if binding.group_counts:
+        group = shape[-1] // group
+    return binding.recipe(x, gate, weight, bias, getattr(module, binding.eps), shape, group)
 
 
 def _is_ours(value: object) -> bool:

@@ -24,13 +24,16 @@ def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, laye
         try:
             if reason := _left_alone(module, layer_norm):
                 raise Refused(reason)
-            binding, errors = examine(module, layer_norm=layer_norm, verify=verify, first=known.get(cls))
+            proof = examine(module, layer_norm=layer_norm, verify=verify, first=known.get(cls))
         except Refused as refused:
             report.skipped.append(Entry(name, cls.__name__, reason=str(refused)))
             continue
+        binding = proof.binding
         known[cls] = binding.recipe
         bind(module, binding)
-        report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=errors, types=binding.types()))
+        report.patched.append(
+            Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=binding.types())
+        )
     return report
 
 

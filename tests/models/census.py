@@ -1,0 +1,79 @@
+"""Every RMS-type class of the installed transformers: found by reading its sources, built small, and patched.
+
+``python tests/models/census.py`` writes the tables of docs/models.md anew; test_census.py checks each class and that the
+tables are current.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import rmsnorm
+from rmsnorm.models.recipes import RECIPES
+
+SIZE = 64
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- census: python tests/models/census.py -->\n", "<!-- end of census -->\n"
+# By name or formula; neither is a norm of its input.
+LOOK_ALIKES = {"SiLogLoss", "VoxtralRealtimeTextAdaRmsNorm"}
+CLASS = re.compile(r"^( *)class (\w+)\([^)]*\):\n(?:(?:\1 .*)?\n)*", re.MULTILINE)
+ROOT = re.compile(r"rsqrt|pow\(.*-0\.5\)|\.sqrt\(|rms_norm\(")
+MEAN_SQUARE = re.compile(r"(pow\(2\)|square\(.*\))[.,]?.*\bmean|mean\(torch\.square|square\(\)\.mean|rms_norm\(")
+CENTRED = re.compile(r"\bmean = |\bu = |masked|\.var\(")
+
+
+@functools.cache
+def classes() -> tuple[type[nn.Module], ...]:
+    """Called RMSNorm, or short and with a mean square under a root in forward, not centred."""
+    found = []
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        for match in CLASS.finditer(file.read_text()):
+            name, source = match[2], match[0]
+            named = re.search(r"RMS_?Norm", name, re.IGNORECASE)
+            formula = len(source) < 2600 and ROOT.search(source) and MEAN_SQUARE.search(source)
+            if name not in LOOK_ALIKES and (named or (formula and not CENTRED.search(source))):
+                module = f"transformers.models.{file.parent.name}.{file.stem}"
+                found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
+
+
+# What the constructors of all classes take: each parameter's values.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_size": (SIZE,),
+    "dim": (SIZE,),
+    "num_features": (SIZE,),
+    "output_size": (SIZE,),
+    "group_size": (SIZE // 4,),
+    "n_groups": (1, 4),
+    "norm_before_gate": (True, False),
+    "with_scale": (True, False),
+    "use_weight": (True, False),
+    "use_bias": (False, True),
+    "config": (SimpleNamespace(hidden_size=SIZE, eps=1e-6, rms_norm_eps=1e-6, hidden_act="silu", gated_norm_rank=4),),
+}
+
+
+def instances(cls: type[nn.Module]) -> Iterator[nn.Module]:
+    """The class in each of its configurations, with random weights."""
+    names = [name for name in inspect.signature(cls).parameters if name in VALUES]
+    for values in product(*(VALUES[name] for name in names)):
+        module = cls(**dict(zip(names, values, strict=True)))
+        generator = torch.Generator().manual_seed(0)
+        for tensor in module.parameters():
+            tensor.data = 1 + 0.7 * torch.randn(tensor.shape, generator=generator)
+        yield module.eval()
