@@ -3,6 +3,8 @@
 The public page is this list; everything else is private or lives beside the corridor (see README).
 """
 
+from ._gated import GatedRMSNorm as GatedRMSNorm
+from ._gated import gated_rms_norm as gated_rms_norm
 from ._info import info as info
 from ._info import version as _version
 from ._install import install as install
@@ -19,10 +21,12 @@ from .models import unpatch as unpatch
 from .module import RMSNorm as RMSNorm
 
 __all__ = [
+    "GatedRMSNorm",
     "LayerNorm",
     "PatchReport",
     "RMSNorm",
     "add_rms_norm",
+    "gated_rms_norm",
     "info",
     "install",
     "installed",
