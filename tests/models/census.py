@@ -10,8 +10,6 @@ import functools
 import importlib
 import inspect
 import re
-import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from oracle import gains
 from torch import nn
 
 import rmsnorm
@@ -32,8 +31,8 @@ BEGIN, END = "<!-- census: python tests/models/census.py -->\n", "<!-- end of ce
 # By name or formula; neither is a norm of its input.
 LOOK_ALIKES = {"SiLogLoss", "VoxtralRealtimeTextAdaRmsNorm"}
 CLASS = re.compile(r"^( *)class (\w+)\([^)]*\):\n(?:(?:\1 .*)?\n)*", re.MULTILINE)
-ROOT = re.compile(r"rsqrt|pow\(.*-0\.5\)|\.sqrt\(|rms_norm\(")
-MEAN_SQUARE = re.compile(r"(pow\(2\)|square\(.*\))[.,]?.*\bmean|mean\(torch\.square|square\(\)\.mean|rms_norm\(")
+ROOT = re.compile(r"rsqrt|pow\(.*-0\.5\)|\.sqrt\(|F\.rms_norm\(")
+MEAN_SQUARE = re.compile(r"(pow\(2\)|square\(.*\))[.,]?.*\bmean|mean\(torch\.square|square\(\)\.mean|F\.rms_norm\(")
 CENTRED = re.compile(r"\bmean = |\bu = |masked|\.var\(")
 
 
@@ -52,7 +51,7 @@ def classes() -> tuple[type[nn.Module], ...]:
     return tuple(found)
 
 
-# What the constructors of all classes take: each parameter's values.
+# What the constructors of all classes take: the values that each parameter is tried with.
 VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_size": (SIZE,),
     "dim": (SIZE,),
@@ -73,7 +72,69 @@ def instances(cls: type[nn.Module]) -> Iterator[nn.Module]:
     names = [name for name in inspect.signature(cls).parameters if name in VALUES]
     for values in product(*(VALUES[name] for name in names)):
         module = cls(**dict(zip(names, values, strict=True)))
-        generator = torch.Generator().manual_seed(0)
         for tensor in module.parameters():
-            tensor.data = 1 + 0.7 * torch.randn(tensor.shape, generator=generator)
+            tensor.data = gains(*tensor.shape, dtype=torch.float32)
         yield module.eval()
+
+
+@dataclass(frozen=True)
+class Line:
+    """What patch() made of one class."""
+
+    cls: type[nn.Module]
+    meanings: tuple[str, ...]
+    """Of its configurations."""
+    reason: str
+    """Why it is left alone, in whole or in half precision."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.cls.__module__.split('.')[-2]}.{self.cls.__name__}"
+
+
+@functools.cache
+def line(cls: type[nn.Module]) -> Line:
+    """Patches the class in each of its configurations."""
+    meanings, reasons = [], []
+    for module in instances(cls):
+        report = rmsnorm.patch(module)
+        own = [entry for entry in (*report.patched, *report.skipped) if entry.name == ""]
+        assert len(own) == 1, f"{cls.__name__} is not in the report"
+        if own[0].reason:
+            reasons.append(own[0].reason)
+        elif set(own[0].types) >= {"float32", "bfloat16", "float16"}:
+            meanings.append(own[0].meaning)
+        else:
+            reasons.append(f"in half precision; in float32 it is {own[0].meaning!r}")
+    return Line(cls, tuple(dict.fromkeys(meanings)), "; ".join(dict.fromkeys(reasons)))
+
+
+def tables() -> str:
+    """The block of docs/models.md."""
+    lines = [line(cls) for cls in classes()]
+    swapped = [one for one in lines if not one.reason]
+    text = [
+        f"transformers {transformers.__version__} has {len(lines)} RMS-type classes; `patch` swaps {len(swapped)} "
+        f"({100 * len(swapped) / len(lines):.1f} %).\n",
+        "| meaning | formula | output | census | classes | |\n|---|---|---|---|---:|---|",
+    ]
+    for recipe in RECIPES.values():
+        if names := [one.name for one in swapped if recipe.meaning in one.meanings]:
+            shown = ", ".join(names)
+            text.append(
+                f"| {recipe.meaning} | `{recipe.formula}` | {recipe.output} | {recipe.census} | {len(names)} | {shown} |"
+            )
+    text += ["\nLeft alone:\n", "| class | why |\n|---|---|"]
+    text += [f"| {one.name} | {one.reason} |" for one in lines if one.reason]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Writes the tables into docs/models.md."""
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCS.write_text(before + BEGIN + tables() + END + after)
+
+
+if __name__ == "__main__":
+    main()

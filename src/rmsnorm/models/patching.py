@@ -38,9 +38,8 @@ def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, laye
 
 
 def _may_be_a_norm(module: nn.Module) -> bool:
-    """By its name; or a stranger with an eps and nothing inside."""
-    named = "norm" in type(module).__name__.lower()
-    return named or (not module._modules and any(hasattr(module, name) for name in EPS_NAMES))
+    """By its name, or because it has an eps."""
+    return "norm" in type(module).__name__.lower() or any(hasattr(module, name) for name in EPS_NAMES)
 
 
 def _left_alone(module: nn.Module, layer_norm: bool) -> str:
