@@ -51,6 +51,13 @@ class Binding:
         return tuple(sorted(set(words)))
 
 
+    def adds(self) -> bool:
+        """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
+        recipe = self.recipe
+        odd = recipe.own_gain or recipe.scaled_input or recipe.gate or recipe.centred
+        return not (odd or self.bias or self.group)
+
+
 def bind(module: nn.Module, binding: Binding) -> None:
     """Gives this instance our forward. The class, the parameters and the hooks stay."""
     module.forward = functools.partial(forward, module, binding)
@@ -68,7 +75,7 @@ def unbind(module: nn.Module) -> None:
 def binding_of(module: nn.Module) -> Binding | None:
     """What the module is bound with now."""
     ours = vars(module).get("forward")
-    return ours.args[1] if _is_ours(ours) else None
+    return ours.args[1] if isinstance(ours, functools.partial) and ours.func is forward else None
 
 
 def forward(module: Any, binding: Binding, *args: Any, **kwargs: Any) -> Any:
@@ -88,12 +95,18 @@ def forward(module: Any, binding: Binding, *args: Any, **kwargs: Any) -> Any:
 def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """The recipe on the module's own numbers."""
     bias = getattr(module, binding.bias) if binding.bias else None
-    shape = weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
+    shape = shape_of(module, weight, x)
     group = getattr(module, binding.group) if binding.group else None
     if binding.group_counts:
         group = shape[-1] // group
     return binding.recipe(x, gate, weight, bias, getattr(module, binding.eps), shape, group)
 
 
+def shape_of(module: Any, weight: Tensor | None, x: Tensor) -> torch.Size:
+    """The sizes of the normalised dimensions."""
+    return weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
+
+
 def _is_ours(value: object) -> bool:
-    return isinstance(value, functools.partial) and value.func is forward
+    """Of a norm or, from ``rewrite.py``, of a layer."""
+    return isinstance(value, functools.partial) and value.func.__module__.startswith(f"{__package__}.")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from .binding import bind, binding_of, unbind
+from .fusion import fuse
 from .probe import EPS_NAMES, Refused, examine
 from .recipes import Recipe
 from .report import Entry, PatchReport
 
 
-def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, layer_norm: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool | Mapping[str, Any] = False, layer_norm: bool = False) -> PatchReport:
     """Runs every RMS norm of a model on our kernels, with the meaning that it had."""
     report = PatchReport()
     known: dict[type, Recipe] = {}
@@ -34,6 +36,9 @@ def patch(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, laye
         report.patched.append(
             Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=binding.types())
         )
+    if fuse_add:
+        report.fused, left = fuse(model, None if fuse_add is True else fuse_add)
+        report.skipped += left
     return report
 
 
@@ -61,7 +66,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, *, verify: bool = True, fuse_add: bool = False, layer_norm: bool = False) -> Iterator[PatchReport]:
+def patched(model: nn.Module, *, verify: bool = True, fuse_add: bool | Mapping[str, Any] = False, layer_norm: bool = False) -> Iterator[PatchReport]:
     """:func:`patch` for the length of a ``with`` block."""
     report = patch(model, verify=verify, fuse_add=fuse_add, layer_norm=layer_norm)
     try:
