@@ -41,6 +41,7 @@ def build() -> "typer.Typer":
 
     from . import _report, bench, demo
     from ._info import info
+    from .models import command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -120,6 +121,7 @@ def build() -> "typer.Typer":
         """Inside torch.compile: our operator against the code that Inductor makes of the formula."""
         race_in_graph(bench.grid(sizes("--rows", rows), sizes("--cols", cols), ("float32", "bfloat16")))
 
+    command.register(app)
     return app
 
 

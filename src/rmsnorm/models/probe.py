@@ -141,8 +141,9 @@ def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
             if max(there.part, back) > 1:
                 continue
             proven.add(types)
+            errors["gradient"] = max(back * trial.BACKWARD, errors.get("gradient", 0.0))
             if weight in (None, x):
-                errors |= trial.words(x, there, back)
+                errors[str(x).removeprefix("torch.")] = there.far if x is torch.float32 else there.share
     own = _own_type(module)
     if (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate))) not in proven:
         return None

@@ -151,13 +151,6 @@ def same_in_other_shapes(trial: Trial) -> bool:
     return forward(trial, lambda x: x.transpose(0, 1)).part <= 1
 
 
-def words(dtype: torch.dtype, there: Difference, back: float) -> dict[str, float]:
-    """The differences as a report has them."""
-    name = str(dtype).removeprefix("torch.")
-    shown = there.far if dtype is torch.float32 else there.share
-    return {name: shown, f"{name} gradient": back * BACKWARD}
-
-
 def _largest(ours: Tensor, theirs: Tensor, size: Tensor, eps: float) -> float:
     """The largest difference in units of eps, relative to a size; infinite where one isn't finite and the other is."""
     tiny = torch.finfo(ours.dtype).smallest_normal

@@ -1,0 +1,160 @@
+"""The only file that measures what patching changes in a language model: logits, text, loss, speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .._timing import measure
+from .binding import switch
+from .patching import patch
+from .report import PatchReport
+
+READ = 128
+"""Tokens of real text that are read at once when times are taken, and that a training step takes."""
+WINDOW = 500
+"""Tokens of a text that are scored at once: as many rows of logits."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says."""
+
+    logits: Tensor
+    """Of the prompt, in float32."""
+    written: list[int]
+    """The tokens that it writes behind the prompt, greedily."""
+    losses: Tensor
+    """Of each token of a real text, in nats."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one kind of work, in tokens a second (from the median time)."""
+
+    before: float
+    after: float
+    ratio: float
+    """Time after ÷ time before, the median over rounds; below 1, faster."""
+
+
+@dataclass
+class Comparison:
+    """A model before and after :func:`rmsnorm.patch`."""
+
+    report: PatchReport
+    before: Outputs
+    after: Outputs
+    speeds: dict[str, Speed] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    """Bytes by which a training step makes the process grow at most; None where the system doesn't tell."""
+
+    def numbers(self) -> dict[str, float]:
+        """The differences."""
+        before, after = self.before, self.after
+        return {
+            "same_tokens": sum(a == b for a, b in zip(before.written, after.written, strict=False)),
+            "written_tokens": len(before.written),
+            "logit_difference": (after.logits - before.logits).abs().max().item(),
+            "logit_size": before.logits.abs().max().item(),
+            "loss_before": before.losses.double().mean().item(),
+            "loss_after": after.losses.double().mean().item(),
+            "loss_difference_per_token": (after.losses - before.losses).abs().max().item(),
+            "scored_tokens": before.losses.numel(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        speeds = {name: asdict(speed) for name, speed in self.speeds.items()}
+        return {"report": self.report.to_dict(), **self.numbers(), "tokens_per_second": speeds, "peak_bytes": self.peaks}
+
+
+def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: float, **options: Any) -> Comparison:
+    """Patches a causal language model and compares.
+
+    Args:
+        model: from transformers, on the CPU.
+        prompt, text: tokens ``[n]``; the first are continued by ``tokens`` more, the second are scored.
+        seconds: of timing for each kind of work; 0 leaves it out.
+        options: of :func:`rmsnorm.patch`.
+    """
+    before = _outputs(model, prompt, text, tokens)
+    report = patch(model, **options)
+    result = Comparison(report, before, _outputs(model, prompt, text, tokens))
+    if seconds:
+        turn = switch(model)
+        for name, (work, count) in _work(model, text[None, :READ]).items():
+
+            def timed(on: bool, work: Callable[[], object] = work) -> Callable[[], None]:
+                return lambda: (turn(on), work()) and None
+
+            times = measure({"before": timed(False), "after": timed(True)}, seconds)
+            speeds = (count / times[when].median for when in ("before", "after"))
+            result.speeds[name] = Speed(*speeds, times["after"].ratio(times["before"]))
+        for when in ("before", "after"):
+            turn(when == "after")
+            model.zero_grad(set_to_none=True)
+            result.peaks[when] = _peak(lambda: _train(model, text[None, :READ]))
+        model.zero_grad(set_to_none=True)
+    return result
+
+
+def _outputs(model: Any, prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
+    with torch.inference_mode():
+        logits = model(prompt[None]).logits[0].float()
+        mask = torch.ones_like(prompt[None])
+        written = model.generate(prompt[None], attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        losses = [
+            cross_entropy(model(window[None, :-1]).logits[0].float(), window[1:], reduction="none")
+            for window in text.split(WINDOW)
+            if len(window) > 1
+        ]
+    return Outputs(logits, written[0, len(prompt) :].tolist(), torch.cat(losses))
+
+
+def _work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+    """What is timed, and how many tokens it takes in."""
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def decode() -> None:
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)  # the next call sees the same past
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        model(ids, use_cache=True)
+
+    return {
+        "decode": (decode, 1),
+        "prefill": (prefill, ids.numel()),
+        "training step": (lambda: _train(model, ids), ids.numel()),
+    }
+
+
+def _train(model: Any, ids: Tensor) -> None:
+    """Forward and backward; the optimizer is not ours to compare."""
+    model.zero_grad(set_to_none=True)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+
+
+def _peak(work: Callable[[], object]) -> int | None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far becomes what is held now
+        before = _status("VmHWM")
+        work()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
