@@ -60,21 +60,23 @@ def test_swapped_and_equal_to_its_original(cls: type[nn.Module]) -> None:
                     inputs.append(incoming(ROWS, census.SIZE, x_type)[None] * 8)
                 a, b = theirs.to(w_type)(*inputs), ours.to(w_type)(*inputs)
                 assert (a.dtype, a.shape) == (b.dtype, b.shape), (x_type, w_type)
-                compare(a.detach(), b.detach(), x_type, getattr(module, "bias", None) is not None)
+                compare(a.detach(), b.detach(), x_type, getattr(module, "bias", None) is not None, gated)
                 if eps != 0.3:
                     same_gradients(theirs, ours, inputs, 40 if gated else 6)
 
 
-def compare(theirs: Tensor, ours: Tensor, x_type: torch.dtype, biased: bool) -> None:
+def compare(theirs: Tensor, ours: Tensor, x_type: torch.dtype, biased: bool, gated: bool) -> None:
     """Half types: at least 99.9 % identical; the rest is one rounding of x·r to the input's type that fell the other
     way, which the weight and later roundings pass on as up to 2 ulp. float32: theirs sums and multiplies in float32 and
-    errs by up to 5 ulp, ours by less than one, so 99 % are within 2 ulp, and none is further than theirs may err. A bias may cancel: errors are then relative to the row."""
+    errs by up to 5 ulp, ours by less than one, so 99 % are within 2 ulp, and none is further than theirs may err. A bias may cancel: errors are then relative to the row. A gate
+    brings an exponential and another product, to both."""
     a, b = exact(theirs), exact(ours)
     coarse = max(x_type, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     apart = np.abs(a - b) / ulp(np.abs(a).max(-1, keepdims=True) if biased else a, coarse)
     if coarse is torch.float32:
-        assert np.mean(apart <= 2) >= 0.99, np.mean(apart <= 2)
-        assert apart.max() <= 6
+        near, far = (4, 10) if gated else (2, 6)
+        assert np.mean(apart <= near) >= 0.99, np.mean(apart <= near)
+        assert apart.max() <= far
     else:
         assert np.mean(a == b) >= 0.999, np.mean(a == b)
         assert apart.max() <= 2

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .binding import Binding, Types, apply
 
 # Bounds in units of a type's eps. Forward, relative to each output: in float32 their sum, root and products round, up
-# to 4 in all; in a half type one rounding of x·r may fall the other way, and the weight passes it on.
+# to 4 in all; in a half type one rounding of x·r may fall the other way, and the weight passes it on. A gate brings an
+# exponential and a product more, on both sides: twice that.
 FORWARD = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 # That happens to 0.0001 of float16 outputs. Another order of casts changes 0.2 of them; samples of 2000 need some room.
 NOT_IDENTICAL = 0.005
@@ -112,7 +113,8 @@ def forward(trial: Trial, view: Callable[[Tensor], Tensor] = torch.clone) -> Dif
         size = size.amax(-1, keepdim=True)
     far = _largest(ours, theirs, size, _eps(coarse))
     share = float((theirs != ours).double().mean())
-    return Difference(far, share, max(far / FORWARD[coarse], share / NOT_IDENTICAL * (coarse is not torch.float32)))
+    allowed = FORWARD[coarse] * (2 if trial.binding.recipe.gate else 1)
+    return Difference(far, share, max(far / allowed, share / NOT_IDENTICAL * (coarse is not torch.float32)))
 
 
 def backward(trial: Trial) -> float:
