@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from .models import command
+
 if TYPE_CHECKING:
     import typer
 
@@ -41,7 +43,6 @@ def build() -> "typer.Typer":
 
     from . import _report, bench, demo
     from ._info import info
-    from .models import command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -121,8 +122,7 @@ def build() -> "typer.Typer":
         """Inside torch.compile: our operator against the code that Inductor makes of the formula."""
         race_in_graph(bench.grid(sizes("--rows", rows), sizes("--cols", cols), ("float32", "bfloat16")))
 
-    command.register(app)
-    return app
+    return command.register(app)
 
 
 def peers(against: str) -> "list[bench.Contender]":

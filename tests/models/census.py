@@ -1,7 +1,7 @@
 """Every RMS-type class of the installed transformers: found by reading its sources, built small, and patched.
 
-``python tests/models/census.py`` writes the tables of docs/models.md anew; test_census.py checks each class and that the
-tables are current.
+``python tests/models/census.py`` writes the tables of docs/models.md anew; test_census.py checks each class, and
+that the tables are current.
 """
 
 from __future__ import annotations
@@ -120,10 +120,8 @@ def tables() -> str:
     ]
     for recipe in RECIPES.values():
         if names := [one.name for one in swapped if recipe.meaning in one.meanings]:
-            shown = ", ".join(names)
-            text.append(
-                f"| {recipe.meaning} | `{recipe.formula}` | {recipe.output} | {recipe.census} | {len(names)} | {shown} |"
-            )
+            cells = recipe.meaning, f"`{recipe.formula}`", recipe.output, recipe.census, len(names), ", ".join(names)
+            text.append(f"| {' | '.join(map(str, cells))} |")
     text += ["\nLeft alone:\n", "| class | why |\n|---|---|"]
     text += [f"| {one.name} | {one.reason} |" for one in lines if one.reason]
     return "\n".join(text) + "\n"

@@ -68,8 +68,8 @@ def test_swapped_and_equal_to_its_original(cls: type[nn.Module]) -> None:
 def compare(theirs: Tensor, ours: Tensor, x_type: torch.dtype, biased: bool, gated: bool) -> None:
     """Half types: at least 99.9 % identical; the rest is one rounding of x·r to the input's type that fell the other
     way, which the weight and later roundings pass on as up to 2 ulp. float32: theirs sums and multiplies in float32 and
-    errs by up to 5 ulp, ours by less than one, so 99 % are within 2 ulp, and none is further than theirs may err. A bias may cancel: errors are then relative to the row. A gate
-    brings an exponential and another product, to both."""
+    errs by up to 5 ulp, ours by less than one, so 99 % are within 2 ulp, and none is further than theirs may err. A
+    bias may cancel: errors are then relative to the row. A gate brings an exponential and a product more, to both."""
     a, b = exact(theirs), exact(ours)
     coarse = max(x_type, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     apart = np.abs(a - b) / ulp(np.abs(a).max(-1, keepdims=True) if biased else a, coarse)
@@ -96,4 +96,6 @@ def same_gradients(theirs: nn.Module, ours: nn.Module, inputs: list[Tensor], all
     for a, b in zip(*gradients, strict=True):
         assert a.dtype is b.dtype
         size, apart = a.double().norm(dim=-1), (a.double() - b.double()).norm(dim=-1)
-        assert (apart <= allowed * coarse * size + torch.finfo(a.dtype).smallest_normal).all(), (apart / size).max() / coarse
+        assert (apart <= allowed * coarse * size + torch.finfo(a.dtype).smallest_normal).all(), (
+            apart / size
+        ).max() / coarse

@@ -242,3 +242,18 @@ def test_copies_are_patched_and_independent(copied) -> None:
     rmsnorm.unpatch(twin)
     assert not binding_of(twin.norm)
     assert binding_of(net.norm)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(mode) -> None:
+    net = Net(Llama(64))
+    with mode():
+        report = rmsnorm.patch(net)
+    assert report.patched
+    net(x()).sum().backward()
+    assert net.norm.weight.grad is not None
+
+
+def test_without_verify_gradients_are_not_asked_for() -> None:
+    assert rmsnorm.patch(Detached(64), verify=False).patched
+    assert not rmsnorm.patch(EpsOutside(64), verify=False).patched

@@ -51,7 +51,6 @@ class Binding:
         )
         return tuple(sorted(set(words)))
 
-
     def adds(self) -> bool:
         """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
         recipe = self.recipe
@@ -109,8 +108,8 @@ def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate:
     """The recipe on the module's own numbers."""
     bias = getattr(module, binding.bias) if binding.bias else None
     shape = shape_of(module, weight, x)
-    group = getattr(module, binding.group) if binding.group else None
-    if binding.group_counts:
+    group: int | None = getattr(module, binding.group) if binding.group else None
+    if binding.group_counts and group:
         group = shape[-1] // group
     return binding.recipe(x, gate, weight, bias, getattr(module, binding.eps), shape, group)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def register(app: "typer.Typer") -> None:
-    """Adds the command to the app."""
+def register(app: "typer.Typer") -> "typer.Typer":
+    """Adds the command to the app; returns the app."""
     import typer
     from rich.console import Console
 
@@ -33,7 +33,9 @@ def register(app: "typer.Typer") -> None:
         tokens: Annotated[int, typer.Option(min=1, help="How many it writes, greedily.")] = 64,
         text: Annotated[int, typer.Option(min=2, help="How many tokens of real text it scores.")] = 2000,
         dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
-        fuse_add: Annotated[bool, typer.Option("--fuse-add", help="Fuse residual adds where that can be proven.")] = False,
+        fuse_add: Annotated[
+            bool, typer.Option("--fuse-add", help="Fuse residual adds where that can be proven.")
+        ] = False,
         layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Take LayerNorms too.")] = False,
         seconds: Annotated[float, typer.Option(min=0.0, help="Of timing for each kind of work; 0: none.")] = 10.0,
         json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the results to this file.")] = None,
@@ -65,6 +67,8 @@ def register(app: "typer.Typer") -> None:
             about = {"model": model, "dtype": dtype, "prompt": prompt, "rmsnorm": vars(info())}
             _write(json, {**about, **result.to_dict()})
 
+    return app
+
 
 def _documentation(characters: int) -> str:
     """Real English that every Python has: its own documentation."""
@@ -95,12 +99,14 @@ def _table(result: comparison.Comparison, tokenizer: Any) -> "Table":
     far, size = numbers["logit_difference"], numbers["logit_size"]
     table.add_row("largest logit", f"{size:.4g}", "", f"differ by at most {far:.1e}")
     losses = f"{numbers['loss_before']:.6f}", f"{numbers['loss_after']:.6f}"
-    apart = f"mean over {numbers['scored_tokens']} tokens differs by {abs(numbers['loss_after'] - numbers['loss_before']):.1e}"
-    table.add_row("loss per token", *losses, apart)
+    apart = abs(numbers["loss_after"] - numbers["loss_before"])
+    table.add_row("loss per token", *losses, f"differ by {apart:.1e}, over {numbers['scored_tokens']} tokens")
     for name, speed in result.speeds.items():
         table.add_row(f"{name}, tokens/s", f"{speed.before:.1f}", f"{speed.after:.1f}", f"time × {speed.ratio:.3f}")
     if None not in result.peaks.values() and result.peaks:
-        table.add_row("peak memory of a training step, MiB", *(f"{(n or 0) / 2**20:.0f}" for n in result.peaks.values()), "")
+        table.add_row(
+            "peak memory of a training step, MiB", *(f"{(n or 0) / 2**20:.0f}" for n in result.peaks.values()), ""
+        )
     return table
 
 

@@ -72,7 +72,12 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         speeds = {name: asdict(speed) for name, speed in self.speeds.items()}
-        return {"report": self.report.to_dict(), **self.numbers(), "tokens_per_second": speeds, "peak_bytes": self.peaks}
+        return {
+            "report": self.report.to_dict(),
+            **self.numbers(),
+            "tokens_per_second": speeds,
+            "peak_bytes": self.peaks,
+        }
 
 
 def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: float, **options: Any) -> Comparison:
@@ -91,12 +96,12 @@ def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: floa
         turn = switch(model)
         for name, (work, count) in _work(model, text[None, :READ]).items():
 
-            def timed(on: bool, work: Callable[[], object] = work) -> Callable[[], None]:
-                return lambda: (turn(on), work()) and None
+            def timed(on: bool, work: Callable[[], object] = work) -> Callable[[], object]:
+                return lambda: (turn(on), work())
 
             times = measure({"before": timed(False), "after": timed(True)}, seconds)
-            speeds = (count / times[when].median for when in ("before", "after"))
-            result.speeds[name] = Speed(*speeds, times["after"].ratio(times["before"]))
+            before_s, after_s = times["before"], times["after"]
+            result.speeds[name] = Speed(count / before_s.median, count / after_s.median, after_s.ratio(before_s))
         for when in ("before", "after"):
             turn(when == "after")
             model.zero_grad(set_to_none=True)
@@ -109,7 +114,9 @@ def _outputs(model: Any, prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
     with torch.inference_mode():
         logits = model(prompt[None]).logits[0].float()
         mask = torch.ones_like(prompt[None])
-        written = model.generate(prompt[None], attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        written = model.generate(
+            prompt[None], attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
+        )
         losses = [
             cross_entropy(model(window[None, :-1]).logits[0].float(), window[1:], reduction="none")
             for window in text.split(WINDOW)

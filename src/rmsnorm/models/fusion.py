@@ -1,4 +1,4 @@
-"""The only file that fuses residual adds in a model: it finds the layers, and proves each on an input that it has seen."""
+"""The only file that fuses residual adds in a model: it finds the layers, and proves each on an input it has seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .binding import binding_of
 from .report import Entry
 
 GRADIENT = 16.0
-"""Allowed, in eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
+"""In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -29,7 +29,7 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     layers = {name: layer for name, layer in model.named_modules() if _adds_before_norms(layer)}
     failure, calls = "the model doesn't call it", dict[str, Call]()
     try:
-        calls = _record(model, layers, model.dummy_inputs if example is None else example)
+        calls = _record(model, layers, _dummy_inputs(model) if example is None else example)
     except Exception as error:  # whatever a model raises on inputs that don't suit it
         failure = f"the model can't be run on its example: {_words(error)}"
     for name, layer in layers.items():
@@ -40,13 +40,18 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
             rewritten = rewrite.Rewritten(cls)
             if "forward" in vars(layer):
                 raise ValueError("its forward was replaced before")
-            error = _prove(layer, rewritten, calls[name])
+            apart = _prove(layer, rewritten, calls[name])
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
             continue
         rewrite.bind(layer, rewritten)
-        fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": error}))
+        fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
     return fused, left
+
+
+def _dummy_inputs(model: Any) -> Mapping[str, Any]:
+    inputs: Mapping[str, Any] = model.dummy_inputs
+    return inputs
 
 
 def _words(error: Exception) -> str:
@@ -103,9 +108,7 @@ def _run(
     function: rewrite.Forward, layer: nn.Module, norms: tuple[str, ...], call: Call
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """The output's tensors, and the gradients of the input's and of the norms' weights."""
-    args, kwargs = tree_map(
-        lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, copy.deepcopy(call)
-    )
+    args, kwargs = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, copy.deepcopy(call))
     outputs = [x for x in tree_leaves(function(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
     wanted = [x for x in tree_leaves((args, kwargs)) if _is_real(x)]
     wanted += [p for name in norms for p in getattr(layer, name).parameters() if p.requires_grad]

@@ -55,7 +55,9 @@ def load(name: str, dtype: torch.dtype, progress: Callable[[int], None] = lambda
             model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **source)
         except Exception as error:  # of a dozen libraries, about a broken file, an unknown architecture, …
             reason = str(error).strip().partition("\n")[0]
-            raise Unusable(f"{name} can't be loaded as a causal language model: {type(error).__name__}: {reason}") from error
+            raise Unusable(
+                f"{name} can't be loaded as a causal language model: {type(error).__name__}: {reason}"
+            ) from error
     return tokenizer, model.eval()
 
 

@@ -54,6 +54,7 @@ class Recipe:
     ) -> Tensor:
         """The norm of ``x`` over its last dimensions, which have the sizes ``shape``, or over groups of the last."""
         if self.centred:
+            assert eps is not None
             return layer_norm(x, shape, weight, bias, eps)
         if self.own_gain:
             assert weight is not None
@@ -90,7 +91,12 @@ RECIPES = {
         Recipe("1 + weight", "rd((1 + f(w)) · f(x)·r)", "x", "C1, C2", offset=1.0),
         Recipe("1 + weight in its type", "rd(f(1 + w) · f(x)·r)", "x", "C3", own_gain=True),
         Recipe(
-            "1 + weight, then norm", "z = rd(f(x) · f(1 + w)); rd(f(z)·r(z))", "x", "I", own_gain=True, scaled_input=True
+            "1 + weight, then norm",
+            "z = rd(f(x) · f(1 + w)); rd(f(z)·r(z))",
+            "x",
+            "I",
+            own_gain=True,
+            scaled_input=True,
         ),
         Recipe("no weight", "rd(f(x)·r)", "x", "E1", weight=(False,)),
         Recipe(
@@ -111,7 +117,9 @@ RECIPES = {
             gate="after",
         ),
         Recipe("norm, gate", "rd(f(w) · f(x)·r · silu(f(g)))", "x", "F4", gate="after"),
-        Recipe("norm, sigmoid gate", "rd(f(w) · f(x)·r · sigmoid(f(g)))", "x", "F3", gate="after", activation="sigmoid"),
+        Recipe(
+            "norm, sigmoid gate", "rd(f(w) · f(x)·r · sigmoid(f(g)))", "x", "F3", gate="after", activation="sigmoid"
+        ),
         Recipe(
             "LayerNorm",
             "rd(f(w) · (f(x) - mean)/sqrt(var + eps) + f(b))",

@@ -63,7 +63,13 @@ class PatchReport:
                 fate = f"{title}: {entry.meaning or entry.reason}{types}"
                 groups.setdefault((fate, entry.cls), []).append(entry)
         return [
-            [str(len(group)), cls, ", ".join(dict.fromkeys(_pattern(entry.name) for entry in group)), fate, *_worst(group)]
+            [
+                str(len(group)),
+                cls,
+                ", ".join(dict.fromkeys(_pattern(entry.name) for entry in group)),
+                fate,
+                *_worst(group),
+            ]
             for (fate, cls), group in groups.items()
         ]
 

@@ -1,8 +1,8 @@
 """The only file that rewrites a decoder layer: where a residual is added right before a norm, both become one call.
 
-    hidden_states = residual + hidden_states                   normed, hidden_states = add_norm(
-    residual = hidden_states                             →         self.post_attention_layernorm, residual, hidden_states)
-    hidden_states = self.post_attention_layernorm(...)         residual = hidden_states; hidden_states = normed
+    hidden_states = residual + hidden_states         normed, hidden_states = add_norm(self.norm, residual, hidden_states)
+    residual = hidden_states                    →    residual = hidden_states
+    hidden_states = self.norm(hidden_states)         hidden_states = normed
 
 The add is a line of the layer's own forward, so no change of a norm can reach it, and copies of every layer's source
 would rot. Hence: the source of the layer's class, parsed, this one pattern replaced, compiled in its own globals.
@@ -51,7 +51,7 @@ def forward(layer: nn.Module, rewritten: Rewritten, *args: Any, **kwargs: Any) -
 
 
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
-    """``norm(a + b)`` and ``a + b``; in one pass if the norm is patched, of a kind that adds, and nobody listens to it."""
+    """``norm(a + b)`` and ``a + b``; in one pass if the norm is patched, can add, and nobody listens to it."""
     binding = binding_of(norm)
     if (
         binding is not None
@@ -112,43 +112,36 @@ def _definition(original: Forward) -> ast.FunctionDef | None:
 
 def _fuse(node: ast.AST, this: str) -> list[str]:
     """Replaces the pattern in all blocks of statements below; returns the attributes of ``this`` that are called."""
-    norms = []
-    for child in ast.iter_child_nodes(node):
-        norms += _fuse(child, this)
+    norms = [norm for child in ast.iter_child_nodes(node) for norm in _fuse(child, this)]
     for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-        for i, add in enumerate(block if isinstance(block, list) else ()):
-            following = _past_copies(block, i)
-            call = block[following].value if following < len(block) and isinstance(block[following], ast.Assign) else None
-            if (target := _sum(add)) and (norm := _call_of(call, this, target)):
-                value = add.value
-                arguments = [ast.parse(f"{this}.{norm}", mode="eval").body, value.left, value.right]
-                add.value = ast.Call(ast.Name(_ADD, ast.Load()), arguments, [])
-                names: list[ast.expr] = [ast.Name(_NORMED, ast.Store()), ast.Name(target, ast.Store())]
-                add.targets = [ast.Tuple(names, ast.Store())]
-                block[following].value = ast.Name(_NORMED, ast.Load())
-                norms.append(norm)
+        statements = block if isinstance(block, list) else []
+        for i, add in enumerate(statements):
+            match add:
+                case ast.Assign(targets=[ast.Name(id=total)], value=ast.BinOp(left=a, op=ast.Add(), right=b)):
+                    use = _after_copies(statements[i + 1 :], total)
+                    if use and (norm := _called(use.value, this, total)):
+                        names: list[ast.expr] = [ast.Name(_NORMED, ast.Store()), ast.Name(total, ast.Store())]
+                        add.targets = [ast.Tuple(names, ast.Store())]
+                        layer = ast.Attribute(ast.Name(this, ast.Load()), norm, ast.Load())
+                        add.value = ast.Call(ast.Name(_ADD, ast.Load()), [layer, a, b], [])
+                        use.value = ast.Name(_NORMED, ast.Load())
+                        norms.append(norm)
     return norms
 
 
-def _sum(statement: ast.stmt) -> str | None:
-    """``name = a + b``: the name."""
-    match statement:
-        case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(op=ast.Add())):
-            return name
+def _after_copies(statements: list[ast.stmt], total: str) -> ast.Assign | None:
+    """The first assignment that isn't ``other = name``, if only such copies stand before it."""
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=other)], value=ast.Name()) if other != total:
+                continue
+            case ast.Assign():
+                return statement
+        return None
     return None
 
 
-def _past_copies(block: list[ast.stmt], i: int) -> int:
-    """The index of the first statement behind ``block[i]`` that isn't ``other = name``."""
-    for j in range(i + 1, len(block)):
-        match block[j]:
-            case ast.Assign(targets=[ast.Name(id=other)], value=ast.Name()) if other != _sum(block[i]):
-                continue
-        return j
-    return len(block)
-
-
-def _call_of(value: ast.expr | None, this: str, argument: str) -> str | None:
+def _called(value: ast.expr, this: str, argument: str) -> str | None:
     """``self.norm(argument)``: the attribute."""
     match value:
         case ast.Call(

@@ -109,7 +109,9 @@ def forward(trial: Trial, view: Callable[[Tensor], Tensor] = torch.clone) -> Dif
         return Difference(float("inf"), 1.0, float("inf"))
     coarse = max(trial.inputs[0].dtype, ours.dtype, key=_eps)
     size = theirs.abs().float()
-    if trial.binding.recipe.centred or trial.bias is not None:  # these cancel: errors are relative to what was subtracted
+    if (
+        trial.binding.recipe.centred or trial.bias is not None
+    ):  # these cancel: errors are relative to what was subtracted
         size = size.amax(-1, keepdim=True)
     far = _largest(ours, theirs, size, _eps(coarse))
     share = float((theirs != ours).double().mean())
