@@ -94,10 +94,10 @@ def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: floa
     result = Comparison(report, before, _outputs(model, prompt, text, tokens))
     if seconds:
         turn = switch(model)
-        for name, (work, count) in _work(model, text[None, :READ]).items():
+        for name, (call, count) in work(model, text[None, :READ]).items():
 
-            def timed(on: bool, work: Callable[[], object] = work) -> Callable[[], object]:
-                return lambda: (turn(on), work())
+            def timed(on: bool, call: Callable[[], object] = call) -> Callable[[], object]:
+                return lambda: (turn(on), call())
 
             times = measure({"before": timed(False), "after": timed(True)}, seconds)
             before_s, after_s = times["before"], times["after"]
@@ -105,7 +105,7 @@ def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: floa
         for when in ("before", "after"):
             turn(when == "after")
             model.zero_grad(set_to_none=True)
-            result.peaks[when] = _peak(lambda: _train(model, text[None, :READ]))
+            result.peaks[when] = _peak(lambda: train(model, text[None, :READ]))
         model.zero_grad(set_to_none=True)
     return result
 
@@ -125,7 +125,7 @@ def _outputs(model: Any, prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
     return Outputs(logits, written[0, len(prompt) :].tolist(), torch.cat(losses))
 
 
-def _work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+def work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
     """What is timed, and how many tokens it takes in."""
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values
@@ -142,21 +142,21 @@ def _work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]
     return {
         "decode": (decode, 1),
         "prefill": (prefill, ids.numel()),
-        "training step": (lambda: _train(model, ids), ids.numel()),
+        "training step": (lambda: train(model, ids), ids.numel()),
     }
 
 
-def _train(model: Any, ids: Tensor) -> None:
+def train(model: Any, ids: Tensor) -> None:
     """Forward and backward; the optimizer is not ours to compare."""
     model.zero_grad(set_to_none=True)
     model(ids, labels=ids, use_cache=False).loss.backward()
 
 
-def _peak(work: Callable[[], object]) -> int | None:
+def _peak(call: Callable[[], object]) -> int | None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far becomes what is held now
         before = _status("VmHWM")
-        work()
+        call()
         return _status("VmHWM") - before
     except OSError:
         return None

@@ -1,8 +1,8 @@
 """The only file that rewrites a decoder layer: where a residual is added right before a norm, both become one call.
 
-    hidden_states = residual + hidden_states         normed, hidden_states = add_norm(self.norm, residual, hidden_states)
-    residual = hidden_states                    →    residual = hidden_states
-    hidden_states = self.norm(hidden_states)         hidden_states = normed
+    hidden_states = residual + hidden_states        normed, hidden_states = add_norm(self.norm, residual, hidden_states)
+    residual = hidden_states                    →   residual = hidden_states
+    hidden_states = self.norm(hidden_states)        hidden_states = normed
 
 The add is a line of the layer's own forward, so no change of a norm can reach it, and copies of every layer's source
 would rot. Hence: the source of the layer's class, parsed, this one pattern replaced, compiled in its own globals.
