@@ -1,4 +1,4 @@
-"""``rmsnorm patch``: what it prints and writes for a small saved model, and one clear line for everything it can't open."""
+"""``rmsnorm patch``: what it prints and writes for a small saved model, and one clear line for what it can't open."""
 
 from __future__ import annotations
 
@@ -62,6 +62,9 @@ def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, monkeypa
     assert abs(report["loss_after"] - report["loss_before"]) < eps
     assert 0 < report["logit_difference"] < 10 * eps or dtype == "bfloat16"
     assert report["tokens_per_second"].keys() == {"decode", "prefill", "training step"}
+    kept, peak = ([report["bytes"][when][name] for when in ("before", "after")] for name in ("kept", "peak"))
+    assert 0 < kept[1] < kept[0]  # ours keep the input and one number per row
+    assert peak[1] <= peak[0]
     assert all(speed["before"] > 0 < speed["ratio"] for speed in report["tokens_per_second"].values())
 
 

@@ -1,5 +1,5 @@
-"""Proves that a patched model is still a model to everything that wraps models: hooks, casts, checkpointing, accelerate,
-PEFT, FSDP2. What they change is theirs; values are compared with the patched model that nobody wrapped.
+"""Proves that a patched model is still a model to everything that wraps models: hooks, casts, checkpointing,
+accelerate, PEFT, FSDP2. Values are compared with those of the patched model that nobody wrapped.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
     @app.command(name="patch")
     def run(
         model: Annotated[str, typer.Argument(help="A directory with safetensors, a .gguf file, or smollm2.")],
-        prompt: Annotated[str, typer.Option(help="What the model continues.")] = "The capital of France is",
+        prompt: Annotated[str, typer.Option(help="What the model continues.")] = "The sky is blue because",
         tokens: Annotated[int, typer.Option(min=1, help="How many it writes, greedily.")] = 64,
         text: Annotated[int, typer.Option(min=2, help="How many tokens of real text it scores.")] = 2000,
         dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
@@ -103,10 +103,10 @@ def _table(result: comparison.Comparison, tokenizer: Any) -> "Table":
     table.add_row("loss per token", *losses, f"differ by {apart:.1e}, over {numbers['scored_tokens']} tokens")
     for name, speed in result.speeds.items():
         table.add_row(f"{name}, tokens/s", f"{speed.before:.1f}", f"{speed.after:.1f}", f"time × {speed.ratio:.3f}")
-    if None not in result.peaks.values() and result.peaks:
-        table.add_row(
-            "peak memory of a training step, MiB", *(f"{(n or 0) / 2**20:.0f}" for n in result.peaks.values()), ""
-        )
+    for name, attribute in (("kept for backward, MiB", "kept"), ("peak of a training step, MiB", "peak")):
+        if result.memory:
+            sizes = [getattr(result.memory[when], attribute) for when in ("before", "after")]
+            table.add_row(name, *(f"{size / 2**20:.1f}" for size in sizes), f"× {sizes[1] / sizes[0]:.3f}")
     return table
 
 

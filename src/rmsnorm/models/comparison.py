@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity
 
 from .._timing import measure
 from .binding import switch
@@ -44,6 +46,16 @@ class Speed:
     """Time after ÷ time before, the median over rounds; below 1, faster."""
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of a training step, in bytes of tensors, without the model's weights."""
+
+    kept: int
+    """From forward for backward."""
+    peak: int
+    """Held at once."""
+
+
 @dataclass
 class Comparison:
     """A model before and after :func:`rmsnorm.patch`."""
@@ -52,8 +64,7 @@ class Comparison:
     before: Outputs
     after: Outputs
     speeds: dict[str, Speed] = field(default_factory=dict)
-    peaks: dict[str, int | None] = field(default_factory=dict)
-    """Bytes by which a training step makes the process grow at most; None where the system doesn't tell."""
+    memory: dict[str, Memory] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """The differences."""
@@ -72,12 +83,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         speeds = {name: asdict(speed) for name, speed in self.speeds.items()}
-        return {
-            "report": self.report.to_dict(),
-            **self.numbers(),
-            "tokens_per_second": speeds,
-            "peak_bytes": self.peaks,
-        }
+        held = {when: asdict(memory) for when, memory in self.memory.items()}
+        return {"report": self.report.to_dict(), **self.numbers(), "tokens_per_second": speeds, "bytes": held}
 
 
 def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: float, **options: Any) -> Comparison:
@@ -104,9 +111,7 @@ def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: floa
             result.speeds[name] = Speed(count / before_s.median, count / after_s.median, after_s.ratio(before_s))
         for when in ("before", "after"):
             turn(when == "after")
-            model.zero_grad(set_to_none=True)
-            result.peaks[when] = _peak(lambda: train(model, text[None, :READ]))
-        model.zero_grad(set_to_none=True)
+            result.memory[when] = memory(model, text[None, :READ])
     return result
 
 
@@ -152,16 +157,25 @@ def train(model: Any, ids: Tensor) -> None:
     model(ids, labels=ids, use_cache=False).loss.backward()
 
 
-def _peak(call: Callable[[], object]) -> int | None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far becomes what is held now
-        before = _status("VmHWM")
-        call()
-        return _status("VmHWM") - before
-    except OSError:
-        return None
+def memory(model: Any, ids: Tensor) -> Memory:
+    """Of one training step, the gradients included. torch's own count of tensors: what the process holds in all also
+    depends on what it held before."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
 
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    model.zero_grad(set_to_none=True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop otherwise
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    events: Any = profile.profiler
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]")
+    return Memory(sum(kept.values()), max(accumulate(size for _, size in changes)))
