@@ -1,6 +1,6 @@
 """Every RMS-type class of the installed transformers: found by reading its sources, built small, and patched.
 
-``python tests/models/census.py`` writes the tables of docs/models.md anew; test_census.py checks each class, and
+``make census`` writes the tables of docs/models.md anew; test_census.py checks each class, and
 that the tables are current.
 """
 
@@ -27,7 +27,7 @@ from rmsnorm.models.recipes import RECIPES
 
 SIZE = 64
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- census: python tests/models/census.py -->\n", "<!-- end of census -->\n"
+BEGIN, END = "<!-- made by `make census` -->\n", "<!-- end of census -->\n"
 # By name or formula; neither is a norm of its input.
 LOOK_ALIKES = {"SiLogLoss", "VoxtralRealtimeTextAdaRmsNorm"}
 CLASS = re.compile(r"^( *)class (\w+)\([^)]*\):\n(?:(?:\1 .*)?\n)*", re.MULTILINE)
@@ -116,11 +116,11 @@ def tables() -> str:
     text = [
         f"transformers {transformers.__version__} has {len(lines)} RMS-type classes; `patch` swaps {len(swapped)} "
         f"({100 * len(swapped) / len(lines):.1f} %).\n",
-        "| meaning | formula | output | census | classes | |\n|---|---|---|---|---:|---|",
+        "| meaning | formula | output | classes | |\n|---|---|---|---:|---|",
     ]
     for recipe in RECIPES.values():
         if names := [one.name for one in swapped if recipe.meaning in one.meanings]:
-            cells = recipe.meaning, f"`{recipe.formula}`", recipe.output, recipe.census, len(names), ", ".join(names)
+            cells = recipe.meaning, f"`{recipe.formula}`", recipe.output, len(names), ", ".join(names)
             text.append(f"| {' | '.join(map(str, cells))} |")
     text += ["\nLeft alone:\n", "| class | why |\n|---|---|"]
     text += [f"| {one.name} | {one.reason} |" for one in lines if one.reason]

@@ -40,7 +40,7 @@ def test_at_least_93_percent_are_swapped_and_the_rest_has_reasons() -> None:
 
 
 def test_the_tables_in_the_docs_are_current() -> None:
-    """Otherwise: ``.venv/bin/python tests/models/census.py``."""
+    """Otherwise: ``make census``."""
     assert census.BEGIN + census.tables() + census.END in census.DOCS.read_text()
 
 

@@ -166,3 +166,47 @@ def test_bert_has_nothing_to_patch_but_layer_norms_when_asked() -> None:
         after = model(ids).last_hidden_state
     assert not same_bits(after, before)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_notices() -> None:
+    model = build("Llama")
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(ids).logits
+        report = rmsnorm.patch(compiled)
+        assert len(report.patched) == 5
+        assert same_bits(compiled(ids).logits, model(ids).logits)
+        assert not same_bits(compiled(ids).logits, before)
+        rmsnorm.unpatch(compiled)
+        assert same_bits(compiled(ids).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.heavy
+def test_compiled_to_native_code() -> None:
+    """By inductor, forward and backward: the norms stay nodes of our operators, the rest is fused."""
+    model = build("Llama")
+    logits, gradients, _ = run(model)
+    rmsnorm.patch(model, fuse_add=True)
+    model.forward = torch.compile(model.forward)
+    ours, our_gradients, _ = run(model)
+    assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
+    for name, gradient in gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # Deberta's
+@pytest.mark.parametrize(("cls", "types"), [("Cohere", 9), ("Deberta", 1)])
+def test_layer_norms_that_are_not_torchs(cls: str, types: int) -> None:
+    """Cohere's casts as torch's does, and takes mixed types. Deberta's rounds before the weight: float32 only, and what
+    is half goes its own way."""
+    norm = getattr(getattr(transformers.models, cls.lower()), f"modeling_{cls.lower()}").__dict__[f"{cls}LayerNorm"](64)
+    assert "layer_norm=True" in rmsnorm.patch(norm).skipped[0].reason
+    (entry,) = rmsnorm.patch(norm, layer_norm=True).patched
+    assert (entry.meaning, len(entry.types)) == ("LayerNorm", types), entry
+    x = torch.randn(4, 64)
+    ours, half = norm(x), copy.deepcopy(norm).bfloat16()(x.bfloat16())
+    rmsnorm.unpatch(norm)
+    torch.testing.assert_close(ours, norm(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(half, norm.bfloat16()(x.bfloat16()), rtol=2**-7, atol=1e-6)

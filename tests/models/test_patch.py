@@ -166,7 +166,7 @@ def test_a_norm_is_what_it_computes(norm: nn.Module, meaning: str) -> None:
         (InPlace(64), "it writes into its input"),
         (Detached(64), "not backward"),
         (HiddenEps(64), "no recipe reproduces it"),
-        (nn.BatchNorm1d(64), "it is another norm"),
+        (nn.BatchNorm1d(64), "it is torch's own, and no RMS norm"),
         (nn.LayerNorm(64), "it is a LayerNorm"),
         (rmsnorm.RMSNorm(64), "it is rmsnorm's own layer"),
         (nn.Sequential(Llama(64).double()), "its weight is torch.float64"),

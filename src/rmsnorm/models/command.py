@@ -53,8 +53,8 @@ def register(app: "typer.Typer") -> "typer.Typer":
         vocabulary = loaded.get_input_embeddings().num_embeddings
         result = comparison.compare(
             loaded,
-            _tokens(tokenizer, prompt, vocabulary),
-            _tokens(tokenizer, _documentation(12 * text), vocabulary)[:text],
+            tokens_of(tokenizer, prompt, vocabulary),
+            tokens_of(tokenizer, documentation(12 * text), vocabulary)[:text],
             tokens,
             seconds,
             fuse_add=fuse_add,
@@ -70,14 +70,14 @@ def register(app: "typer.Typer") -> "typer.Typer":
     return app
 
 
-def _documentation(characters: int) -> str:
+def documentation(characters: int) -> str:
     """Real English that every Python has: its own documentation."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))[:characters]
 
 
-def _tokens(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
+def tokens_of(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
     """The text's tokens; without a tokenizer, its bytes in the vocabulary."""
     if tokenizer is None:
         return torch.tensor([byte % vocabulary for byte in text.encode()])

@@ -85,7 +85,7 @@ def _left_alone(module: nn.Module) -> str:
     if home == "rmsnorm":
         return "it is rmsnorm's own layer"
     if home == "torch" and not isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-        return "it is another norm"
+        return "it is torch's own, and no RMS norm"
     return ""
 
 

@@ -25,8 +25,6 @@ class Recipe:
     formula: str
     output: str
     """The type of the output."""
-    census: str
-    """Its names in the census of transformers, which docs/models.md explains."""
     casting_mode: str = "torch"
     offset: float = 0.0
     weight: tuple[bool, ...] = (True,)
@@ -86,45 +84,39 @@ class Recipe:
 RECIPES = {
     recipe.meaning: recipe
     for recipe in (
-        Recipe("round, then weight", "w · rd(f(x)·r) [+ b]", "promote(w, x)", "A, D, H", casting_mode="llama"),
-        Recipe("weight, then round", "rd(f(w) · f(x)·r)", "x", "B"),
-        Recipe("1 + weight", "rd((1 + f(w)) · f(x)·r)", "x", "C1, C2", offset=1.0),
-        Recipe("1 + weight in its type", "rd(f(1 + w) · f(x)·r)", "x", "C3", own_gain=True),
+        Recipe("round, then weight", "w · rd(f(x)·r) [+ b]", "promote(w, x)", casting_mode="llama"),
+        Recipe("weight, then round", "rd(f(w) · f(x)·r)", "x"),
+        Recipe("1 + weight", "rd((1 + f(w)) · f(x)·r)", "x", offset=1.0),
+        Recipe("1 + weight in its type", "rd(f(1 + w) · f(x)·r)", "x", own_gain=True),
         Recipe(
             "1 + weight, then norm",
             "z = rd(f(x) · f(1 + w)); rd(f(z)·r(z))",
             "x",
-            "I",
             own_gain=True,
             scaled_input=True,
         ),
-        Recipe("no weight", "rd(f(x)·r)", "x", "E1", weight=(False,)),
+        Recipe("no weight", "rd(f(x)·r)", "x", weight=(False,)),
         Recipe(
             "gate, norm, round, weight",
             "z = f(x)·silu(f(g)); w · rd(z·r(z))",
             "promote(w, x)",
-            "F1",
             casting_mode="llama",
             gate="before",
         ),
-        Recipe("gate, norm", "z = f(x)·silu(f(g)); rd(f(w) · z·r(z))", "x", "F4", gate="before"),
+        Recipe("gate, norm", "z = f(x)·silu(f(g)); rd(f(w) · z·r(z))", "x", gate="before"),
         Recipe(
             "norm, round, weight, gate",
             "rd((w · rd(f(x)·r)) · silu(f(g)))",
             "x",
-            "F2",
             casting_mode="llama",
             gate="after",
         ),
-        Recipe("norm, gate", "rd(f(w) · f(x)·r · silu(f(g)))", "x", "F4", gate="after"),
-        Recipe(
-            "norm, sigmoid gate", "rd(f(w) · f(x)·r · sigmoid(f(g)))", "x", "F3", gate="after", activation="sigmoid"
-        ),
+        Recipe("norm, gate", "rd(f(w) · f(x)·r · silu(f(g)))", "x", gate="after"),
+        Recipe("norm, sigmoid gate", "rd(f(w) · f(x)·r · sigmoid(f(g)))", "x", gate="after", activation="sigmoid"),
         Recipe(
             "LayerNorm",
             "rd(f(w) · (f(x) - mean)/sqrt(var + eps) + f(b))",
             "x",
-            "",
             weight=(True, False),
             centred=True,
         ),

@@ -46,10 +46,14 @@ class Trial:
 
     def __init__(self, module: nn.Module, binding: Binding, types: Types, eps: float | None = None) -> None:
         dice = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=dice, dtype=torch.float32, device="cpu")  # whatever the defaults are
+
         self.binding = binding
         self.module: Any = copy.deepcopy(module)
         for name, tensor in weights(module).items():
-            value = (1 + 0.7 * torch.randn(tensor.shape, generator=dice)).to(types[0] or types[1])
+            value = (1 + 0.7 * normal(*tensor.shape)).to(types[0] or types[1])
             if name in module._parameters:
                 self.module._parameters[name] = nn.Parameter(value)
             else:
@@ -65,13 +69,13 @@ class Trial:
         # smaller ones would overflow.
         least = 1e-3 if types[1] is torch.float16 else 1e-5
         root = max(getattr(self.module, binding.eps) or 0.0, least**2) ** 0.5
-        sizes = torch.tensor([[0.3 * root], [root], [3 * root], [1.0], [30.0]]).repeat(self.blocks, 1)
-        x = torch.randn(len(sizes), columns, generator=dice) * sizes
-        rows = [x, 2 * torch.randn(x.shape, generator=dice)][: 1 + bool(binding.recipe.gate)]
+        sizes = [0.3 * root, root, 3 * root, 1.0, 30.0] * self.blocks
+        x = torch.stack([size * normal(columns) for size in sizes])
+        rows = [x, 2 * normal(*x.shape)][: 1 + bool(binding.recipe.gate)]
         self.inputs = [
             r.to(t).view(1, len(sizes), *shape).requires_grad_() for r, t in zip(rows, types[1:], strict=False)
         ]
-        self.grad = torch.randn(self.inputs[0].shape, generator=dice) / 4
+        self.grad = normal(*self.inputs[0].shape) / 4
 
     def theirs(self, view: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """What the module's own forward makes of (a view of) the rows."""
