@@ -23,11 +23,12 @@ from oracle import gains
 from torch import nn
 
 import rmsnorm
+from rmsnorm.bench.pages import replace_block
 from rmsnorm.models.recipes import RECIPES
 
 SIZE = 64
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- made by `make census` -->\n", "<!-- end of census -->\n"
+LABEL = "made by `make census`"
 # By name or formula; neither is a norm of its input.
 LOOK_ALIKES = {"SiLogLoss", "VoxtralRealtimeTextAdaRmsNorm"}
 CLASS = re.compile(r"^( *)class (\w+)\([^)]*\):\n(?:(?:\1 .*)?\n)*", re.MULTILINE)
@@ -129,9 +130,7 @@ def tables() -> str:
 
 def main() -> None:
     """Writes the tables into docs/models.md."""
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(before + BEGIN + tables() + END + after)
+    replace_block(DOCS, LABEL, tables())
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from rmsnorm._report import machine
+from rmsnorm.bench.console import machine
+from rmsnorm.bench.pages import replace_block
 from rmsnorm.models import command, comparison, loading
 
 PAGE = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- made by `make models` -->\n", "<!-- end of models -->\n"
 PROMPT = "The sky is blue because"
 SECONDS = 12.0
 
@@ -62,11 +62,7 @@ def main() -> None:
         f"|---|{'---:|' * len(titles)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in zip(rows, zip(*columns, strict=True), strict=True)),
     ]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"{PAGE} has no {BEGIN.strip()} … {END.strip()}")
-    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
+    replace_block(PAGE, "made by `make models`", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Annotations are evaluated by typer, hence no ``from __future__ import annotation
 """
 
 import json as json_format
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._info import info
+from ..bench import export
 from . import comparison, loading
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         console.print(_table(result, tokenizer))
         if json:
             about = {"model": model, "dtype": dtype, "prompt": prompt, "rmsnorm": vars(info())}
-            _write(json, {**about, **result.to_dict()})
+            export.replace(json, json_format.dumps({**about, **result.to_dict()}, indent=1))
 
     return app
 
@@ -108,10 +108,3 @@ def _table(result: comparison.Comparison, tokenizer: Any) -> "Table":
             sizes = [getattr(result.memory[when], attribute) for when in ("before", "after")]
             table.add_row(name, *(f"{size / 2**20:.1f}" for size in sizes), f"× {sizes[1] / sizes[0]:.3f}")
     return table
-
-
-def _write(file: Path, report: dict[str, Any]) -> None:
-    """Beside its destination first, then renamed: nobody ever reads half a file."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json_format.dumps(report, indent=1))
-    temporary.replace(file)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity
 
-from .._timing import measure
+from ..bench.memory import kept
+from ..bench.timing import measure
 from .binding import switch
 from .patching import patch
 from .report import PatchReport
@@ -154,28 +155,23 @@ def work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]
 def train(model: Any, ids: Tensor) -> None:
     """Forward and backward; the optimizer is not ours to compare."""
     model.zero_grad(set_to_none=True)
-    model(ids, labels=ids, use_cache=False).loss.backward()
+    _loss(model, ids).backward()
+
+
+def _loss(model: Any, ids: Tensor) -> Tensor:
+    loss: Tensor = model(ids, labels=ids, use_cache=False).loss
+    return loss
 
 
 def memory(model: Any, ids: Tensor) -> Memory:
     """Of one training step, the gradients included. torch's own count of tensors: what the process holds in all also
     depends on what it held before."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     model.zero_grad(set_to_none=True)
+    storages = kept(lambda: _loss(model, ids), model.parameters())
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop otherwise
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
+        train(model, ids)
     model.zero_grad(set_to_none=True)
     events: Any = profile.profiler
     changes = sorted((e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]")
-    return Memory(sum(kept.values()), max(accumulate(size for _, size in changes)))
+    return Memory(sum(size for size, _ in storages), max(accumulate(size for _, size in changes)))
