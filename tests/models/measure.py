@@ -55,7 +55,7 @@ def main() -> None:
         "peak of the step: MiB, after ÷ before",
     )
     lines = [
-        f"SmolLM2-135M-Instruct before → after `rmsnorm.patch`: {here['cpu']}, {here['threads']} threads, CPU target "
+        f"SmolLM2-135M-Instruct before → after `rmsnorm.patch`: {here['cpu']}, {torch.get_num_threads()} threads, CPU target "
         f"{here['cpu_target']}, torch {torch.__version__}, {date.today()}, `make models`.",
         "",
         f"| | {' | '.join(titles)} |",
