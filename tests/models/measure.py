@@ -55,8 +55,8 @@ def main() -> None:
         "peak of the step: MiB, after ÷ before",
     )
     lines = [
-        f"SmolLM2-135M-Instruct before → after `rmsnorm.patch`: {here['cpu']}, {torch.get_num_threads()} threads, CPU target "
-        f"{here['cpu_target']}, torch {torch.__version__}, {date.today()}, `make models`.",
+        f"SmolLM2-135M-Instruct before → after `rmsnorm.patch`: {here['cpu']}, {torch.get_num_threads()} threads, CPU "
+        f"target {here['cpu_target']}, torch {torch.__version__}, {date.today()}, `make models`.",
         "",
         f"| | {' | '.join(titles)} |",
         f"|---|{'---:|' * len(titles)}",
