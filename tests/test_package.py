@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import rmsnorm
-from rmsnorm import functional, module
+from rmsnorm import _gated, functional, module
 
 ROOT = Path(rmsnorm.__file__).parent
 # By their paths below the package, without the suffix: the corridor's files by name alone, "bench/race" in a room.
 SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROOT.rglob("*.py")}
 OPTIONAL = (
-    *("transformers", "triton", "matplotlib", "typer", "rich", "onnx"),
+    *("transformers", "triton", "matplotlib", "typer", "rich", "onnx", "kernels"),
     *("rmsnorm.cli", "rmsnorm.demo", "rmsnorm.bench"),
 )
 
@@ -29,9 +29,12 @@ MAY_IMPORT = {
     "_everyday": {"_autograd", "_ops"},
     "_layer_norm": {"_ops"},
     "module": {"functional"},
+    "_gated_ops": {"_native", "_ops", "reference"},
+    "_gated": {"_autograd", "_gated_ops", "functional", "module"},
+    "hub": {"_gated", "functional"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
-    "__init__": {"_info", "_install", "_layer_norm", "functional", "module"},
+    "__init__": {"_gated", "_info", "_install", "_layer_norm", "functional", "models", "module"},
 }
 
 
@@ -42,15 +45,21 @@ def test_public_page():
         sorted(rmsnorm.__all__)
         == sorted(public - submodules)
         == [
+            "GatedRMSNorm",
             "LayerNorm",
+            "PatchReport",
             "RMSNorm",
             "add_rms_norm",
+            "gated_rms_norm",
             "info",
             "install",
             "installed",
             "layer_norm",
+            "patch",
+            "patched",
             "rms_norm",
             "uninstall",
+            "unpatch",
         ]
     )
 
@@ -98,9 +107,9 @@ def test_every_file_says_what_it_is_for(path):
     [
         ("ctypes", ["_native"]),
         ("environ.get", ["_native"]),
-        ("library.define", ["_install", "_ops"]),
+        ("library.define", ["_gated_ops", "_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd", "_everyday", "_layer_norm"]),
+        ("autograd.Function", ["_autograd", "_everyday", "_gated", "_layer_norm"]),
     ],
 )
 def test_one_owner(text, owners):
@@ -124,11 +133,11 @@ def code_of(path: Path) -> list[ast.stmt]:
     return [node for node in tree.body if not (isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.body)]
 
 
-@pytest.mark.parametrize("documented", [functional, module])
+@pytest.mark.parametrize("documented", [functional, module, _gated])
 def test_docstring_examples(documented):
     import torch
 
-    names = {"torch": torch, "rms_norm": rmsnorm.rms_norm, "RMSNorm": rmsnorm.RMSNorm}
-    result = doctest.testmod(documented, extraglobs=names)
+    names = {name: getattr(rmsnorm, name) for name in rmsnorm.__all__}
+    result = doctest.testmod(documented, extraglobs={"torch": torch, **names})
     assert result.attempted > 0
     assert result.failed == 0

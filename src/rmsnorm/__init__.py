@@ -3,6 +3,8 @@
 The public page is this list; everything else is private or lives beside the corridor (see README).
 """
 
+from ._gated import GatedRMSNorm as GatedRMSNorm
+from ._gated import gated_rms_norm as gated_rms_norm
 from ._info import info as info
 from ._info import version as _version
 from ._install import install as install
@@ -12,17 +14,27 @@ from ._layer_norm import LayerNorm as LayerNorm
 from ._layer_norm import layer_norm as layer_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
+from .models import PatchReport as PatchReport
+from .models import patch as patch
+from .models import patched as patched
+from .models import unpatch as unpatch
 from .module import RMSNorm as RMSNorm
 
 __all__ = [
+    "GatedRMSNorm",
     "LayerNorm",
+    "PatchReport",
     "RMSNorm",
     "add_rms_norm",
+    "gated_rms_norm",
     "info",
     "install",
     "installed",
     "layer_norm",
+    "patch",
+    "patched",
     "rms_norm",
     "uninstall",
+    "unpatch",
 ]
 __version__ = _version()

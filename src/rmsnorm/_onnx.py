@@ -18,7 +18,8 @@ def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset
     """``reference.rms_norm`` around ``RMSNormalization``; below opset 23 torch takes it apart into older operators."""
     shape = input.shape[-dims:]
     wide = input.to(reference.accumulation_dtype(input.dtype))
-    # In a wide type both casting modes are one function, and what RMSNormalization means.
-    if weight is None or (round_first and not wide.dtype == input.dtype == weight.dtype):
+    # In a wide type both casting modes are one function, and what RMSNormalization means. Its weight has the sizes of
+    # the normalised dimensions and no more.
+    if weight is None or weight.dim() > dims or (round_first and not wide.dtype == input.dtype == weight.dtype):
         return reference.apply_gain(F.rms_norm(wide, shape, None, eps), input, weight, offset, round_first)
     return F.rms_norm(wide, shape, reference.gain(weight, wide, offset), eps).to(input.dtype)

@@ -34,7 +34,7 @@ _SCHEMAS = {
 
 def _check(input: Tensor, weight: Tensor | None, dims: int) -> None:
     """What the kernels check, for devices without kernels: ``functional.py`` leaves it to the operator."""
-    fits = weight is None or (weight.shape == input.shape[input.dim() - dims :] and weight.device == input.device)
+    fits = weight is None or (reference.spans(weight, input, dims) and weight.device == input.device)
     if not fits or not 0 < dims <= input.dim() or input.is_complex() or not input.is_floating_point():
         raise RuntimeError("rmsnorm: input and weight don't fit, or are of no floating type; call rmsnorm.rms_norm")
 

@@ -25,7 +25,7 @@ def _front(tensor: Tensor, batch_dim: int | None, size: int) -> Tensor:
 
 
 def _own_weights(weight: Tensor, batch_dim: int, input: Tensor) -> Tensor:
-    """Weights [batch, *normalized_shape] with a 1 for each outer dimension of the input between."""
+    """Weights [batch, *weight.shape] with a 1 for each outer dimension of the input between."""
     weight = weight.movedim(batch_dim, 0)
     return weight.reshape(len(weight), *[1] * (input.dim() - weight.dim()), *weight.shape[1:])
 
@@ -105,7 +105,7 @@ def backward(apply: _Apply, normalise: _Apply) -> _Rule:
             dx = apply(scaled, grad_sum, input.to(wide), rstd, None, dims, eps, 0.0, True, False)[0].to(dtype)
         if need_weight:
             normalised = normalise(input.to(wide), None, dims, eps, 0.0, False)[0]
-            outer = tuple(range(1, input.dim() - dims))
+            outer = tuple(range(1, input.dim() - weight.dim() + own))
             dw = grad.to(wide) * normalised
             dw = (dw.sum(outer) if outer else dw).to(weight.dtype)
         return (dx, dw), (0 if need_input else None, 0 if need_weight else None)

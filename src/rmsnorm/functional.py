@@ -37,7 +37,8 @@ def rms_norm(
         input: ``[*, *normalized_shape]``; float32, bfloat16, float16, float64 run natively on CPU, complex types
             and other devices by the reference definition. Any strides.
         normalized_shape: the sizes of the dimensions to normalise over; an int means the last one.
-        weight: ``[*normalized_shape]`` in any floating type, or None for no gain (``offset`` is then unused).
+        weight: ``[*normalized_shape]`` in any floating type, or None for no gain (``offset`` is then unused). With the
+            sizes of more of the input's last dimensions, ``[heads, head_dim]`` say, each head has a gain of its own.
         eps: added to the mean square, in squared units of the input. None means the machine epsilon of the
             accumulation type (1.19e-7; 2.2e-16 for float64), as in torch. 0 is allowed.
         offset: added to the weight in fp32. 1.0 for Gemma and Qwen3-Next, whose stored weights are around 0.
@@ -148,7 +149,9 @@ def _resolve(
     """
     shape = _as_tuple(normalized_shape)
     dims = len(shape)
-    if not dims or input.shape[-dims:] != shape or (weight is not None and weight.shape != shape):
+    if not dims or input.shape[-dims:] != shape:
+        _raise_shape(name, input, shape, None)
+    if weight is not None and not reference.spans(weight, input, dims):
         _raise_shape(name, input, shape, weight)
     if casting_mode not in _ROUND_FIRST:
         check_casting_mode(name, casting_mode)
@@ -164,6 +167,7 @@ def _resolve(
         if weight.dtype is not dtype:
             # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
             native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
+        native = native and weight.dim() == dims
     if not native:
         _check_floating(name, input, weight)
     if eps is None:
@@ -195,7 +199,8 @@ def _raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tenso
     assert weight is not None
     raise RuntimeError(
         f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
-        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}"
+        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
+        f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
     )
 
 

@@ -28,6 +28,11 @@ def result_dtype(input: Tensor, weight: Tensor | None, round_first: bool) -> tor
     return torch.promote_types(input.dtype, weight.dtype)
 
 
+def spans(weight: Tensor, input: Tensor, dims: int) -> bool:
+    """Whether the weight has the sizes of the last dimensions of the input: the ``dims`` normalised ones, or more."""
+    return weight.dim() >= dims and weight.shape == input.shape[input.dim() - weight.dim() :]
+
+
 def _last(dims: int) -> tuple[int, ...]:
     return tuple(range(-dims, 0))
 
@@ -57,6 +62,12 @@ def apply_gain(normalised: Tensor, input: Tensor, weight: Tensor | None, offset:
     return output.to(result_dtype(input, weight, round_first))
 
 
+def sum_to_weight(product: Tensor, weight: Tensor) -> Tensor:
+    """``product``, of the input's shape, summed over the dimensions that the weight lacks, in the weight's type."""
+    leading = tuple(range(product.dim() - weight.dim()))
+    return (product.sum(leading) if leading else product).to(weight.dtype)
+
+
 def rms_norm_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -64,10 +75,10 @@ def rms_norm_backward(
 
     With ``x̂ = x·r`` and ``h = grad·(offset + weight)``:
 
-        dx = r · (h - x̂ · mean(h · x̂))          dw = Σ_rows grad · x̂
+        dx = r · (h - x̂ · mean(h · x̂))          dw = Σ grad · x̂
 
-    (arXiv 1910.07467, eq. 8-10, with eps kept.) Roundings inside the forward count as the identity, so the two
-    casting modes share these formulas.
+    summed over the dimensions that the weight lacks (arXiv 1910.07467, eq. 8-10, with eps kept). Roundings inside the
+    forward count as the identity, so the two casting modes share these formulas.
     """
     wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
     rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
@@ -77,9 +88,7 @@ def rms_norm_backward(
     dx = rstd * (scaled - normalised * (scaled * normalised).mean(_last(dims), keepdim=True))
     if weight is None:
         return dx.to(input.dtype), None
-    leading = tuple(range(input.dim() - dims))
-    dw = (grad * normalised).sum(leading) if leading else grad * normalised
-    return dx.to(input.dtype), dw.to(weight.dtype)
+    return dx.to(input.dtype), sum_to_weight(grad * normalised, weight)
 
 
 def rms_norm_backward_tangent(
@@ -118,6 +127,4 @@ def rms_norm_backward_tangent(
     dx_t = rstd_t * (scaled - normalised * m) + rstd * (scaled_t - normalised_t * m - normalised * m_t)
     if weight is None:
         return dx_t.to(input.dtype), None
-    leading = tuple(range(input.dim() - dims))
-    dw_t = grad_t * normalised + grad * normalised_t
-    return dx_t.to(input.dtype), (dw_t.sum(leading) if leading else dw_t).to(weight.dtype)
+    return dx_t.to(input.dtype), sum_to_weight(grad_t * normalised + grad * normalised_t, weight)

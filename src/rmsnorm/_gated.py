@@ -1,0 +1,237 @@
+"""The only file with the gated norm: the function and the layer that users call, and what is kept for backward.
+
+Its first derivatives run on the operators of ``_gated_ops.py``. Whatever is unusual (torch.func, forward mode,
+derivatives of the gradient, mixed types that no kernel has) is the formula there, with torch's own derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _autograd, _gated_ops, functional, module
+
+ACTIVATIONS = {"silu": True, "sigmoid": False}
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+) -> Tensor:
+    r"""RMS normalisation with a gate, as in Mamba-2 and in gated linear attention, in one pass.
+
+        norm_before_gate=True     y = x / rms(x) · (offset + weight) · a(gate)
+        norm_before_gate=False    y = z / rms(z) · (offset + weight)      with z = x · a(gate)
+
+    with ``rms(x) = sqrt(mean(x²) + eps)``. Gate and product are computed in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        input: ``[*, *normalized_shape]``, of a real floating type. Any strides.
+        gate: of the shape of ``input``, in any real floating type; or None for no gate.
+        normalized_shape, weight, eps, offset: as in :func:`rmsnorm.rms_norm`.
+        activation: ``"silu"``, ``a(g) = g / (1 + exp(-g))``, or ``"sigmoid"``, ``a(g) = 1 / (1 + exp(-g))``.
+        norm_before_gate: whether the gate is applied to the norm's output, or to its input.
+        group_size: each group of so many elements of the last dimension is normalised for itself; the weight still
+            has the whole dimension. It must divide the last dimension, the only normalised one then.
+        casting_mode: ``"torch"`` rounds once, to the input's type. ``"llama"`` rounds the normalised value to the
+            input's type, then its product with the weight, and, if a gate follows, that product too.
+
+        ======================  ==============================================================
+        Falcon-H1               ``norm_before_gate=config.mamba_norm_before_gate, group_size=…``
+        Mamba-2, Bamba, Zamba2  ``norm_before_gate=False, casting_mode="llama", group_size=…``
+        Qwen3-Next, Qwen3.5     ``casting_mode="llama"``
+        Kimi Linear             ``activation="sigmoid"``
+        ======================  ==============================================================
+
+    Returns:
+        A contiguous tensor of the shape and dtype of ``input``. With ``casting_mode="llama"``, a wider weight and no
+        gate behind the norm, the promoted dtype.
+
+    Raises:
+        RuntimeError: as :func:`rmsnorm.rms_norm`; a gate of another shape (it is not broadcast) or device; complex
+            types; a group size that doesn't divide the last dimension.
+        ValueError: an unknown casting mode or activation.
+
+    Example:
+        >>> gated_rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0]), 2, eps=0.0, activation="sigmoid")
+        tensor([0.4243, 1.1314])
+
+    Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
+    """
+    dims, eps, round_first, native = functional._resolve(
+        "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
+    )
+    silu = check_activation("gated_rms_norm", activation)
+    _check(input, gate, dims, group_size)
+    if group_size is not None:
+        groups = (-1, group_size)
+        gate = gate if gate is None else gate.unflatten(-1, groups)
+        weight = weight if weight is None else weight.unflatten(-1, groups)
+        input = input.unflatten(-1, groups)
+    if gate is None:
+        shape = input.shape[input.dim() - dims :]
+        output = functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=casting_mode)
+    else:
+        output = _serve(native, input, gate, weight, dims, eps, offset, round_first, norm_before_gate, silu)
+    return output if group_size is None else output.flatten(-2)
+
+
+class GatedRMSNorm(module.RMSNorm):
+    r"""The layer of :func:`rmsnorm.gated_rms_norm`: RMS normalisation with a gate, before or after it.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype, offset, casting_mode: as in :class:`rmsnorm.RMSNorm`.
+        activation, norm_before_gate, group_size: as in :func:`rmsnorm.gated_rms_norm`.
+
+    Shape:
+        ``[*, *normalized_shape]``, and the same for the gate, to the same.
+
+    The state_dict has one ``weight``, as those of Mamba-2, Qwen3-Next and their like.
+
+    Example:
+        >>> layer = GatedRMSNorm(2, eps=0.0, activation="sigmoid")
+        >>> layer(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])).detach()
+        tensor([0.4243, 1.1314])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "silu",
+        norm_before_gate: bool = True,
+        group_size: int | None = None,
+        offset: float = 0.0,
+        casting_mode: str = "torch",
+    ) -> None:
+        check_activation("GatedRMSNorm", activation)
+        super().__init__(
+            normalized_shape, eps, elementwise_affine, device, dtype, offset=offset, casting_mode=casting_mode
+        )
+        self.activation = activation
+        self.norm_before_gate = norm_before_gate
+        self.group_size = group_size
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalises ``x``, gated."""
+        return gated_rms_norm(
+            x,
+            gate,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            activation=self.activation,
+            norm_before_gate=self.norm_before_gate,
+            group_size=self.group_size,
+            offset=self.offset,
+            casting_mode=self.casting_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """The text of RMSNorm, and the gate's options."""
+        text = f"{super().extra_repr()}, activation={self.activation!r}, norm_before_gate={self.norm_before_gate}"
+        return text if self.group_size is None else f"{text}, group_size={self.group_size}"
+
+
+def check_activation(name: str, activation: str) -> bool:
+    """Whether it is silu; raises ValueError for an activation that doesn't exist."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{name}: unknown activation {activation!r}; choose one of {known}")
+    return ACTIVATIONS[activation]
+
+
+def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:
+    if input.is_complex() or (gate is not None and not gate.is_floating_point()):
+        raise RuntimeError(
+            f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "
+            f"{None if gate is None else gate.dtype}; convert them, e.g. gate.float()"
+        )
+    if gate is not None and (gate.shape != input.shape or gate.device != input.device):
+        raise RuntimeError(
+            f"gated_rms_norm: gate must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
+            f"but is {tuple(gate.shape)} on {gate.device}; expand it first if broadcasting is meant"
+        )
+    if group_size is not None and (dims != 1 or group_size < 1 or input.shape[-1] % group_size):
+        raise RuntimeError(
+            f"gated_rms_norm: group_size must divide the last dimension of input, {input.shape[-1]}, which must be the "
+            f"only normalised one, but is {group_size}, with normalized_shape = {list(input.shape[-dims:])}"
+        )
+
+
+def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    unusual = (
+        not native
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
+        or _autograd.refused()
+    )
+    if unusual:
+        return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
+    if _autograd.needed(input, weight, gate):
+        apply = _traced if torch.compiler.is_compiling() else _recorded
+        return apply(input, gate, weight, *options)
+    return _gated_ops.rms_norm(input, gate, weight, *options)
+
+
+class GatedRMSNormFunction(torch.autograd.Function):
+    """Kept for backward: the input, the gate, the weight, and one fp32 (fp64 for fp64) per row."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        output, rstd = _gated_ops.forward(input, gate, weight, *options)
+        ctx.options = options
+        ctx.save_for_backward(input, gate, weight, rstd)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, gate, weight, rstd = ctx.saved_tensors
+        needs, none = ctx.needs_input_grad[:3], (None,) * len(ctx.options)
+        # A graph of the gradient is wanted, or grad is a batch.
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        ):
+            return *_differentiable(grad, (input, gate, weight), needs, ctx.options), *none
+        dims, eps, offset, _, norm_before_gate, silu = ctx.options
+        # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
+        wider = input if grad.dtype == input.dtype else input.to(grad.dtype)
+        dx, dgate, dw = _gated_ops.backward(
+            grad, wider, gate, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs
+        )
+        gradients = (dx.to(input.dtype), dgate, dw)
+        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *none
+
+
+def _differentiable(
+    grad: Tensor, arguments: tuple[Tensor | None, ...], needs: Sequence[bool], options: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """The gradients by the formula in torch's operators, which have derivatives."""
+    with torch.enable_grad():
+        output = _gated_ops.gated_rms_norm(*arguments, *options)[0]  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(arguments, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+_traced: Callable[..., Tensor] = GatedRMSNormFunction.apply
+# Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
+_recorded: Callable[..., Tensor] = super(torch.autograd.Function, GatedRMSNormFunction).apply
