@@ -16,7 +16,7 @@ _EPS = torch.finfo(torch.float32).eps
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-def rms_norm(
+def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waited for
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
