@@ -70,6 +70,7 @@ def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waite
                 eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
             try:  # the operator checks the rest; what it refuses is served, or worded, the long way
                 if into:
+                    assert out is not None
                     into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
                     return out
                 return (

@@ -223,7 +223,9 @@ def test_weight_and_eps_are_read_at_each_call() -> None:
     torch.testing.assert_close(ours, net(x()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), "file"], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), "file"], ids=["deepcopy", "pickle", "file"]
+)
 def test_copies_are_patched_and_independent(copied) -> None:
     net = Net(Llama(64))
     rmsnorm.patch(net)
