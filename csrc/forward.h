@@ -29,7 +29,7 @@ RMSNORM_INLINE auto normalise_part(const T* x, const Gain* gain, const Gain* bia
   return y;
 }
 
-// Rows whose sums are found before the first of them is stored: 8 KiB of them, so that what is read again is still in
+// Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
 // L1 beside the gain and the output (512x4096 fp32 on a Zen 5: 1.5 times memcpy; one row's sum and another's store in
 // one loop, 1.8).
 template <class T>

@@ -51,6 +51,7 @@ def short_way_into(way: _Call, out: Tensor, input: Tensor, weight: Tensor | None
         and type(out) is Tensor
         and out.dtype is input.dtype
         and out.shape == input.shape
+        and out.device == input.device
         and out.is_contiguous()
         and (weight is None or weight.dtype is input.dtype)
         and not out.requires_grad
