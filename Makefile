@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize lint format wheel bench accuracy clean
+.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,8 +38,16 @@ format: $(NATIVE) ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
-bench: $(NATIVE) ## the table of the README, measured on this machine
+bench: $(NATIVE) ## the shapes of the README, measured on this machine in two minutes
 	$(BIN)/rmsnorm bench
+
+results: $(NATIVE) ## measure everything into benchmarks/results/: every library, and the contract
+	mkdir -p benchmarks/results
+	$(BIN)/rmsnorm bench --preset all --threads 1,$(shell nproc) --json benchmarks/results
+	$(BIN)/rmsnorm bars --threads 1,$(shell nproc) --json benchmarks/results
+
+figure: $(NATIVE) ## write the numbers of README and docs/performance.md from the newest results (or RESULTS=file)
+	$(BIN)/python -m rmsnorm.bench.pages $(RESULTS)
 
 accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write the table of docs/numerics.md
 	$(BIN)/python tests/accuracy.py

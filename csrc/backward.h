@@ -2,8 +2,8 @@
 //
 //   dx = r · (h - mean(h) - x̂ · mean(h · x̂))  [+ grad_sum]          dw += grad · x̂          db += grad
 //
-// where RMSNorm has no mean and no bias. Two passes over a row, the second from cache. Weight gradients are added row
-// by row, in the order of the rows.
+// where RMSNorm has no mean and no bias. Two passes over a row, the second from cache. Weight gradients are added in
+// the order of the rows.
 #pragma once
 
 // What backward needs to know of a statistic: x̂ from what forward kept, and the means of h and h·x̂.
@@ -12,13 +12,15 @@ struct RmsBackward {
   static constexpr bool kBias = false;
   using Element = T;
   using Sums = Sum<T>;
-  Vector<T> scale, mean_product = {};
+  Vector<T> scale, minus_mean_product = {};
 
-  RMSNORM_INLINE RmsBackward(const BackwardRows& rows, int64_t r) : scale(splat(((const Scalar<T>*)rows.rstd)[r])) {}
+  RMSNORM_INLINE void set_row(const BackwardRows& rows, int64_t r) {
+    scale = splat<T>(((const Scalar<T>*)rows.rstd)[r]);
+  }
   RMSNORM_INLINE Vector<T> normalised(const Vector<T>& x) const { return x * scale; }
-  RMSNORM_INLINE void set_means(Double2 sum, double n) { mean_product = splat((Scalar<T>)(sum.high / n)); }
+  RMSNORM_INLINE void set_means(Double2 sum, double n) { minus_mean_product = splat<T>((Scalar<T>)(-sum.high / n)); }
   RMSNORM_INLINE Vector<T> dx(const Vector<T>& h, const Vector<T>& normalised) const {
-    return (h - normalised * mean_product) * scale;
+    return fma(normalised, minus_mean_product, h) * scale;
   }
 };
 
@@ -27,59 +29,85 @@ struct LayerBackward {
   static constexpr bool kBias = true;
   using Element = T;
   using Sums = Moments<T>;
-  Vector<T> scale, mean_high, mean_low, mean_h = {}, mean_product = {};
+  Vector<T> scale, mean_high, mean_low, mean_h = {}, minus_mean_product = {};
 
-  RMSNORM_INLINE LayerBackward(const BackwardRows& rows, int64_t r) : scale(splat(((const Scalar<T>*)rows.rstd)[r])) {
+  RMSNORM_INLINE void set_row(const BackwardRows& rows, int64_t r) {
     const auto high = (Scalar<T>)rows.mean[r];
-    mean_high = splat(high);
-    mean_low = splat((Scalar<T>)(rows.mean[r] - (double)high));
+    scale = splat<T>(((const Scalar<T>*)rows.rstd)[r]);
+    mean_high = splat<T>(high);
+    mean_low = splat<T>((Scalar<T>)(rows.mean[r] - (double)high));
   }
   RMSNORM_INLINE Vector<T> normalised(const Vector<T>& x) const { return ((x - mean_high) - mean_low) * scale; }
   RMSNORM_INLINE void set_means(const TwoSums& sums, double n) {
-    mean_h = splat((Scalar<T>)(sums.first.high / n));
-    mean_product = splat((Scalar<T>)(sums.second.high / n));
+    mean_h = splat<T>((Scalar<T>)(sums.first.high / n));
+    minus_mean_product = splat<T>((Scalar<T>)(-sums.second.high / n));
   }
   RMSNORM_INLINE Vector<T> dx(const Vector<T>& h, const Vector<T>& normalised) const {
-    return ((h - mean_h) - normalised * mean_product) * scale;
+    return fma(normalised, minus_mean_product, h - mean_h) * scale;
   }
 };
 
-template <class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
-RMSNORM_INLINE void backward_row(const Backward& b, const BackwardRows& rows, int64_t r) {
+// Asks for columns of the row that lies `ahead` rows further on.
+template <class T, class Span>
+RMSNORM_INLINE void prefetch_both(const BackwardRows& rows, int64_t r, int64_t ahead, Span span) {
+  prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead, span);
+  prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead, span);
+}
+
+// The first pass.
+template <bool Stream, class Norm, bool HasGain>
+RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int64_t r, Norm& norm) {
+  using T = typename Norm::Element;
+  const auto sums =
+      sum_columns<T, typename Norm::Sums>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
+        if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
+        auto h = span.load_from((const T*)rows.grad[r]);
+        if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)b.gain);
+        sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
+      });
+  norm.set_means(sums, (double)b.columns);
+}
+
+// Both passes over `Rows` rows, which share what is loaded and stored per column: the gain and the weight's gradient
+// (at 4096 columns of fp32 they are as large as L1).
+template <int Rows, bool Stream, class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
+RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, int64_t first) {
   using T = typename Norm::Element;
   using V = Vector<T>;
   using S = Scalar<T>;
-  const T* x = (const T*)rows.input[r];
-  const T* grad = (const T*)rows.grad[r];
-  const S* gain = (const S*)b.gain;
-  T* grad_input = (T*)rows.grad_input[r];
-  Norm norm(rows, r);
-  if constexpr (NeedInput) {
-    norm.set_means(sum_columns<T, typename Norm::Sums>(b.columns,
-                                                       [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-                                                         V h = span.load_from(grad);
-                                                         if constexpr (HasGain) h = h * span.load_from(gain);
-                                                         sum.add(u, h, norm.normalised(span.load_from(x)));
-                                                       }),
-                   (double)b.columns);
+  Norm norm[Rows];
+  for (int k = 0; k < Rows; ++k) {
+    norm[k].set_row(rows, first + k);
+    if constexpr (NeedInput) find_means<Stream, Norm, HasGain>(b, rows, first + k, norm[k]);
   }
-  for_columns<T, 1>(0, b.columns, [&](auto span, auto) __attribute__((always_inline)) {
-    const V dy = span.load_from(grad), normalised = norm.normalised(span.load_from(x));
-    if constexpr (NeedInput) {
-      V h = dy;
-      if constexpr (HasGain) h = h * span.load_from(gain);
-      V dx = norm.dx(h, normalised);
-      if constexpr (Add) dx = dx + span.load_from((const T*)rows.grad_sum[r]);
-      span.store_to(grad_input, dx);
-    }
-    if constexpr (NeedWeight) {
-      S* dw = (S*)rows.grad_weight;
-      span.store_to(dw, span.load_from(dw) + dy * normalised);
-      if constexpr (Norm::kBias) {
-        S* db = dw + b.columns;
-        span.store_to(db, span.load_from(db) + dy);
+  S* dw = (S*)rows.grad_weight;
+  S* db = dw + padded(b.columns);
+  for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
+    V gain, weight, bias;
+    if constexpr (NeedInput && HasGain) gain = span.load_raw((const S*)b.gain);
+    if constexpr (NeedWeight) weight = span.load_raw(dw);
+    if constexpr (NeedWeight && Norm::kBias) bias = span.load_raw(db);
+    for (int k = 0; k < Rows; ++k) {
+      const int64_t r = first + k;
+      const V dy = span.load_from((const T*)rows.grad[r]);
+      const V normalised = norm[k].normalised(span.load_from((const T*)rows.input[r]));
+      if constexpr (NeedInput) {
+        V h = dy;
+        if constexpr (HasGain) h = h * gain;
+        V dx = norm[k].dx(h, normalised);
+        if constexpr (Add) dx = dx + span.load_from((const T*)rows.grad_sum[r]);
+        if constexpr (Stream) {
+          prefetch_both<T>(rows, r, Rows, span);
+          stream_to(span, (T*)rows.grad_input[r], dx);
+        } else {
+          span.store_to((T*)rows.grad_input[r], dx);
+        }
       }
+      if constexpr (NeedWeight) weight = fma(dy, normalised, weight);
+      if constexpr (NeedWeight && Norm::kBias) bias = bias + dy;
     }
+    if constexpr (NeedWeight) span.store_raw(dw, weight);
+    if constexpr (NeedWeight && Norm::kBias) span.store_raw(db, bias);
   });
 }
 
@@ -88,12 +116,25 @@ void backward(const Backward& b, const BackwardRows& rows) {
   using T = typename Norm::Element;
   // What kSmallest and kLargest mean for 1/rms.
   constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
-  for (int64_t r = 0; r < rows.count; ++r) {
+  const auto safe = [&](int64_t r) {
     const Scalar<T> rstd = ((const Scalar<T>*)rows.rstd)[r];
-    if (__builtin_expect(rstd >= smallest && rstd <= 1 / smallest, 1))
-      backward_row<Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r);
-    else rescue_backward<T>(b, rows, r);
+    return rstd >= smallest && rstd <= 1 / smallest;
+  };
+  constexpr bool may_stream = kStreams && NeedInput && !Add;
+  bool stream = may_stream && rows.stream;
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
+  for (int64_t r = 0; r < rows.count;) {
+    if (!safe(r)) {
+      rescue_backward<T>(b, rows, r), r += 1;
+    } else if (r + 1 == rows.count || !safe(r + 1)) {
+      backward_rows<1, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
+    } else if (stream) {
+      backward_rows<2, may_stream, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+    } else {
+      backward_rows<2, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+    }
   }
+  if (stream) finish_streaming();
 }
 
 template <class Norm, bool NeedInput, bool NeedWeight, bool Add>

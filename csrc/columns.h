@@ -1,11 +1,11 @@
-// The only file that walks along a row: sixteen columns at a time, and the last few of them.
+// The only file that walks along a row: a vector of columns at a time, and the last few of them.
 #pragma once
 
-// Sixteen columns of a row starting at j, or the last few of them: absent lanes load as zero and are not stored.
-// Whatever the type of a pointer, its lanes are in the order that suits rows of type `Row` (half.h).
+// The lanes of a pack hold the columns of a row in the order that suits rows of type `Row` (split.h), whatever the type
+// of the pointer; raw scratch is ours, in that order already, and has room for whole vectors.
 template <class Row>
 struct Full {
-  int64_t j;
+  int64_t j;  // the first column
   template <class T>
   RMSNORM_INLINE auto load_from(const T* row) const {
     return load_for<Row>(row + j);
@@ -14,61 +14,130 @@ struct Full {
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
     store_for<Row>(row + j, x);
   }
+  // Stores, and returns what loading would give.
+  template <class T, class V>
+  RMSNORM_INLINE V store_back(T* row, const V& x) const {
+    return store_back_for<Row>(row + j, x);
+  }
+  RMSNORM_INLINE Vector<Row> load_raw(const Scalar<Row>* row) const {
+    Vector<Row> x;
+    constexpr int64_t lanes = kBytes / (int64_t)sizeof(Scalar<Row>);
+    int64_t k = j;
+    for (auto& v : x.v) v = load_register<std::remove_reference_t<decltype(v)>>(row + k), k += lanes;
+    return x;
+  }
+  RMSNORM_INLINE void store_raw(Scalar<Row>* row, const Vector<Row>& x) const {
+    int64_t k = j;
+    for (const auto& v : x.v) store_register(row + k, v), k += kBytes / (int64_t)sizeof(Scalar<Row>);
+  }
   template <class V>
   RMSNORM_INLINE const V& present(const V& x) const {
     return x;
   }
 };
 
+// Fewer elements than a vector has, between a row and a buffer, without touching a byte beyond. A function of its own,
+// as inlined wherever a row ends it is a fifth of the library.
+template <class T>
+__attribute__((noinline)) void copy_few(T* to, const T* from, int64_t count) {
+#if defined(RMSNORM_AVX512) && !defined(RMSNORM_EMULATE_AVX512)
+  for (int64_t left = count * (int64_t)sizeof(T); left > 0; left -= 64, to += 64 / sizeof(T), from += 64 / sizeof(T)) {
+    const __mmask64 some = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
+  }
+#else
+  char* p = (char*)to;
+  const char* q = (const char*)from;
+  int64_t left = count * (int64_t)sizeof(T);
+  for (; left >= 16; left -= 16, p += 16, q += 16) __builtin_memcpy(p, q, 16);
+  if (left & 8) __builtin_memcpy(p, q, 8), p += 8, q += 8;
+  if (left & 4) __builtin_memcpy(p, q, 4), p += 4, q += 4;
+  if (left & 2) __builtin_memcpy(p, q, 2);
+#endif
+}
+
+// The last columns: absent lanes load as zero and are not stored.
 template <class Row>
 struct Tail {
   int64_t j;
   int64_t count;
   template <class T>
   RMSNORM_INLINE auto load_from(const T* row) const {
-    T lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = row[j + i];
+    T lanes[kStep<Row>] = {};
+    copy_few(lanes, row + j, count);
     return load_for<Row>(lanes);
   }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
-    T lanes[kLanes];
+    T lanes[kStep<Row>];
     store_for<Row>(lanes, x);
-    for (int64_t i = 0; i < count; ++i) row[j + i] = lanes[i];
+    copy_few(row + j, lanes, count);
   }
+  template <class T, class V>
+  RMSNORM_INLINE V store_back(T* row, const V& x) const {
+    T lanes[kStep<Row>];
+    const V back = store_back_for<Row>(lanes, x);
+    copy_few(row + j, lanes, count);
+    return back;
+  }
+  RMSNORM_INLINE Vector<Row> load_raw(const Scalar<Row>* row) const {
+    if constexpr (kSplit<Row>) return Full<Row>{j}.load_raw(row);
+    else return load_from(row);  // it may be the user's weight, which ends here
+  }
+  RMSNORM_INLINE void store_raw(Scalar<Row>* row, const Vector<Row>& x) const { Full<Row>{j}.store_raw(row, x); }
   // The vector with zeros in the absent lanes.
   template <class V>
   RMSNORM_INLINE V present(const V& x) const {
-    std::remove_cvref_t<decltype(x.v[0][0])> lanes[kLanes];
+    std::remove_cvref_t<decltype(x.v[0][0])> lanes[kStep<Row>];
     store_for<Row>(lanes, x);
-    for (int64_t i = count; i < kLanes; ++i) lanes[i] = 0;
+    for (int64_t i = count; i < kStep<Row>; ++i) lanes[i] = 0;
     return load_for<Row>(lanes);
   }
 };
+
+// Calls body(span) over the first `columns` columns.
+template <class Row, class Body>
+RMSNORM_INLINE void for_columns(int64_t columns, Body&& body) {
+  constexpr int64_t step = kStep<Row>;
+  int64_t j = 0;
+  for (; j + 2 * step <= columns; j += 2 * step) body(Full<Row>{j}), body(Full<Row>{j + step});
+  if (j + step <= columns) body(Full<Row>{j}), j += step;
+  if (j < columns) body(Tail<Row>{j, columns - j});
+}
 
 template <int U>
 struct Index {
   static constexpr int value = U;
 };
 
-// Calls body(span, Index<u>) over columns [begin, end), u cycling through 0..Unroll-1: independent accumulators.
+// Calls body(span, Index<u>) over columns [begin, end), u cycling through 0..Unroll-1: independent accumulators. A
+// column's lane and accumulator follow from its index, whatever the width of a vector: of 64 lanes (Unroll · step), the
+// last columns, fewer than 32, take the second half; of 32 or 16, those that come next.
 template <class Row, int Unroll, class Body>
 RMSNORM_INLINE void for_columns(int64_t begin, int64_t end, Body&& body) {
+  constexpr int64_t step = kStep<Row>;
+  constexpr int lanes = Unroll * (int)step;
+  static_assert(lanes == 16 || lanes == 32 || lanes == 64);
   int64_t j = begin;
-  for (; j + Unroll * kLanes <= end; j += Unroll * kLanes) {
+  for (; j + lanes <= end; j += lanes) {
     body(Full<Row>{j}, Index<0>{});
-    if constexpr (Unroll > 1) body(Full<Row>{j + kLanes}, Index<1>{});
-    if constexpr (Unroll > 2) {
-      body(Full<Row>{j + 2 * kLanes}, Index<2>{});
-      body(Full<Row>{j + 3 * kLanes}, Index<3>{});
+    if constexpr (Unroll > 1) body(Full<Row>{j + step}, Index<1>{});
+    if constexpr (Unroll > 2) body(Full<Row>{j + 2 * step}, Index<2>{}), body(Full<Row>{j + 3 * step}, Index<3>{});
+  }
+  if constexpr (lanes == 64) {
+    if (j + 32 <= end) {
+      body(Full<Row>{j}, Index<0>{});
+      if constexpr (step == 16) body(Full<Row>{j + step}, Index<1>{});
+      j += 32;
     }
   }
-  if constexpr (Unroll > 1) {
-    if (j + kLanes <= end) body(Full<Row>{j}, Index<0>{}), j += kLanes;
+  constexpr int next = lanes == 64 ? Unroll / 2 : 0;
+  if constexpr (step == 16 && Unroll > 1) {
+    if (j + step <= end) {
+      body(Full<Row>{j}, Index<next>{}), j += step;
+      if (j < end) body(Tail<Row>{j, end - j}, Index<next + 1>{});
+      return;
+    }
   }
-  if constexpr (Unroll > 2) {
-    if (j + kLanes <= end) body(Full<Row>{j}, Index<1>{}), j += kLanes;
-    if (j + kLanes <= end) body(Full<Row>{j}, Index<2>{}), j += kLanes;
-  }
-  if (j < end) body(Tail<Row>{j, end - j}, Index<Unroll - 1>{});
+  if (j < end) body(Tail<Row>{j, end - j}, Index<next>{});
 }

@@ -5,81 +5,75 @@
 template <class T, bool Add, class Span>
 RMSNORM_INLINE Vector<T> load_row(const ForwardRows& rows, int64_t r, Span span) {
   Vector<T> x = span.load_from((const T*)rows.input[r]);
-  if constexpr (Add) {
-    x = round_to<T>(x + span.load_from((const T*)rows.residual[r]));
-    span.store_to((T*)rows.sum[r], x);
-  }
+  if constexpr (Add) x = span.store_back((T*)rows.sum[r], x + span.load_from((const T*)rows.residual[r]));
   return x;
 }
 
+template <class Norm, bool Add>
+RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r) {
+  using T = typename Norm::Element;
+  const auto adder = Norm::adder((const T*)rows.input[r], f.columns);
+  return sum_columns<T, typename Norm::Sums>(
+      f.columns, [&](auto& sum, auto span, int u)
+                     __attribute__((always_inline)) { adder.add(sum, u, load_row<T, Add>(rows, r, span), span); });
+}
+
 // The store step: one vector of the output.
-template <class Norm, class Gain, class Out, bool RoundFirst, bool Stream, class T, class Span>
-RMSNORM_INLINE void store_part(const T* x, const Gain* gain, const Gain* bias, Out* out,
-                               const typename Norm::Normaliser& normalised, Span span) {
+template <class Norm, class Gain, bool RoundFirst, class T, class Span>
+RMSNORM_INLINE auto normalise_part(const T* x, const Gain* gain, const Gain* bias,
+                                   const typename Norm::Normaliser& normalised, Span span) {
   Vector<T> y = normalised(span.load_from(x));
   if constexpr (RoundFirst) y = round_to<T>(y);
   if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
   if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias);
-  if constexpr (Stream) stream_to(span, out, y);
-  else span.store_to(out, y);
+  return y;
 }
 
-// How many rows are between a row's sum and its store: several short ones, as the square roots and divisions of rows
-// that don't wait for each other overlap, but no more than 8 KiB, a quarter of L1.
+// Rows whose sums are found before the first of them is stored: 8 KiB of them, so that what is read again is still in
+// L1 beside the gain and the output (512x4096 fp32 on a Zen 5: 1.5 times memcpy; one row's sum and another's store in
+// one loop, 1.8).
 template <class T>
-int64_t rows_ahead(int64_t columns) {
+int64_t block_rows(int64_t columns) {
   const int64_t most = 8192 / ((columns + 1) * (int64_t)sizeof(T));
-  return most < 1 ? 1 : most > 8 ? 8 : most;
+  return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;
 }
 
-// While one row is stored, a later one is summed: reading and writing overlap, and both passes take little more time
-// than a copy (8192x512 fp32, 1 thread of a Zen 3: 1.04 times memcpy; the two passes one after the other, 1.5 times).
 template <class Norm, class Gain, class Out, bool RoundFirst, bool Add>
 void forward(const Forward& f, const ForwardRows& rows) {
   using T = typename Norm::Element;
   const Gain *gain = (const Gain*)f.gain, *bias = (const Gain*)f.bias;
-  typename Norm::Values sums[kBatch];
-  typename Norm::Row row[kBatch];
-  const auto sum_row = [&](int64_t r, auto&& store) __attribute__((always_inline)) {
-    const auto adder = Norm::adder((const T*)rows.input[r], f.columns);
-    sums[r] =
-        sum_columns<T, typename Norm::Sums>(f.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-          adder.add(sum, u, load_row<T, Add>(rows, r, span), span);
-          store(span);
-        });
-  };
-  const auto only_sum_row = [&](int64_t r) __attribute__((noinline)) { sum_row(r, [](auto) {}); };
-  const int64_t ahead = rows_ahead<T>(f.columns);
-  for (int64_t r = 0; r < ahead && r < rows.count; ++r) only_sum_row(r);
-  for (int64_t begin = 0; begin < rows.count; begin += ahead) {
-    const int64_t end = begin + ahead < rows.count ? begin + ahead : rows.count;
-    for (int64_t r = begin; r < end; ++r) row[r] = Norm::row(sums[r], (const T*)rows.input[r], f.columns, f.eps);
+  const int64_t block = block_rows<T>(f.columns);
+  for (int64_t begin = 0; begin < rows.count; begin += block) {
+    const int64_t end = begin + block < rows.count ? begin + block : rows.count;
+    typename Norm::Block found;
+    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Norm, Add>(f, rows, r));
+    const void* const* x_of = Add ? rows.sum : rows.input;
+    found.find_rows(x_of + begin, end - begin, f.columns, f.eps);
     for (int64_t r = begin; r < end; ++r) {
-      const T* x = (const T*)(Add ? rows.sum[r] : rows.input[r]);
+      const T* x = (const T*)x_of[r];
       Out* out = (Out*)rows.output[r];
-      const typename Norm::Normaliser normalised(row[r]);
-      const auto store = [&](auto span, auto...) __attribute__((always_inline)) {
-        store_part<Norm, Gain, Out, RoundFirst, false>(x, gain, bias, out, normalised, span);
+      typename Norm::Row row = found[r - begin];
+      const typename Norm::Normaliser normalised(row);
+      const auto part = [&](auto span) __attribute__((always_inline)) {
+        return normalise_part<Norm, Gain, RoundFirst>(x, gain, bias, normalised, span);
       };
-      const auto stream = [&](auto span) __attribute__((always_inline)) {
-        store_part<Norm, Gain, Out, RoundFirst, true>(x, gain, bias, out, normalised, span);
-      };
-      const bool last = r + ahead >= rows.count;
-      if (__builtin_expect(row[r].safe && !last, 1)) {
-        if (kStreams && !Add && rows.stream && can_stream(out)) sum_row(r + ahead, stream);
-        else sum_row(r + ahead, store);
-      } else if (row[r].safe) {
-        for_columns<T, 2>(0, f.columns, store);
+      if (__builtin_expect(!row.safe, 0)) {
+        rescue_forward<RoundFirst>(row, x, gain, bias, out, f.columns, f.eps);
+      } else if (kStreams && rows.stream && can_stream(out)) {
+        const char* next = (const char*)rows.input[r] + rows.next * block;
+        for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) {
+          prefetch_part<T, 3>(next, span);
+          stream_to(span, out, part(span));
+        });
       } else {
-        rescue_forward<RoundFirst>(row[r], x, gain, bias, out, f.columns, f.eps);
-        if (!last) only_sum_row(r + ahead);
+        for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) { span.store_to(out, part(span)); });
       }
-      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row[r].high;
+      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row.high;
       if constexpr (Norm::kBias)
-        if (rows.mean) rows.mean[r] = row[r].mean;
+        if (rows.mean) rows.mean[r] = row.mean;
     }
   }
-  if (kStreams && !Add && rows.stream) finish_streaming();
+  if (kStreams && rows.stream) finish_streaming();
 }
 
 template <class T, class Gain, class Out, bool RoundFirst>

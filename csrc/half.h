@@ -77,15 +77,6 @@ RMSNORM_INLINE F load(const f16* p) {
 }
 
 RMSNORM_INLINE void store(bf16* p, const F& x) {
-#if defined(RMSNORM_AVX512BF16)
-  // vcvtneps2bf16 takes subnormals for zero; a lane that is subnormal (and not zero) needs the long way.
-  const __m512 lanes = (__m512)x.v[0];
-  if (__builtin_expect(_mm512_fpclass_ps_mask(lanes, 0x20) == 0, 1)) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(lanes);
-    __builtin_memcpy(p, &rounded, sizeof rounded);
-    return;
-  }
-#endif
   BitsReg bits[kFloatRegs];
   for (int i = 0; i < kFloatRegs; ++i) bits[i] = bf16_bits(x.v[i]);
   store_shorts(&p->bits, bits);
@@ -102,91 +93,4 @@ RMSNORM_INLINE void store(f16* p, const F& x) {
   for (int i = 0; i < kFloatRegs; ++i) bits[i] = f16_bits(x.v[i]);
   store_shorts(&p->bits, bits);
 #endif
-}
-
-// ---- the order of lanes ------------------------------------------------------------------------------------------
-
-// A pack holds sixteen columns in order, but for rows of bf16 on AVX2: there the first register holds the even columns
-// and the second the odd ones. So a shift and a mask unpack them, a shift and a blend pack them, and nothing crosses
-// the lanes: 10 instructions less for each 16 columns. Other types in such a row are shuffled into its order.
-#if defined(__AVX2__) && !defined(RMSNORM_AVX512)
-template <class Row>
-constexpr bool kSplit = std::is_same_v<Row, bf16>;
-
-RMSNORM_INLINE F load_split(const bf16* p) {
-  const BitsReg both = load_register<BitsReg>(p);
-  return {{(FloatReg)(both << 16), (FloatReg)(both & 0xffff0000u)}};
-}
-RMSNORM_INLINE F load_split(const float* p) {
-  const __m256 x = _mm256_loadu2_m128(p + 8, p), y = _mm256_loadu2_m128(p + 12, p + 4);
-  return {{(FloatReg)_mm256_shuffle_ps(x, y, 0x88), (FloatReg)_mm256_shuffle_ps(x, y, 0xdd)}};
-}
-RMSNORM_INLINE void store_split(bf16* p, const F& x) {
-  BitsReg rounded[2];
-  for (int i = 0; i < 2; ++i) {
-    const BitsReg bits = (BitsReg)x.v[i];
-    rounded[i] = bits + 0x7fff + ((bits >> 16) & 1);
-  }
-  const __m256 nan = _mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q);
-  if (__builtin_expect(!_mm256_testz_ps(nan, nan), 0))
-    for (int i = 0; i < 2; ++i) rounded[i] = bf16_bits(x.v[i]) << 16;
-  store_register(p, _mm256_blend_epi16((__m256i)(rounded[0] >> 16), (__m256i)rounded[1], 0xaa));
-}
-RMSNORM_INLINE void store_split(float* p, const F& x) {
-  const __m256 low = _mm256_unpacklo_ps((__m256)x.v[0], (__m256)x.v[1]);
-  const __m256 high = _mm256_unpackhi_ps((__m256)x.v[0], (__m256)x.v[1]);
-  _mm256_storeu2_m128(p + 8, p, low);
-  _mm256_storeu2_m128(p + 12, p + 4, high);
-}
-template <class Row>
-RMSNORM_INLINE D in_order(const D& x) {
-  if constexpr (!kSplit<Row>) return x;
-  D r;
-  for (int i = 0; i < kDoubleRegs; i += 2) {
-    const DoubleReg even = x.v[i / 2], odd = x.v[i / 2 + kDoubleRegs / 2];
-    r.v[i] = __builtin_shuffle(even, odd, (WideBitsReg){0, 4, 1, 5});
-    r.v[i + 1] = __builtin_shuffle(even, odd, (WideBitsReg){2, 6, 3, 7});
-  }
-  return r;
-}
-#else
-template <class Row>
-constexpr bool kSplit = false;
-template <class Row>
-RMSNORM_INLINE const D& in_order(const D& x) {
-  return x;
-}
-#endif
-
-template <class Row, class T>
-RMSNORM_INLINE auto load_for(const T* p) {
-  if constexpr (kSplit<Row>) return load_split(p);
-  else return load(p);
-}
-template <class Row, class T, class V>
-RMSNORM_INLINE void store_for(T* p, const V& x) {
-  if constexpr (kSplit<Row>) store_split(p, x);
-  else store(p, x);
-}
-
-// The value that storing as T and loading again would give.
-template <class T>
-RMSNORM_INLINE Vector<T> round_to(const Vector<T>& x) {
-  T stored[kLanes];
-  store(stored, x);
-  return load(stored);
-}
-template <>
-RMSNORM_INLINE F round_to<float>(const F& x) {
-  return x;
-}
-template <>
-RMSNORM_INLINE D round_to<double>(const D& x) {
-  return x;
-}
-template <>
-RMSNORM_INLINE F round_to<bf16>(const F& x) {
-  F r;
-  for (int i = 0; i < kFloatRegs; ++i) r.v[i] = (FloatReg)(bf16_bits(x.v[i]) << 16);
-  return r;
 }

@@ -19,6 +19,9 @@ inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; 
 // divisor of kFlush, so that batches never straddle a flush of the weight's gradient.
 constexpr int64_t kBatch = 32;
 
+// Columns of scratch that the kernels keep in an order of their own: whole vectors of the widest CPU.
+inline int64_t padded(int64_t columns) { return (columns + 31) / 32 * 32; }
+
 // Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.
 constexpr int64_t kFlush = 32;
 
@@ -37,13 +40,14 @@ struct Forward {
 
 struct ForwardRows {
   int64_t count;
-  const void* input[kBatch];
-  const void* residual[kBatch];
+  void* input[kBatch];  // read only, as is the residual
+  void* residual[kBatch];
   void* sum[kBatch];
   void* output[kBatch];
   void* rstd;    // one wide(input) value per row of this batch, or null
   double* mean;  // the same, for LayerNorm
   bool stream;   // output is larger than the caches: its stores should go past them
+  int64_t next;  // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
 };
 
 struct Backward {
@@ -53,19 +57,22 @@ struct Backward {
   bool need_input;
   bool need_weight;
   bool add;          // a gradient arrives at the sum itself
-  const void* gain;  // wide(input), or null
+  const void* gain;  // wide(input), or null; what make_gain() made for this type of row, unless that is f32 or f64
   bool layer;        // LayerNorm; add is false
 };
 
 struct BackwardRows {
   int64_t count;
-  const void* input[kBatch];
-  const void* grad[kBatch];
-  const void* grad_sum[kBatch];
+  void* input[kBatch];  // read only, as are the gradients
+  void* grad[kBatch];
+  void* grad_sum[kBatch];
   void* grad_input[kBatch];
   const void* rstd;    // one wide(input) value per row of this batch
   const double* mean;  // the same, for LayerNorm
-  void* grad_weight;   // wide(input)[columns], added to; LayerNorm: [2][columns], the bias's gradient behind it
+  void*
+      grad_weight;  // wide(input)[padded(columns)], added to, in the kernel's order; LayerNorm has the bias's behind it
+  bool stream;      // as in forward
+  int64_t next[2];  // as in forward, of input and grad
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
@@ -76,10 +83,12 @@ struct Target {
   const char* name;
   ForwardKernel (*forward)(const Forward&);
   BackwardKernel (*backward)(const Backward&);
-  // gain = offset + weight, in wide(input); weight of any type.
-  void (*make_gain)(Type weight_type, const void* weight, double offset, Type gain_type, void* gain, int64_t count);
-  // total[i] += partial[i], then partial[i] = 0, for partial in the given wide type.
-  void (*flush)(Type type, void* partial, double* total, int64_t count);
+  // gain[padded(count)] = offset + weight, in wide(input); weight of any type. In the order in which backward wants it
+  // for rows of a type; for none, in the columns'.
+  void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,
+                    int64_t count);
+  // total[i] += partial[i] (= for the first), then partial[i] = 0, for the gradient of the weight of rows of a type.
+  void (*flush)(Type row, void* partial, double* total, int64_t count, bool first);
   // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
   void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
                  void* grad_weight);

@@ -13,24 +13,28 @@
 // Σ a and Σ a·b, in the types of statistic.h: forward adds (d, d), backward (h, x̂).
 template <class T>
 struct Moments {  // half types
-  static constexpr int kUnroll = 2;
+  static constexpr int kUnroll = 32 / kStep<T>;
   static constexpr int64_t kBlock = 2048;
-  F first[2] = {}, second[2] = {};
+  Vector<T> first[kUnroll] = {}, second[kUnroll] = {};
   D total_first = {}, total_second = {};
 
-  RMSNORM_INLINE void add(int u, const F& a, const F& b) {
+  RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) {
     first[u] = first[u] + a;
-    second[u] = second[u] + a * b;
+    second[u] = fma(a, b, second[u]);
   }
   template <class Span>
-  RMSNORM_INLINE void add_deviation(int u, const F& x, const F& shift, Span span) {
-    const F d = span.present(x - shift);
+  RMSNORM_INLINE void add_deviation(int u, const Vector<T>& x, const Vector<T>& shift, Span span) {
+    const Vector<T> d = span.present(x - shift);
     add(u, d, d);
   }
+  RMSNORM_INLINE static D sum_of(const Vector<T> (&parts)[kUnroll]) {
+    if constexpr (kUnroll == 1) return widen(fold(parts[0]));
+    else return widen(parts[0] + parts[1]);
+  }
   RMSNORM_INLINE void end_block() {
-    total_first = total_first + widen(first[0] + first[1]);
-    total_second = total_second + widen(second[0] + second[1]);
-    for (int u = 0; u < 2; ++u) first[u] = second[u] = F{};
+    total_first = total_first + sum_of(first);
+    total_second = total_second + sum_of(second);
+    for (int u = 0; u < kUnroll; ++u) first[u] = second[u] = Vector<T>{};
   }
 };
 
@@ -83,7 +87,7 @@ struct TwoSums {
 
 template <class T>
 RMSNORM_INLINE TwoSums value_of(const Moments<T>& sums) {
-  return {{reduce(in_order<T>(sums.total_first)), 0.0}, {reduce(in_order<T>(sums.total_second)), 0.0}};
+  return {{reduce_for<T>(sums.total_first), 0.0}, {reduce_for<T>(sums.total_second), 0.0}};
 }
 template <>
 RMSNORM_INLINE TwoSums value_of(const Moments<double>& sums) {
@@ -114,7 +118,6 @@ struct Layer {
   static constexpr bool kBias = true;  // a mean to keep, and a bias to add
   using Element = T;
   using Sums = Moments<T>;
-  using Values = TwoSums;
   using Row = LayerRow<Scalar<T>>;
 
   struct Shift {
@@ -127,16 +130,16 @@ struct Layer {
   RMSNORM_INLINE static Scalar<T> first(const T* x, int64_t columns) {
     return columns > 0 ? Tail<T>{0, 1}.load_from(x).v[0][0] : (Scalar<T>)0;
   }
-  RMSNORM_INLINE static Shift adder(const T* x, int64_t columns) { return {splat(first(x, columns))}; }
+  RMSNORM_INLINE static Shift adder(const T* x, int64_t columns) { return {splat<T>(first(x, columns))}; }
 
-  __attribute__((noinline)) static Values sum_around(Scalar<T> mean, const T* x, int64_t columns) {
-    const Shift around = {splat(mean)};
+  __attribute__((noinline)) static TwoSums sum_around(Scalar<T> mean, const T* x, int64_t columns) {
+    const Shift around = {splat<T>(mean)};
     return sum_columns<T, Sums>(columns, [&](Sums& sums, auto span, int u) __attribute__((always_inline)) {
       around.add(sums, u, span.load_from(x), span);
     });
   }
 
-  RMSNORM_INLINE static Row row(Values sums, const T* x, int64_t columns, double eps) {
+  RMSNORM_INLINE static Row row(TwoSums sums, const T* x, int64_t columns, double eps) {
     Scalar<T> shift = first(x, columns);
     const double n = (double)columns;
     double mean = sums.first.high / n, moved = sums.first.high * mean;
@@ -157,16 +160,28 @@ struct Layer {
     set_mean(row, total.high, total.low + mean_low);
     return row;
   }
+  class Block {
+   public:
+    RMSNORM_INLINE void set(int64_t i, const TwoSums& sums) { sums_[i] = sums; }
+    RMSNORM_INLINE void find_rows(const void* const* x, int64_t count, int64_t columns, double eps) {
+      for (int64_t i = 0; i < count; ++i) row_[i] = row(sums_[i], (const T*)x[i], columns, eps);
+    }
+    RMSNORM_INLINE const Row& operator[](int64_t i) const { return row_[i]; }
+
+   private:
+    TwoSums sums_[kBlockRows];
+    Row row_[kBlockRows];
+  };
 
   // x̂ of a vector, from splats of the row: the low part of the mean is taken off after the product, where it costs no
   // rounding of its own.
   struct Normaliser {
     Vector<T> mean, high, low, left;
     RMSNORM_INLINE Normaliser(const Row& row)
-        : mean(splat(row.mean_high)),
-          high(splat(row.high)),
-          low(splat(row.low)),
-          left(splat((Scalar<T>)(-row.mean_low * row.high))) {}
+        : mean(splat<T>(row.mean_high)),
+          high(splat<T>(row.high)),
+          low(splat<T>(row.low)),
+          left(splat<T>((Scalar<T>)(-row.mean_low * row.high))) {}
     RMSNORM_INLINE Vector<T> operator()(const Vector<T>& x) const {
       const Vector<T> d = x - mean;
       if constexpr (sizeof(T) == 2) return d * high + left;

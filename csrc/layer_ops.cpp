@@ -5,7 +5,7 @@ namespace rmsnorm {
 namespace {
 
 Gain given_or(const OptionalTensor& tensor, double value, const Tensor& input, const Shape& shape) {
-  return tensor ? Gain(tensor, 0.0, input, shape, false) : Gain(value, type_of(input), shape.columns);
+  return tensor ? Gain(tensor, 0.0, input, shape, Gain::kForwardWide) : Gain(value, type_of(input), shape.columns);
 }
 
 void norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, int64_t dims, double eps,
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor input
   check_same(grad, input, "grad");
   const Type type = type_of(input);
   const Shape shape(input, dims);
-  const Gain gain(weight, 0.0, input, shape, false);
+  const Gain gain(weight, 0.0, input, shape, Gain::kBackward);
   need_weight = need_weight && weight, need_bias = need_bias && bias;
   Backward b = {};
   b.eps = eps, b.gain = gain.data, b.layer = true, b.need_input = need_input, b.need_weight = need_weight || need_bias;

@@ -17,7 +17,8 @@ void norm(const Tensor& input, const Tensor* residual, const OptionalTensor& wei
   const Shape shape(input, dims);
   Forward f = {};
   f.eps = eps, f.round_first = round_first;
-  run_forward(f, input, residual, Gain(weight, offset, input, shape, true), shape, output, sum, rstd, nullptr);
+  run_forward(f, input, residual, Gain(weight, offset, input, shape, Gain::kForward), shape, output, sum, rstd,
+              nullptr);
 }
 
 Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first) {
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   check_same(grad, input, "grad");
   if (grad_sum) check_same(*grad_sum, input, "grad_sum");
   const Shape shape(input, dims);
-  const Gain gain(weight, offset, input, shape, false);
+  const Gain gain(weight, offset, input, shape, Gain::kBackward);
   Backward b = {};
   b.eps = eps, b.gain = gain.data, b.need_input = need_input, b.need_weight = need_weight && weight;
   const Tensor grad_input = need_input ? empty_like(input, type_of(input)) : none(type_of(input));

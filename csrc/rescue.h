@@ -12,7 +12,7 @@ RMSNORM_INLINE double element(const T* row, int64_t i) {
 }
 template <class T>
 RMSNORM_INLINE void set_element(T* row, int64_t i, double x) {
-  Tail<T>{i, 1}.store_to(row, splat((Scalar<T>)x));
+  Tail<T>{i, 1}.store_to(row, splat<T>((Scalar<T>)x));
 }
 
 // The row is normalised as (x·scale - mean)·(high + low); 1/rms = scale·high, which forward keeps. RMSNorm's mean is 0.
@@ -75,7 +75,7 @@ __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const 
   const ScaledRow scaled = scale_row(x, columns, eps, layer);
   for (int64_t i = 0; i < columns; ++i) {
     double y = scaled.normalise(element(x, i));
-    if constexpr (RoundFirst) y = (double)round_to<T>(splat((Scalar<T>)y)).v[0][0];
+    if constexpr (RoundFirst) y = (double)round_to<T>(splat<T>((Scalar<T>)y)).v[0][0];
     if constexpr (!std::is_void_v<Gain>) y = y * element(gain, i);
     if constexpr (!std::is_void_v<Gain> && layer) y = y + element(bias, i);
     set_element(out, i, y);
@@ -89,7 +89,7 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   using S = Scalar<T>;
   const T* x = (const T*)rows.input[r];
   const T* grad = (const T*)rows.grad[r];
-  const S* gain = (const S*)b.gain;
+  const auto gain_at = [&](int64_t i) { return b.gain ? (double)((const S*)b.gain)[raw_index<T>(i)] : 1.0; };
   // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
   const double rstd = (double)((const S*)rows.rstd)[r], mean = b.layer ? rows.mean[r] : 0.0;
@@ -98,18 +98,19 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}} : scale_row(x, b.columns, b.eps, b.layer);
   double mean_h = 0.0, mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
-    const double h = element(grad, i) * (gain ? (double)gain[i] : 1.0) / (double)b.columns;
+    const double h = element(grad, i) * gain_at(i) / (double)b.columns;
     mean_product += h * row.normalise(element(x, i));
     if (b.layer) mean_h += h;
   }
   for (int64_t i = 0; i < b.columns; ++i) {
     const double dy = element(grad, i), normalised = row.normalise(element(x, i));
     if (b.need_input) {
-      double dx = ((dy * (gain ? (double)gain[i] : 1.0) - mean_h) - normalised * mean_product) * row.high * row.scale;
+      double dx = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
       if (b.add) dx += element((const T*)rows.grad_sum[r], i);
       set_element((T*)rows.grad_input[r], i, dx);
     }
-    if (b.need_weight) ((S*)rows.grad_weight)[i] += (S)(dy * normalised);
-    if (b.need_weight && b.layer) ((S*)rows.grad_weight)[b.columns + i] += (S)dy;
+    S* grad_weight = (S*)rows.grad_weight + raw_index<T>(i);
+    if (b.need_weight) *grad_weight += (S)(dy * normalised);
+    if (b.need_weight && b.layer) grad_weight[padded(b.columns)] += (S)dy;
   }
 }

@@ -47,18 +47,32 @@ class Cursor {
     }
   }
 
-  char* operator[](int k) const { return pointer_[k]; }
-
-  void next() {
-    for (int d = operands_.dims - 1; d >= 0; --d) {
-      for (int k = 0; k < N; ++k) pointer_[k] += operands_.stride[k][d];
-      if (++index_[d] < operands_.size[d]) return;
-      for (int k = 0; k < N; ++k) pointer_[k] -= operands_.stride[k][d] * operands_.size[d];
-      index_[d] = 0;
+  // Fills `lists[k]` with pointers to the next `count` rows of operand k.
+  void take(int64_t count, const std::array<void**, N>& lists) {
+    for (int64_t done = 0; done < count;) {
+      const int last = operands_.dims - 1;
+      const int64_t run = last < 0 ? 1 : std::min(count - done, operands_.size[last] - index_[last]);
+      for (int k = 0; k < N; ++k) {
+        const int64_t stride = last < 0 ? 0 : operands_.stride[k][last];
+        for (int64_t r = 0; r < run; ++r) lists[k][done + r] = pointer_[k] + r * stride;
+        pointer_[k] += run * stride;
+      }
+      if (last >= 0 && (index_[last] += run) == operands_.size[last]) wrap();
+      done += run;
     }
   }
 
  private:
+  // The innermost dimension is through: back to its start, and on to the next of those around it.
+  void wrap() {
+    for (int d = operands_.dims - 1; d >= 0 && index_[d] == operands_.size[d]; --d) {
+      index_[d] = 0;
+      if (d > 0) ++index_[d - 1];
+      for (int k = 0; k < N; ++k)
+        pointer_[k] += (d > 0 ? operands_.stride[k][d - 1] : 0) - operands_.stride[k][d] * operands_.size[d];
+    }
+  }
+
   const Operands<N>& operands_;
   std::array<char*, N> pointer_;
   std::array<int64_t, kMaxDims> index_;
@@ -72,17 +86,14 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows;
-  rows.stream = is_large(operands.rows * f.columns * size_of(f.output));
+  const int64_t read = (f.add ? 3 : 1) * size_of(f.input);  // a sum is written, too
+  rows.stream = overflows_caches(operands.rows * f.columns * (read + size_of(f.output)));
+  rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
     rows.mean = mean ? mean + row : nullptr;
-    for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
-      rows.input[r] = cursor[kInput];
-      rows.output[r] = cursor[kOutput];
-      rows.residual[r] = cursor[kResidual];
-      rows.sum[r] = cursor[kSum];
-    }
+    cursor.take(rows.count, {rows.input, rows.output, rows.residual, rows.sum});
     kernel(f, rows);
   }
 }
@@ -97,8 +108,8 @@ inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 1
 // Columns of the weight's gradient, with the bias's behind it.
 inline int64_t weight_columns(const Backward& b) { return b.layer ? 2 * b.columns : b.columns; }
 
-// Rows of one chunk; `partial` is wide(input)[weight_columns] and zero, `total` is double[weight_columns], or both
-// null.
+// Rows of one chunk; `partial` is zeros, wide(input)[padded(columns)] for the weight and the same for a bias; `total`
+// is double[weight_columns]; or both are null.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, const double* mean, char* partial, double* total, int64_t begin,
                           int64_t end) {
@@ -106,20 +117,20 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows;
   rows.grad_weight = partial;
+  rows.stream = overflows_caches(operands.rows * b.columns * size_of(b.input) * (b.add ? 4 : 3));
+  for (int k : {kX, kGrad}) rows.next[k] = operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
     rows.mean = mean ? mean + row : nullptr;
-    for (int64_t r = 0; r < rows.count; ++r, cursor.next()) {
-      rows.input[r] = cursor[kX];
-      rows.grad[r] = cursor[kGrad];
-      rows.grad_input[r] = cursor[kGradInput];
-      rows.grad_sum[r] = cursor[kGradSum];
-    }
+    cursor.take(rows.count, {rows.input, rows.grad, rows.grad_input, rows.grad_sum});
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;
-    if (partial && (done % kFlush == 0 || begin + done == end))
-      target.flush(wide(b.input), partial, total, weight_columns(b));
+    if (partial && (done % kFlush == 0 || begin + done == end)) {
+      target.flush(b.input, partial, total, b.columns, done <= kFlush);
+      const int64_t bytes = padded(b.columns) * size_of(wide(b.input));
+      if (b.layer) target.flush(b.input, partial + bytes, total + b.columns, b.columns, done <= kFlush);
+    }
   }
 }
 

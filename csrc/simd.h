@@ -1,8 +1,9 @@
-// The only file that knows vector registers: sixteen lanes, whatever their width, and the conversions between types.
+// The only file that knows vector registers: packs of them, whatever their width, and what all targets can do with
+// them.
 //
-// A pack is always 16 lanes (one zmm, two ymm, or four xmm registers), and every operation is the same IEEE operation
-// in each lane. So all targets give the same bits as long as no multiply-add is contracted (-ffp-contract=off):
-// fma() is asked for where its single rounding matters, and emulated exactly where the CPU has none.
+// A pack is 16 lanes (one zmm, two ymm, or four xmm registers; rows of bf16 have their own, split.h), and every
+// operation is the same IEEE operation in each lane. So all targets give the same bits as long as no multiply-add is
+// contracted (-ffp-contract=off): fma() is one rounding, and emulated exactly where the CPU has none.
 // Included inside an unnamed namespace by target.cpp: nothing here may be shared between targets.
 #pragma once
 
@@ -66,30 +67,38 @@ struct f16 {
   uint16_t bits;
 };
 
-// The vector in which a type is computed, and its scalar.
+// The vector in which rows of a type are computed, its scalar, and the columns that it holds.
 template <class T>
 struct Compute {
   using Vector = F;
   using Scalar = float;
+  static constexpr int64_t kStep = kLanes;
 };
 template <>
 struct Compute<double> {
   using Vector = D;
   using Scalar = double;
+  static constexpr int64_t kStep = kLanes;
 };
+#if defined(__AVX2__)
+template <>
+struct Compute<bf16> {  // the even columns, and the odd ones
+  using Vector = Pack<2, FloatReg>;
+  using Scalar = float;
+  static constexpr int64_t kStep = kBytes / 2;
+};
+#endif
 template <class T>
 using Vector = typename Compute<T>::Vector;
 template <class T>
 using Scalar = typename Compute<T>::Scalar;
+template <class T>
+constexpr int64_t kStep = Compute<T>::kStep;
 
-RMSNORM_INLINE F splat(float x) {
-  F r;
-  for (auto& v : r.v) v = x - FloatReg{};  // keeps the sign of -0, unlike 0 + x
-  return r;
-}
-RMSNORM_INLINE D splat(double x) {
-  D r;
-  for (auto& v : r.v) v = x - DoubleReg{};
+template <class T>
+RMSNORM_INLINE Vector<T> splat(Scalar<T> x) {
+  Vector<T> r;
+  for (auto& v : r.v) v = x - std::remove_reference_t<decltype(v)>{};  // keeps the sign of -0, unlike 0 + x
   return r;
 }
 
@@ -176,36 +185,38 @@ RMSNORM_INLINE F narrow(const D& x) {
 // ---- fused multiply-add ----------------------------------------------------------------------------------------
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define RMSNORM_FMA RMSNORM_INLINE
-#else
-#define RMSNORM_FMA RMSNORM_EMULATED
-#endif
-
-RMSNORM_FMA D fma(const D& a, const D& b, D c) {
+RMSNORM_INLINE DoubleReg fma(DoubleReg a, DoubleReg b, DoubleReg c) {
 #if defined(RMSNORM_AVX512)
-  for (int i = 0; i < kDoubleRegs; ++i)
-    c.v[i] = (DoubleReg)_mm512_fmadd_pd((__m512d)a.v[i], (__m512d)b.v[i], (__m512d)c.v[i]);
+  return (DoubleReg)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__FMA__)
-  for (int i = 0; i < kDoubleRegs; ++i)
-    c.v[i] = (DoubleReg)_mm256_fmadd_pd((__m256d)a.v[i], (__m256d)b.v[i], (__m256d)c.v[i]);
+  return (DoubleReg)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
-  for (int i = 0; i < kDoubleRegs; ++i)
-    for (int j = 0; j < kBytes / 8; ++j) c.v[i][j] = __builtin_fma(a.v[i][j], b.v[i][j], c.v[i][j]);
+  for (int j = 0; j < kBytes / 8; ++j) c[j] = __builtin_fma(a[j], b[j], c[j]);
+  return c;
 #endif
+}
+RMSNORM_INLINE FloatReg fma(FloatReg a, FloatReg b, FloatReg c) {
+#if defined(RMSNORM_AVX512)
+  return (FloatReg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (FloatReg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int j = 0; j < kBytes / 4; ++j) c[j] = __builtin_fmaf(a[j], b[j], c[j]);
+  return c;
+#endif
+}
+template <int N, class Register>
+RMSNORM_INLINE Pack<N, Register> fma(const Pack<N, Register>& a, const Pack<N, Register>& b, Pack<N, Register> c) {
+  for (int i = 0; i < N; ++i) c.v[i] = fma(a.v[i], b.v[i], c.v[i]);
   return c;
 }
-
-RMSNORM_FMA F fma(const F& a, const F& b, F c) {
-#if defined(RMSNORM_AVX512)
-  for (int i = 0; i < kFloatRegs; ++i)
-    c.v[i] = (FloatReg)_mm512_fmadd_ps((__m512)a.v[i], (__m512)b.v[i], (__m512)c.v[i]);
-#elif defined(__FMA__)
-  for (int i = 0; i < kFloatRegs; ++i)
-    c.v[i] = (FloatReg)_mm256_fmadd_ps((__m256)a.v[i], (__m256)b.v[i], (__m256)c.v[i]);
-#elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < kFloatRegs; ++i)
-    for (int j = 0; j < kBytes / 4; ++j) c.v[i][j] = __builtin_fmaf(a.v[i][j], b.v[i][j], c.v[i][j]);
 #else
+RMSNORM_EMULATED D fma(const D& a, const D& b, D c) {
+  for (int i = 0; i < kDoubleRegs; ++i)
+    for (int j = 0; j < kBytes / 8; ++j) c.v[i][j] = __builtin_fma(a.v[i][j], b.v[i][j], c.v[i][j]);
+  return c;
+}
+RMSNORM_EMULATED F fma(const F& a, const F& b, const F& c) {
   // The product is exact in fp64; rounding the fp64 sum to odd makes the second rounding, to fp32, the right one
   // (Boldo & Melquiond 2008). `error` is what the fp64 addition lost.
   const D product = widen(a) * widen(b), addend = widen(c), sum = product + addend;
@@ -218,10 +229,9 @@ RMSNORM_FMA F fma(const F& a, const F& b, F c) {
     const auto outwards = (error.v[i] > 0) == (sum.v[i] > 0);
     odd.v[i] = (DoubleReg)(bits + ((inexact & even) & (outwards ? WideBitsReg{} + 1 : WideBitsReg{} - 1)));
   }
-  c = narrow(odd);
-#endif
-  return c;
+  return narrow(odd);
 }
+#endif
 
 // a·b + c where the product is exact (fp32 factors in fp64, half factors in fp32): with or without a fused
 // instruction the result is the same.
@@ -255,13 +265,32 @@ RMSNORM_INLINE void store(double* p, const D& x) {
   for (int i = 0; i < kDoubleRegs; ++i) store_register(p + i * (kBytes / 8), x.v[i]);
 }
 
-// The lanes' sum, always as ((i, i+8), i+4, i+2, i+1).
-RMSNORM_INLINE double reduce(D x) {
-  for (int half = kDoubleRegs / 2; half > 0; half /= 2)
+// The sum of the lanes, always as ((i, i + n/2), i + n/4, ...).
+template <int N>
+RMSNORM_INLINE double reduce(Pack<N, DoubleReg> x) {
+  for (int half = N / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x.v[i] = x.v[i] + x.v[i + half];
-  double lanes[kBytes / 8];
-  store_register(lanes, x.v[0]);
-  for (int half = kBytes / 16; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
-  return lanes[0];
+#if defined(RMSNORM_AVX512)
+  const __m256d four =
+      _mm256_add_pd(_mm512_castpd512_pd256((__m512d)x.v[0]), _mm512_extractf64x4_pd((__m512d)x.v[0], 1));
+#elif defined(__AVX2__)
+  const __m256d four = (__m256d)x.v[0];
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+#else
+  const auto two = x.v[0];
+#endif
+  return two[0] + two[1];
+}
+
+RMSNORM_INLINE DoubleReg root(DoubleReg x) {
+#if defined(RMSNORM_AVX512)
+  return (DoubleReg)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (DoubleReg)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < kBytes / 8; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
 }

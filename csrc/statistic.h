@@ -13,16 +13,17 @@
 // A sum of products of two vectors: `add` for any product, `add_square` for x·x.
 template <class T>
 struct Sum {  // half types
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = 64 / kStep<T>;
   static constexpr int64_t kBlock = 4096;
-  F part[4] = {};
+  Vector<T> part[kUnroll] = {};
   D total = {};
 
-  RMSNORM_INLINE void add(int u, const F& a, const F& b) { part[u] = part[u] + a * b; }
-  RMSNORM_INLINE void add_square(int u, const F& x) { part[u] = add_exact_product(x, x, part[u]); }
+  RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) { part[u] = fma(a, b, part[u]); }
+  RMSNORM_INLINE void add_square(int u, const Vector<T>& x) { part[u] = add_exact_product(x, x, part[u]); }
   RMSNORM_INLINE void end_block() {
-    total = total + widen((part[0] + part[1]) + (part[2] + part[3]));
-    for (auto& p : part) p = F{};
+    if constexpr (kUnroll == 2) total = total + widen(fold(part[0]) + fold(part[1]));
+    else total = total + widen((part[0] + part[1]) + (part[2] + part[3]));
+    for (auto& p : part) p = Vector<T>{};
   }
 };
 
@@ -49,7 +50,7 @@ struct Sum<double> {
   D lost = {};
 
   RMSNORM_INLINE void add(int, const D& a, const D& b) {
-    const D product = a * b, error = fma(a, b, splat(0.0) - product);
+    const D product = a * b, error = fma(a, b, splat<double>(0.0) - product);
     const D sum = total + product, back = sum - total;
     lost = lost + (((total - (sum - back)) + (product - back)) + error);
     total = sum;
@@ -70,7 +71,7 @@ RMSNORM_INLINE Double2 two_sum(double a, double b) {
 
 template <class T>
 RMSNORM_INLINE Double2 value_of(const Sum<T>& sum) {
-  return {reduce(in_order<T>(sum.total)), 0.0};
+  return {reduce_for<T>(sum.total), 0.0};
 }
 template <>
 RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
@@ -115,7 +116,6 @@ constexpr double kLargest = sizeof(T) == 8 ? 0x1p800 : 0x1p100;
 
 template <class T>
 RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double eps) {
-  using S = Scalar<T>;
   const double n = (double)columns;
   if constexpr (sizeof(T) == 8) {
     const double mean = sum.high / n;
@@ -129,12 +129,53 @@ RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double ep
     return {r, safe ? 0.5 * (r * residual) : 0.0, safe};
   } else {
     const double v = sum.high / n + eps, r = 1.0 / __builtin_sqrt(v);
-    const S high = (S)r;
+    const float high = (float)r;
     // A row of fp32 subnormals is rescued even under a large eps: x·r alone would round below the normal numbers.
     const bool subnormal = sizeof(T) == 4 && sum.high > 0 && sum.high < kSmallest<T>;
-    return {high, (S)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal};
+    return {high, (float)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal};
   }
 }
+
+// Most rows whose sums are found before the first of them is stored.
+constexpr int64_t kBlockRows = 16;
+
+// rstd_from() for the rows of a block: for fp32 and half types a register of rows at a time, as two divisions and a
+// root take 40 cycles one after the other, and a row of 128 columns no more.
+template <class T>
+class Rstds {
+ public:
+  RMSNORM_INLINE void set(int64_t i, Double2 sum) { sum_[i] = sum.high; }
+  RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
+    for (int64_t i = 0; i < count; i += kBytes / 8) {
+      const DoubleReg sum = load_register<DoubleReg>(sum_ + i), v = sum / (double)columns + eps, r = 1.0 / root(v);
+      const HalfFloatReg high = narrow(r);
+      store_register(high_ + i, high);
+      store_register(low_ + i, narrow(r - widen(high)));
+      auto safe = (v >= kSmallest<T>)&(v <= kLargest<T>);
+      if constexpr (sizeof(T) == 4) safe &= ~((sum > 0) & (sum < kSmallest<T>));
+      store_register(safe_ + i, safe);
+    }
+  }
+  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe_[i] != 0}; }
+
+ private:
+  double sum_[kBlockRows] = {};
+  float high_[kBlockRows], low_[kBlockRows];
+  int64_t safe_[kBlockRows];
+};
+template <>
+class Rstds<double> {
+ public:
+  RMSNORM_INLINE void set(int64_t i, Double2 sum) { sum_[i] = sum; }
+  RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
+    for (int64_t i = 0; i < count; ++i) row_[i] = rstd_from<double>(sum_[i], columns, eps);
+  }
+  RMSNORM_INLINE const Rstd<double>& operator[](int64_t i) const { return row_[i]; }
+
+ private:
+  Double2 sum_[kBlockRows];
+  Rstd<double> row_[kBlockRows];
+};
 
 // x·r of a safe row.
 template <class T>
@@ -149,9 +190,7 @@ struct Rms {
   static constexpr bool kBias = false;  // a mean to keep, and a bias to add
   using Element = T;
   using Sums = Sum<T>;
-  using Values = Double2;
   using Row = Rstd<Scalar<T>>;
-
   struct Square {
     template <class Span>
     RMSNORM_INLINE void add(Sums& sums, int u, const Vector<T>& x, Span) const {
@@ -159,14 +198,17 @@ struct Rms {
     }
   };
   RMSNORM_INLINE static Square adder(const T*, int64_t) { return {}; }
-  RMSNORM_INLINE static Row row(Values sum, const T*, int64_t columns, double eps) {
-    return rstd_from<T>(sum, columns, eps);
-  }
+
+  struct Block : Rstds<T> {
+    RMSNORM_INLINE void find_rows(const void* const*, int64_t count, int64_t columns, double eps) {
+      this->find(count, columns, eps);
+    }
+  };
 
   // x̂ of a vector, from splats of the row.
   struct Normaliser {
     Vector<T> high, low;
-    RMSNORM_INLINE Normaliser(const Row& row) : high(splat(row.high)), low(splat(row.low)) {}
+    RMSNORM_INLINE Normaliser(const Row& row) : high(splat<T>(row.high)), low(splat<T>(row.low)) {}
     RMSNORM_INLINE Vector<T> operator()(const Vector<T>& x) const { return normalise<T>(x, high, low); }
   };
 };

@@ -27,6 +27,8 @@ namespace {
 
 #include "half.h"
 
+#include "split.h"
+
 #include "columns.h"
 
 #include "statistic.h"

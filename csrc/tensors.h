@@ -127,8 +127,9 @@ Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<con
 // The gain as a kernel reads it: the weight in place, or offset + weight formed once in the wide type.
 class Gain {
  public:
+  enum For { kForward, kForwardWide, kBackward };
   Gain() = default;
-  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, bool may_be_input_type) {
+  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, For use) {
     if (!weight) return;
     const Type input = type_of(x);
     const int64_t columns = shape.columns;
@@ -138,9 +139,10 @@ class Gain {
     STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
                     "rmsnorm: no native kernel for a float64 weight and a narrower input");
     data = plain_.data_ptr();
-    if (offset == 0.0 && (type == wide(input) || (type == input && may_be_input_type))) return;
-    formed_.reset(new char[columns * size_of(wide(input))]);
-    current_target().make_gain(type, data, offset, wide(input), formed_.get(), columns);
+    const bool own_order = use == kBackward && size_of(input) == 2;
+    if (offset == 0.0 && !own_order && (type == wide(input) || (type == input && use == kForward))) return;
+    formed_.reset(new char[padded(columns) * size_of(wide(input))]);
+    current_target().make_gain(own_order ? input : Type::none, type, data, offset, wide(input), formed_.get(), columns);
     type = wide(input);
     data = formed_.get();
   }
@@ -216,9 +218,10 @@ inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum,
   }
   const int64_t rows = operands.rows, each = chunk_rows(rows), chunks = (rows + each - 1) / each;
   const int64_t columns = weight_columns(b);
-  const auto totals = std::make_unique<double[]>(chunks * columns);  // zeros
+  const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
-    const auto partial = std::make_unique<char[]>(columns * size_of(wide(b.input)));
+    const int64_t bytes = padded(b.columns) * size_of(wide(b.input)) * (b.layer ? 2 : 1);
+    const auto partial = std::make_unique<char[]>(bytes);  // zeros
     for (int64_t chunk = begin; chunk < end; ++chunk)
       backward_rows(target, b, operands, statistic, means, partial.get(), totals.get() + chunk * columns, chunk * each,
                     std::min(rows, (chunk + 1) * each));

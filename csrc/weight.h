@@ -17,29 +17,43 @@ RMSNORM_INLINE D to_wide(const F& x, double) { return widen(x); }
 RMSNORM_INLINE F to_wide(const F& x, float) { return x; }
 RMSNORM_INLINE F to_wide(const D& x, float) { return narrow(x); }
 
-void make_gain(Type weight_type, const void* weight, double offset, Type gain_type, void* gain, int64_t count) {
+// For rows of type `row` the gain is raw, for none it is in columns' order.
+void make_gain(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,
+               int64_t count) {
   const auto convert = [&](auto weight_tag, auto gain_tag) {
     const auto* from = (const decltype(weight_tag)*)weight;
     auto* to = (decltype(gain_tag)*)gain;
-    const auto shift = splat((decltype(gain_tag))offset);
-    for_columns<float, 1>(0, count,
-                          [&](auto span, auto) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
+    const auto shift = splat<decltype(gain_tag)>((decltype(gain_tag))offset);
+    for_columns<float>(count, [&](auto span) { span.store_to(to, shift + to_wide(span.load_from(from), gain_tag)); });
   };
   with_type(weight_type, [&](auto weight_tag) {
     gain_type == Type::f64 ? convert(weight_tag, double{}) : convert(weight_tag, float{});
   });
+  if (row == Type::bf16) {
+    float* to = (float*)gain;
+    for_columns<bf16>(count, [&](auto span) { span.store_raw(to, span.load_from(to)); });
+  }
 }
 
-void flush(Type type, void* partial, double* total, int64_t count) {
+void flush(Type row, void* partial, double* total, int64_t count, bool first) {
   const auto add = [&](auto tag) {
     auto* from = (decltype(tag)*)partial;
-    for_columns<float, 1>(0, count, [&](auto span, auto) {
+    for_columns<float>(count, [&](auto span) {
       const auto part = span.load_from(from);
-      span.store_to(total, span.load_from((const double*)total) + to_wide(part, double{}));
+      const auto sum = to_wide(part, double{});
+      span.store_to(total, first ? sum : span.load_from((const double*)total) + sum);
       span.store_to(from, decltype(part){});
     });
   };
-  type == Type::f64 ? add(double{}) : add(float{});
+  if (row == Type::bf16) {
+    float* raw = (float*)partial;
+    for_columns<bf16>(count, [&](auto span) {
+      const auto part = span.load_raw(raw);
+      span.store_raw(raw, {});  // beyond the last column too
+      span.store_to(raw, part);
+    });
+  }
+  row == Type::f64 ? add(double{}) : add(float{});
 }
 
 void finish(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,

@@ -7,7 +7,6 @@ squares is right to about 16·2^-64: 0.004 ulp of float64.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -20,9 +19,9 @@ from oracle import DTYPES, ULPS, Truth, exact, gain, gains, ulp
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm.bench.pages import replace_block
 
 PAGE = Path(__file__).parent.parent / "docs" / "numerics.md"
-BEGIN, END = "<!-- made by `make accuracy` -->\n", "<!-- end -->\n"
 COLUMNS = (64, 576, 4096, 16384, 65536)
 ELEMENTS = 2**20
 WRONG = 1000.0
@@ -101,12 +100,7 @@ def table() -> tuple[str, bool]:
 
 def main() -> None:
     text, good = table()
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = PAGE.with_suffix(".tmp")
-    new.write_text(before + BEGIN + text + END + after)
-    os.replace(new, PAGE)
+    replace_block(PAGE, "made by `make accuracy`", text)
     print(text)
     sys.exit(0 if good else "beyond the contract")
 

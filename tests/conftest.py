@@ -47,7 +47,7 @@ def restored_target():
 
 
 def _use(name: str) -> None:
-    if not any(target.startswith(name) for target in _native.cpu_targets()):  # avx512bf16 is chosen as avx512
+    if not any(target.startswith(name) for target in _native.cpu_targets()):  # avx512bf16 answers to avx512
         pytest.skip(f"no {name} kernels here: {_native.why_not() or 'this CPU or this build lacks them'}")
     _native.set_cpu_target(name)
     assert _native.cpu_target().startswith(name)

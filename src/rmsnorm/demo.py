@@ -13,7 +13,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import _report, _smollm, bench
+from . import _smollm
+from .bench import cases, console, contenders, race
+from .bench.results import Result, verdict
 from .module import RMSNorm
 
 ROW_COLOURS = ("cyan", "magenta", "yellow")
@@ -184,22 +186,14 @@ def _real_model(console: Console, prompt: str, tokens: int) -> None:
     console.print(table)
 
 
-def _clock(console: Console) -> None:
+def _clock(screen: Console) -> None:
     """Our layer against torch's at the shapes of the model: decoding one token, a short prompt, a training batch."""
-    layers = [
-        bench.Contender("rmsnorm.RMSNorm", lambda x, weight: _bind_layer(RMSNorm, x, weight)),
-        bench.Contender("torch.nn.RMSNorm", lambda x, weight: _bind_layer(nn.RMSNorm, x, weight)),
-    ]
-    cases = bench.grid(MODEL_ROWS, [MODEL_WIDTH], ["float32", "bfloat16"])
-    console.print(_report.header(_report.machine()))
-    results, _ = _report.race_all(cases, layers, SECONDS_PER_RACE)
-    console.print()
-    console.print(_report.table(results))
-    console.print()
-    console.print(_report.verdict(results, layers[1].name))
-
-
-def _bind_layer(kind: type[nn.RMSNorm], x: Tensor, weight: nn.Parameter) -> Callable[[], Tensor]:
-    layer = kind(weight.shape, dtype=x.dtype)
-    layer.weight = weight
-    return lambda: layer(x)
+    layers = [contenders.BY_NAME[name] for name in ("rmsnorm.RMSNorm", "nn.RMSNorm")]
+    todo = cases.grid([(rows, MODEL_WIDTH) for rows in MODEL_ROWS])
+    screen.print(console.header(console.machine()))
+    results: list[Result] = []
+    console.watch(todo, (race.race(case, layers, SECONDS_PER_RACE) for case in todo), results)
+    screen.print()
+    screen.print(console.tables(results))
+    screen.print()
+    screen.print(verdict(results, layers[1].name))

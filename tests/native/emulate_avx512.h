@@ -62,6 +62,21 @@ inline __m512 cvtph_ps(__m256i x) {
 inline __m256i cvtps_ph(__m512 x) {
   return _mm256_set_m128i(_mm256_cvtps_ph(part(x, 1), 0), _mm256_cvtps_ph(part(x, 0), 0));
 }
+inline __m512d sqrt_pd(__m512d x) {
+  f64x8 r;
+  for (int i = 0; i < 8; ++i) r[i] = std::sqrt(((f64x8)x)[i]);
+  return (__m512d)r;
+}
+inline __m256d half(__m512d x, int which) {
+  __m256d r;
+  std::memcpy(&r, (const char*)&x + 32 * which, 32);
+  return r;
+}
+inline int unordered(__m512 x, __m512 y) {
+  int mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= (std::isnan(((f32x16)x)[i]) || std::isnan(((f32x16)y)[i])) << i;
+  return mask;
+}
 // Imm8 0x20 asks for subnormals, the only class that simd.h asks for.
 inline int is_subnormal(__m512 x) {
   int mask = 0;
@@ -79,6 +94,14 @@ inline __m256i cvtneps_pbh(__m512 x) {
     else r[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
   return (__m256i)r;
+}
+
+// VCVTNE2PS2BF16: the second operand below, the first above.
+inline __m512i cvtne2ps_pbh(__m512 above, __m512 below) {
+  __m512i r;
+  const __m256i halves[2] = {cvtneps_pbh(below), cvtneps_pbh(above)};
+  std::memcpy(&r, halves, 64);
+  return r;
 }
 
 }  // namespace emulated
@@ -99,4 +122,10 @@ inline __m256i cvtneps_pbh(__m512 x) {
 #undef _mm512_fpclass_ps_mask
 #define _mm512_fpclass_ps_mask(x, classes) emulated::is_subnormal(x)
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define __m256bh __m256i
+#define _mm512_sqrt_pd emulated::sqrt_pd
+#define _mm512_castpd512_pd256(x) emulated::half(x, 0)
+#define _mm512_extractf64x4_pd emulated::half
+#undef _mm512_cmp_ps_mask
+#define _mm512_cmp_ps_mask(x, y, unordered_is_asked) emulated::unordered(x, y)

@@ -1,7 +1,8 @@
-"""The only file that reads a clock: contenders take turns in one run, and only their medians are compared.
+"""The only file that reads a clock: contenders take turns in one run, and are compared round by round.
 
 A shared machine drifts and hiccups. So every round gives each contender one sample, in a new random order: what
-slows one slows its neighbours, quotients are formed within a round, and medians drop the rounds that were hit.
+slows one slows its neighbours, quotients are formed within a round, and medians drop the rounds that were hit. The
+fastest sample says what the machine can do when nobody else uses it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from time import perf_counter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Call = Callable[[], object]
+Around = Callable[[], AbstractContextManager[object]]
 
 SHORTEST_SAMPLE = 200e-6
 """Seconds: far above the clock's resolution and the cost of reading it."""
@@ -46,15 +48,30 @@ class Timing:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
+    @property
+    def fastest(self) -> float:
+        return min(self.seconds)
+
     def ratio(self, other: Timing) -> float:
         """This time ÷ the other's: the median over the rounds that they shared."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def measure(contenders: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
-    """Times the contenders against each other for about so many seconds, but for no fewer than 7 rounds each."""
+def measure(
+    contenders: Mapping[str, Call], seconds: float, around: Mapping[str, Around] | None = None, settle: float = 0.0
+) -> dict[str, Timing]:
+    """Times the contenders against each other for about so many seconds, but for no fewer than 7 rounds each.
+
+    Args:
+        contenders: what to call, by name.
+        seconds: for all of them together.
+        around: what a contender's samples run inside of; entered and left off the clock.
+        settle: seconds of calls before each sample, off the clock, but at least one call. A contender then has its own
+            data in the caches, and the threads of the one before it have gone to sleep.
+    """
+    within = {name: (around or {}).get(name, nullcontext) for name in contenders}
     with _garbage_stays():
-        calls = {name: _calls_per_sample(call) for name, call in contenders.items()}
+        calls = {name: _calls_per_sample(call, within[name]) for name, call in contenders.items()}
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         order, shuffle = list(contenders), random.Random(0).shuffle
         end = perf_counter() + seconds
@@ -63,8 +80,20 @@ def measure(contenders: Mapping[str, Call], seconds: float) -> dict[str, Timing]
                 break
             shuffle(order)
             for name in order:
-                samples[name].append(_sample(contenders[name], calls[name]) / calls[name])
+                with within[name]():
+                    ready = perf_counter() + settle
+                    contenders[name]()
+                    while perf_counter() < ready:
+                        contenders[name]()
+                    samples[name].append(_sample(contenders[name], calls[name]) / calls[name])
     return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
+
+
+def quickest(calls: Sequence[Call]) -> Call:
+    """The one that is fastest in the best of five tries: how a contender chooses among its own ways."""
+    for call in calls:
+        call()
+    return min(calls, key=lambda call: min(_sample(call, 1) for _ in range(5)))
 
 
 def human(*seconds: float) -> str:
@@ -82,12 +111,13 @@ def _sample(call: Call, times: int) -> float:
     return perf_counter() - start
 
 
-def _calls_per_sample(call: Call) -> int:
+def _calls_per_sample(call: Call, around: Around) -> int:
     """How many calls make a sample long enough; also warms up. The best of three: one hiccup must not decide."""
-    call()
-    times = 1
-    while (best := min(_sample(call, times) for _ in range(3))) < SHORTEST_SAMPLE:
-        times = max(times + 1, math.ceil(times * min(10.0, 1.2 * SHORTEST_SAMPLE / best)))
+    with around():
+        call()
+        times = 1
+        while (best := min(_sample(call, times) for _ in range(3))) < SHORTEST_SAMPLE:
+            times = max(times + 1, math.ceil(times * min(10.0, 1.2 * SHORTEST_SAMPLE / best)))
     return times
 
 

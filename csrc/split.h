@@ -1,0 +1,150 @@
+// The only file that knows the order of lanes: in columns' order, but for rows of bf16 where registers are wide enough.
+//
+// There the first of two registers holds the even columns and the second the odd ones (16 columns on AVX2, 32 on
+// AVX-512). So a shift and a mask unpack them, a shift and a blend pack them, and nothing crosses the lanes: a third
+// fewer instructions. Other types in such a row are shuffled into its order; scratch of our own is kept in it ("raw").
+#pragma once
+
+#if defined(__AVX2__)
+template <class Row>
+constexpr bool kSplit = std::is_same_v<Row, bf16>;
+using Split = Vector<bf16>;
+
+RMSNORM_INLINE Split unpack(BitsReg both) { return {{(FloatReg)(both << 16), (FloatReg)(both & 0xffff0000u)}}; }
+
+// Rounded to nearest even; NaNs as bf16_bits() treats them.
+RMSNORM_INLINE BitsReg pack(const Split& x) {
+#if defined(RMSNORM_AVX512BF16)
+  // The instruction takes subnormals for zero; a lane that is subnormal (and not zero) needs the long way.
+  if (__builtin_expect(
+          (_mm512_fpclass_ps_mask((__m512)x.v[0], 0x20) | _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20)) == 0, 1)) {
+    typedef uint16_t Shorts __attribute__((vector_size(64)));
+    const Shorts evens_then_odds = (Shorts)_mm512_cvtne2ps_pbh((__m512)x.v[1], (__m512)x.v[0]);
+    return (BitsReg)__builtin_shuffle(evens_then_odds,
+                                      (Shorts){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  }
+#endif
+  BitsReg rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const BitsReg bits = (BitsReg)x.v[i];
+    rounded[i] = bits + 0x7fff + ((bits >> 16) & 1);
+  }
+#if defined(RMSNORM_AVX512)
+  const bool nan = _mm512_cmp_ps_mask((__m512)x.v[0], (__m512)x.v[1], _CMP_UNORD_Q);
+#else
+  const __m256 unordered = _mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q);
+  const bool nan = !_mm256_testz_ps(unordered, unordered);
+#endif
+  if (__builtin_expect(nan, 0))
+    for (int i = 0; i < 2; ++i) rounded[i] = bf16_bits(x.v[i]) << 16;
+#if defined(RMSNORM_AVX512)
+  return (rounded[0] >> 16) | (rounded[1] & 0xffff0000u);
+#else
+  return (BitsReg)_mm256_blend_epi16((__m256i)(rounded[0] >> 16), (__m256i)rounded[1], 0xaa);
+#endif
+}
+
+RMSNORM_INLINE Split load_split(const bf16* p) { return unpack(load_register<BitsReg>(p)); }
+RMSNORM_INLINE void store_split(bf16* p, const Split& x) { store_register(p, pack(x)); }
+
+#if defined(RMSNORM_AVX512)
+RMSNORM_INLINE Split load_split(const float* p) {
+  const FloatReg a = load_register<FloatReg>(p), b = load_register<FloatReg>(p + 16);
+  const BitsReg even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return {{__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)}};
+}
+RMSNORM_INLINE void store_split(float* p, const Split& x) {
+  const BitsReg first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  store_register(p, __builtin_shuffle(x.v[0], x.v[1], first));
+  store_register(p + 16, __builtin_shuffle(x.v[0], x.v[1], first + 8));
+}
+// The first sixteen columns plus the last sixteen: the even ones, then the odd ones.
+RMSNORM_INLINE F fold(const Split& x) {
+  const BitsReg lower = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  return {{__builtin_shuffle(x.v[0], x.v[1], lower) + __builtin_shuffle(x.v[0], x.v[1], lower + 8)}};
+}
+#else
+RMSNORM_INLINE Split load_split(const float* p) {
+  const __m256 x = _mm256_loadu2_m128(p + 8, p), y = _mm256_loadu2_m128(p + 12, p + 4);
+  return {{(FloatReg)_mm256_shuffle_ps(x, y, 0x88), (FloatReg)_mm256_shuffle_ps(x, y, 0xdd)}};
+}
+RMSNORM_INLINE void store_split(float* p, const Split& x) {
+  const __m256 low = _mm256_unpacklo_ps((__m256)x.v[0], (__m256)x.v[1]);
+  const __m256 high = _mm256_unpackhi_ps((__m256)x.v[0], (__m256)x.v[1]);
+  _mm256_storeu2_m128(p + 8, p, low);
+  _mm256_storeu2_m128(p + 12, p + 4, high);
+}
+#endif
+#else
+template <class Row>
+constexpr bool kSplit = false;
+#endif
+
+RMSNORM_INLINE const F& fold(const F& x) { return x; }  // sixteen lanes have nothing to fold
+
+// Sixteen sums of a row of this type, added as reduce() adds columns' lanes: the even ones and the odd ones side by
+// side, and those two at last.
+template <class Row>
+RMSNORM_INLINE double reduce_for(const D& x) {
+#if defined(__AVX2__)
+  if constexpr (kSplit<Row>) {
+#if defined(RMSNORM_AVX512)
+    const auto half = [](DoubleReg lanes) {
+      return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)lanes), _mm512_extractf64x4_pd((__m512d)lanes, 1));
+    };
+    const __m256d even = half(x.v[0]), odd = half(x.v[1]);
+#else
+    const __m256d even = (__m256d)(x.v[0] + x.v[1]), odd = (__m256d)(x.v[2] + x.v[3]);
+#endif
+    const __m256d four =
+        _mm256_add_pd(_mm256_permute2f128_pd(even, odd, 0x20), _mm256_permute2f128_pd(even, odd, 0x31));
+    const __m128d a = _mm256_castpd256_pd128(four), b = _mm256_extractf128_pd(four, 1);
+    const __m128d two = _mm_add_pd(_mm_unpacklo_pd(a, b), _mm_unpackhi_pd(a, b));
+    return two[0] + two[1];
+  }
+#endif
+  return reduce(x);
+}
+
+// Where a column is in raw scratch.
+template <class Row>
+RMSNORM_INLINE int64_t raw_index(int64_t column) {
+  if constexpr (!kSplit<Row>) return column;
+  const int64_t in_step = column % kStep<Row>;
+  return column - in_step + in_step / 2 + in_step % 2 * (kStep<Row> / 2);
+}
+
+template <class Row, class T>
+RMSNORM_INLINE auto load_for(const T* p) {
+  if constexpr (kSplit<Row>) return load_split(p);
+  else return load(p);
+}
+template <class Row, class T, class V>
+RMSNORM_INLINE void store_for(T* p, const V& x) {
+  if constexpr (kSplit<Row>) store_split(p, x);
+  else store(p, x);
+}
+
+// Stores, and returns what loading would give.
+template <class Row, class T, class V>
+RMSNORM_INLINE V store_back_for(T* p, const V& x) {
+#if defined(__AVX2__)
+  if constexpr (kSplit<Row> && sizeof(T) == 2) {
+    const BitsReg packed = pack(x);
+    store_register(p, packed);
+    return unpack(packed);
+  }
+#endif
+  store_for<Row>(p, x);
+  if constexpr (sizeof(T) == 2) return load_for<Row>(p);
+  else return x;
+}
+
+// The value that storing as T and loading again would give.
+template <class T>
+RMSNORM_INLINE Vector<T> round_to(const Vector<T>& x) {
+  if constexpr (sizeof(T) > 2) return x;
+  T stored[kStep<T>];
+  return store_back_for<T>(stored, x);
+}
