@@ -32,10 +32,14 @@ MEANINGS = {
     "F4, norm first": Form(group_size=32),
     "F4, gate first": Form(norm_before_gate=False, group_size=32),
 }
-NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("rmsnorm::gated_rms_norm", "CPU")
-# Above correct rounding, in ulps. The reference computes in the accumulation type: 5 as in oracle.py, plus one each for
-# the activation (torch's own is within 2), its product and what that moves in the mean.
-ULPS = {torch.float32: 10.0, torch.float64: 10.0, torch.bfloat16: 0.51, torch.float16: 0.51}
+# In ulps of the output. Native: the contract (docs/numerics.md). The reference computes in the accumulation type: 5 as in
+# oracle.py, plus one each for the activation (torch's own is within 2), its product and what that moves in the mean.
+ULPS = {torch.float32: 0.6, torch.float64: 6.0, torch.bfloat16: 0.51, torch.float16: 0.51}
+REFERENCE_ULPS = ULPS | {torch.float32: 10.0, torch.float64: 10.0}
+
+
+def bound(target: str, dtype: torch.dtype) -> float:
+    return (REFERENCE_ULPS if target == "reference" else ULPS)[dtype]
 
 
 def gates(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 5) -> Tensor:
@@ -64,10 +68,10 @@ def test_values(target, dtype, form):
                 y = call(f, x, gate, weight)
                 wide = not form.norm_before_gate and form.mode == "llama" and weight is not None
                 assert y.dtype is (torch.promote_types(dtype, weight.dtype) if wide else dtype)
-                f.bounds(x, gate, weight, ULPS[dtype]).check(y, (columns, group, kind))
+                f.bounds(x, gate, weight, bound(target, dtype)).check(y, (columns, group, kind))
         f = replace(form, offset=1.0)
         weight = gains(columns, dtype=dtype)
-        f.bounds(x, gate, weight, ULPS[dtype]).check(call(f, x, gate, weight), (columns, "offset"))
+        f.bounds(x, gate, weight, bound(target, dtype)).check(call(f, x, gate, weight), (columns, "offset"))
 
 
 def theirs(meaning: str, columns: int) -> torch.nn.Module:
@@ -96,13 +100,14 @@ def test_classes_of_transformers(target, dtype, meaning):
         x, gate = sample(60, 96, dtype).view(5, 12, 96), gates(60, 96, gate_dtype).view(12, 5, 96).transpose(0, 1)
         wanted, got = norm(x, gate), call(form, x, gate, norm.weight)
         assert got.dtype is wanted.dtype
-        eps = torch.finfo(got.dtype).eps
+        eps = torch.finfo(dtype).eps
         if dtype is torch.float32:
             assert ((got - wanted).abs() <= 8 * eps * wanted.abs()).all()
             continue
         different = got != wanted
         assert different.double().mean() <= 1e-3
-        assert ((got.double() - wanted.double()).abs() <= 2 * eps * wanted.double().abs()).all()
+        step = 4 * torch.finfo(dtype).smallest_normal * eps  # of subnormals, times a weight
+        assert ((got.double() - wanted.double()).abs() <= 2 * eps * wanted.double().abs() + step).all()
     if meaning not in ("F2", "F3"):
         assert torch.equal(call(form, x, None, norm.weight), norm(x)) or dtype is torch.float32
         torch.testing.assert_close(call(form, x, None, norm.weight), norm(x))
@@ -167,7 +172,7 @@ def test_strides(target, layout):
             assert y.is_contiguous()
             results.append([y.detach(), *torch.autograd.grad(y, (x, gate, weight), grad.view(shape))])
         for a, b in zip(*results, strict=True):
-            if NATIVE and target != "reference":
+            if target != "reference":
                 assert same_bits(a.reshape(b.shape), b)
             torch.testing.assert_close(a.reshape(b.shape), b)  # torch sums strided rows in another order
 
@@ -194,15 +199,16 @@ def test_gates_of_any_size(target, dtype, form):
     gate = torch.cat((steps, -steps, torch.tensor([torch.inf, -torch.inf, torch.nan]))).to(dtype).expand(2, -1)
     x = sample(2, gate.shape[-1], dtype)
     y = call(form, x, gate, None)
-    truth = form.bounds(x, gate, None, ULPS[dtype])
+    truth = form.bounds(x, gate, None, bound(target, dtype))
     finite = np.isfinite(truth.low)
     assert (exact(y).astype(truth.low.dtype)[~finite].astype(str) == truth.low[~finite].astype(str)).all()
-    good = (truth.low <= exact(y)) & (exact(y) <= truth.high)
-    # torch's sigmoid and silu overflow early: below -88 (-709) the reference gives 0, with an error of what is lost.
-    if target == "reference" or not NATIVE:
-        with np.errstate(invalid="ignore"):
-            good |= np.abs(exact(y) - truth.low) <= (1e-300 if dtype is torch.float64 else 1e-30)
-    assert good[finite].all()
+    # exp(-|g|) may be subnormal, off by half a step, which g multiplies (only fp64 sees it). torch's sigmoid and silu
+    # overflow: below -88 (-709) the reference gives 0.
+    lost = 1e-320 if dtype is torch.float64 else 0.0
+    if target == "reference":
+        lost = 1e-300 if dtype is torch.float64 else 1e-30
+    got, low, high = (values[finite] for values in (exact(y).astype(truth.low.dtype), truth.low, truth.high))
+    assert ((low - lost <= got) & (got <= high + lost)).all()
 
 
 def test_no_rows_and_no_columns(target):
