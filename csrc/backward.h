@@ -62,7 +62,7 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
       sum_columns<T, typename Norm::Sums>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
         if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
         auto h = span.load_from((const T*)rows.grad[r]);
-        if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)b.gain);
+        if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
         sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
       });
   norm.set_means(sums, (double)b.columns);
@@ -80,11 +80,11 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     norm[k].set_row(rows, first + k);
     if constexpr (NeedInput) find_means<Stream, Norm, HasGain>(b, rows, first + k, norm[k]);
   }
-  S* dw = (S*)rows.grad_weight;
+  S* dw = (S*)rows.grad_weight[first];
   S* db = dw + padded(b.columns);
   for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
     V gain, weight, bias;
-    if constexpr (NeedInput && HasGain) gain = span.load_raw((const S*)b.gain);
+    if constexpr (NeedInput && HasGain) gain = span.load_raw((const S*)rows.gain[first]);
     if constexpr (NeedWeight) weight = span.load_raw(dw);
     if constexpr (NeedWeight && Norm::kBias) bias = span.load_raw(db);
     for (int k = 0; k < Rows; ++k) {
@@ -114,19 +114,13 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
 template <class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 void backward(const Backward& b, const BackwardRows& rows) {
   using T = typename Norm::Element;
-  // What kSmallest and kLargest mean for 1/rms.
-  constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
-  const auto safe = [&](int64_t r) {
-    const Scalar<T> rstd = ((const Scalar<T>*)rows.rstd)[r];
-    return rstd >= smallest && rstd <= 1 / smallest;
-  };
   constexpr bool may_stream = kStreams && NeedInput && !Add;
   bool stream = may_stream && rows.stream;
   for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
-    if (!safe(r)) {
+    if (!is_safe<T>(rows, r)) {
       rescue_backward<T>(b, rows, r), r += 1;
-    } else if (r + 1 == rows.count || !safe(r + 1)) {
+    } else if (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1)) {
       backward_rows<1, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (stream) {
       backward_rows<2, may_stream, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
@@ -139,12 +133,13 @@ void backward(const Backward& b, const BackwardRows& rows) {
 
 template <class Norm, bool NeedInput, bool NeedWeight, bool Add>
 BackwardKernel backward_with_gain(const Backward& b) {
-  return b.gain ? &backward<Norm, true, NeedInput, NeedWeight, Add>
-                : &backward<Norm, false, NeedInput, NeedWeight, Add>;
+  return b.gain.data ? &backward<Norm, true, NeedInput, NeedWeight, Add>
+                     : &backward<Norm, false, NeedInput, NeedWeight, Add>;
 }
 
 template <class T>
 BackwardKernel backward_of(const Backward& b) {
+  if (b.gate != Gate::none) return b.gate_first ? &gated_backward<T, true> : &gated_backward<T, false>;
   if (b.layer) {
     using Norm = LayerBackward<T>;
     if (!b.need_input) return &backward<Norm, false, false, true, false>;

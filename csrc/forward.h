@@ -1,64 +1,90 @@
 // The only file with the forward kernel: a load step, a sum, and a store step for a batch of rows.
 #pragma once
 
-// One vector of the row that is normalised. With `Add` the sum is formed, rounded and kept on the way.
-template <class T, bool Add, class Span>
-RMSNORM_INLINE Vector<T> load_row(const ForwardRows& rows, int64_t r, Span span) {
-  Vector<T> x = span.load_from((const T*)rows.input[r]);
-  if constexpr (Add) x = span.store_back((T*)rows.sum[r], x + span.load_from((const T*)rows.residual[r]));
-  return x;
-}
+// The plain form: add and round first, or not; round, multiply by the gain, both or none, and add a bias.
+template <class Norm_, class Gain, class Out_, bool RoundFirst, bool Add>
+class Plain {
+  using T = typename Norm_::Element;
 
-template <class Norm, bool Add>
-RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r) {
+ public:
+  using Norm = Norm_;
+  using Out = Out_;
+
+  // The load step: one vector of the row that is normalised. A sum is rounded and kept on the way.
+  class Loader {
+   public:
+    RMSNORM_INLINE Loader(const Forward&, const ForwardRows& rows, int64_t r, int64_t)
+        : x_((const T*)rows.input[r]), residual_((const T*)rows.residual[r]), sum_((T*)rows.sum[r]) {}
+    template <class Span>
+    RMSNORM_INLINE Vector<T> operator()(Span span) const {
+      Vector<T> x = span.load_from(x_);
+      if constexpr (Add) {
+        x = round_to<T>(x + span.load_from(residual_));
+        span.store_to(sum_, x);
+      }
+      return x;
+    }
+
+   private:
+    const T *x_, *residual_;
+    T* sum_;
+  };
+  RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return Add ? rows.sum : rows.input; }
+
+  // The store step: one vector of the output.
+  RMSNORM_INLINE Plain(const Forward& f, const ForwardRows& rows, int64_t r, int64_t, const typename Norm::Row& row)
+      : x_((const T*)rows_of(rows)[r]),
+        gain_((const Gain*)rows.gain[r]),
+        bias_((const Gain*)f.bias),
+        normalised_(row) {}
+  template <class Span>
+  RMSNORM_INLINE Vector<T> operator()(Span span) const {
+    Vector<T> y = normalised_(span.load_from(x_));
+    if constexpr (RoundFirst) y = round_to<T>(y);
+    if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain_);
+    if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias_);
+    return y;
+  }
+
+  RMSNORM_INLINE static void rescue(const Forward& f, const ForwardRows& rows, int64_t r, typename Norm::Row& row) {
+    rescue_forward<RoundFirst>(row, (const T*)rows_of(rows)[r], (const Gain*)rows.gain[r], (const Gain*)f.bias,
+                               (Out*)rows.output[r], f.columns, f.eps);
+  }
+
+ private:
+  const T* x_;
+  const Gain *gain_, *bias_;
+  typename Norm::Normaliser normalised_;
+};
+
+template <class Form>
+RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block) {
+  using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto adder = Norm::adder((const T*)rows.input[r], f.columns);
+  const typename Form::Loader load(f, rows, r, in_block);
   return sum_columns<T, typename Norm::Sums>(
-      f.columns, [&](auto& sum, auto span, int u)
-                     __attribute__((always_inline)) { adder.add(sum, u, load_row<T, Add>(rows, r, span), span); });
+      f.columns,
+      [&](auto& sum, auto span, int u) __attribute__((always_inline)) { adder.add(sum, u, load(span), span); });
 }
 
-// The store step: one vector of the output.
-template <class Norm, class Gain, bool RoundFirst, class T, class Span>
-RMSNORM_INLINE auto normalise_part(const T* x, const Gain* gain, const Gain* bias,
-                                   const typename Norm::Normaliser& normalised, Span span) {
-  Vector<T> y = normalised(span.load_from(x));
-  if constexpr (RoundFirst) y = round_to<T>(y);
-  if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain);
-  if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias);
-  return y;
-}
-
-// Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
-// L1 beside the gain and the output (512x4096 fp32 on a Zen 5: 1.5 times memcpy; one row's sum and another's store in
-// one loop, 1.8).
-template <class T>
-int64_t block_rows(int64_t columns) {
-  const int64_t most = 16384 / (columns > 0 ? columns * (int64_t)sizeof(T) : 1);
-  return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;
-}
-
-template <class Norm, class Gain, class Out, bool RoundFirst, bool Add>
+template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
+  using Norm = typename Form::Norm;
   using T = typename Norm::Element;
-  const Gain *gain = (const Gain*)f.gain, *bias = (const Gain*)f.bias;
-  const int64_t block = block_rows<T>(f.columns);
+  using Out = typename Form::Out;
+  const int64_t block = block_rows(f.input, f.columns);
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Norm::Block found;
-    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Norm, Add>(f, rows, r));
-    const void* const* x_of = Add ? rows.sum : rows.input;
-    found.find_rows(x_of + begin, end - begin, f.columns, f.eps);
+    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin));
+    found.find_rows(Form::rows_of(rows) + begin, end - begin, f.columns, f.eps);
     for (int64_t r = begin; r < end; ++r) {
-      const T* x = (const T*)x_of[r];
       Out* out = (Out*)rows.output[r];
       typename Norm::Row row = found[r - begin];
-      const typename Norm::Normaliser normalised(row);
-      const auto part = [&](auto span) __attribute__((always_inline)) {
-        return normalise_part<Norm, Gain, RoundFirst>(x, gain, bias, normalised, span);
-      };
+      const Form part(f, rows, r, r - begin, row);
       if (__builtin_expect(!row.safe, 0)) {
-        rescue_forward<RoundFirst>(row, x, gain, bias, out, f.columns, f.eps);
+        Form::rescue(f, rows, r, row);
       } else if (kStreams && rows.stream && can_stream(out)) {
         const char* next = (const char*)rows.input[r] + rows.next * block;
         for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) {
@@ -76,20 +102,27 @@ void forward(const Forward& f, const ForwardRows& rows) {
   if (kStreams && rows.stream) finish_streaming();
 }
 
+template <class T, class Out>
+ForwardKernel gated_of(const Forward& f) {
+  return f.gate_first ? &forward<Gated<T, Out, true>> : &forward<Gated<T, T, false>>;
+}
+
 template <class T, class Gain, class Out, bool RoundFirst>
 ForwardKernel forward_of(const Forward& f) {
-  return f.add ? &forward<Rms<T>, Gain, Out, RoundFirst, true> : &forward<Rms<T>, Gain, Out, RoundFirst, false>;
+  return f.add ? &forward<Plain<Rms<T>, Gain, Out, RoundFirst, true>>
+               : &forward<Plain<Rms<T>, Gain, Out, RoundFirst, false>>;
 }
 
 template <class T>
 ForwardKernel layer_of(const Forward& f) {
-  return f.gain_type == Type::none ? &forward<Layer<T>, void, T, false, false>
-                                   : &forward<Layer<T>, Scalar<T>, T, false, false>;
+  return f.gain_type == Type::none ? &forward<Plain<Layer<T>, void, T, false, false>>
+                                   : &forward<Plain<Layer<T>, Scalar<T>, T, false, false>>;
 }
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
   if (f.layer) return layer_of<T>(f);
+  if (f.gate != Gate::none) return f.output == f.input ? gated_of<T, T>(f) : gated_of<T, float>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
   if (f.gain_type == f.input) return f.round_first ? forward_of<T, T, T, true>(f) : forward_of<T, T, T, false>(f);
   if (f.output == Type::f32) return forward_of<T, float, float, true>(f);
@@ -100,6 +133,7 @@ ForwardKernel forward_of_half(const Forward& f) {
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
   if (f.layer) return layer_of<T>(f);
+  if (f.gate != Gate::none) return gated_of<T, T>(f);
   return f.gain_type == Type::none ? forward_of<T, void, T, false>(f) : forward_of<T, T, T, false>(f);
 }
 

@@ -4,12 +4,18 @@
 namespace rmsnorm {
 namespace {
 
+// A weight or bias has the sizes of the normalised dimensions, and no more.
+void check(const OptionalTensor& tensor, int64_t dims) {
+  STD_TORCH_CHECK(!tensor || tensor->dim() == dims, "rmsnorm: weight and bias must have ", dims, " dimensions");
+}
+
 Gain given_or(const OptionalTensor& tensor, double value, const Tensor& input, const Shape& shape) {
   return tensor ? Gain(tensor, 0.0, input, shape, Gain::kForwardWide) : Gain(value, type_of(input), shape.columns);
 }
 
 void norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, int64_t dims, double eps,
           const Tensor& output, const Tensor* mean, const Tensor* rstd) {
+  check(weight, dims), check(bias, dims);
   const Shape shape(input, dims);
   Forward f = {};
   f.eps = eps, f.layer = true;
@@ -19,7 +25,7 @@ void norm(const Tensor& input, const OptionalTensor& weight, const OptionalTenso
   }
   // Neither changes a bit: a gain of 1, and -0, which leaves even the sign of a zero.
   const Gain gain = given_or(weight, 1.0, input, shape), added = given_or(bias, -0.0, input, shape);
-  f.bias = added.data;
+  f.bias = added.rows.data;
   run_forward(f, input, nullptr, gain, shape, output, nullptr, rstd, mean);
 }
 
@@ -42,16 +48,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor input
                                                        OptionalTensor weight, OptionalTensor bias, int64_t dims,
                                                        double eps, bool need_input, bool need_weight, bool need_bias) {
   check_same(grad, input, "grad");
+  check(weight, dims), check(bias, dims);
   const Type type = type_of(input);
   const Shape shape(input, dims);
   const Gain gain(weight, 0.0, input, shape, Gain::kBackward);
   need_weight = need_weight && weight, need_bias = need_bias && bias;
   Backward b = {};
-  b.eps = eps, b.gain = gain.data, b.layer = true, b.need_input = need_input, b.need_weight = need_weight || need_bias;
+  b.eps = eps, b.gain = gain.rows, b.layer = true, b.need_input = need_input, b.need_weight = need_weight || need_bias;
   const Tensor grad_input = need_input ? empty_like(input, type) : none(type);
   const Tensor grad_weight = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
   const Tensor grad_bias = need_bias ? empty_like(*bias, type_of(*bias)) : none(type);
-  run_backward(b, grad, nullptr, input, rstd, &mean, shape, grad_input,
+  run_backward(*gain.target, b, grad, nullptr, input, nullptr, rstd, &mean, shape, grad_input, nullptr,
                {need_weight ? &grad_weight : nullptr, need_bias ? &grad_bias : nullptr});
   return {grad_input, grad_weight, grad_bias};
 }

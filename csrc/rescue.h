@@ -23,11 +23,18 @@ struct ScaledRow {
   RMSNORM_INLINE double normalise(double x) const { return __builtin_fma(centred(x), high, centred(x) * low); }
 };
 
+// As storing and loading again would round it.
 template <class T>
-ScaledRow scale_row(const T* x, int64_t columns, double eps, bool layer) {
+RMSNORM_INLINE double round_element(double x) {
+  return (double)round_to<T>(splat<T>((Scalar<T>)x)).v[0][0];
+}
+
+// Of the row whose elements are x(i).
+template <class Read>
+ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
   double largest = __builtin_sqrt(eps > 0 ? eps : 0.0);
   for (int64_t i = 0; i < columns; ++i) {
-    const double magnitude = __builtin_fabs(element(x, i));
+    const double magnitude = __builtin_fabs(x(i));
     if (magnitude > largest) largest = magnitude;  // false for NaN
   }
   int exponent = 0;
@@ -38,7 +45,7 @@ ScaledRow scale_row(const T* x, int64_t columns, double eps, bool layer) {
   const auto sum = [&](auto&& term) {
     Double2 sum = {0.0, 0.0};
     for (int64_t i = 0; i < columns; ++i) {
-      const Double2 next = two_sum(sum.high, term(element(x, i)));
+      const Double2 next = two_sum(sum.high, term(x(i)));
       sum = {next.high, sum.low + next.low};
     }
     return sum;
@@ -72,10 +79,10 @@ template <bool RoundFirst, class Row, class T, class Gain, class Out>
 __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const Gain* gain, const Gain* bias, Out* out,
                                                     int64_t columns, double eps) {
   constexpr bool layer = std::is_same_v<Row, LayerRow<Scalar<T>>>;
-  const ScaledRow scaled = scale_row(x, columns, eps, layer);
+  const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, columns, eps, layer);
   for (int64_t i = 0; i < columns; ++i) {
     double y = scaled.normalise(element(x, i));
-    if constexpr (RoundFirst) y = (double)round_to<T>(splat<T>((Scalar<T>)y)).v[0][0];
+    if constexpr (RoundFirst) y = round_element<T>(y);
     if constexpr (!std::is_void_v<Gain>) y = y * element(gain, i);
     if constexpr (!std::is_void_v<Gain> && layer) y = y + element(bias, i);
     set_element(out, i, y);
@@ -89,28 +96,48 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   using S = Scalar<T>;
   const T* x = (const T*)rows.input[r];
   const T* grad = (const T*)rows.grad[r];
-  const auto gain_at = [&](int64_t i) { return b.gain ? (double)((const S*)b.gain)[raw_index<T>(i)] : 1.0; };
+  const S* gain = (const S*)rows.gain[r];
+  const auto gain_at = [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; };
+  const auto gate_at = [&](int64_t i) {
+    return b.gate == Gate::none ? Activated{1.0, 0.0} : activate_element(element((const T*)rows.gate[r], i), b.gate);
+  };
+  const auto x_at = [&](int64_t i) { return element(x, i) * (b.gate_first ? gate_at(i).value : 1.0); };
+  const auto dy_at = [&](int64_t i) { return element(grad, i) * (b.gate_first ? 1.0 : gate_at(i).value); };
   // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
   const double rstd = (double)((const S*)rows.rstd)[r], mean = b.layer ? rows.mean[r] : 0.0;
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
   const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
-  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}} : scale_row(x, b.columns, b.eps, b.layer);
+  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}} : scale_row(x_at, b.columns, b.eps, b.layer);
   double mean_h = 0.0, mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
-    const double h = element(grad, i) * gain_at(i) / (double)b.columns;
-    mean_product += h * row.normalise(element(x, i));
+    const double h = dy_at(i) * gain_at(i) / (double)b.columns;
+    mean_product += h * row.normalise(x_at(i));
     if (b.layer) mean_h += h;
   }
   for (int64_t i = 0; i < b.columns; ++i) {
-    const double dy = element(grad, i), normalised = row.normalise(element(x, i));
+    const double dy = dy_at(i), normalised = row.normalise(x_at(i));
+    const double dz = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
+    const Activated a = gate_at(i);
+    if (b.need_gate) {
+      const double behind = element(grad, i) * normalised * gain_at(i), first = dz * element(x, i);
+      set_element((T*)rows.grad_gate[r], i, (b.gate_first ? first : behind) * a.slope);
+    }
     if (b.need_input) {
-      double dx = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
+      double dx = b.gate_first ? dz * a.value : dz;
       if (b.add) dx += element((const T*)rows.grad_sum[r], i);
       set_element((T*)rows.grad_input[r], i, dx);
     }
-    S* grad_weight = (S*)rows.grad_weight + raw_index<T>(i);
+    S* grad_weight = (S*)rows.grad_weight[r] + raw_index<T>(i);
     if (b.need_weight) *grad_weight += (S)(dy * normalised);
     if (b.need_weight && b.layer) grad_weight[padded(b.columns)] += (S)dy;
   }
+}
+
+// Whether the 1/rms that forward kept is inside what kSmallest and kLargest mean for it.
+template <class T>
+RMSNORM_INLINE bool is_safe(const BackwardRows& rows, int64_t r) {
+  constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
+  const Scalar<T> rstd = ((const Scalar<T>*)rows.rstd)[r];
+  return rstd >= smallest && rstd <= 1 / smallest;
 }

@@ -78,59 +78,83 @@ class Cursor {
   std::array<int64_t, kMaxDims> index_;
 };
 
-enum ForwardOperand { kInput, kOutput, kResidual, kSum, kForwardOperands };
+// The weight's rows for `count` rows from `row` on.
+inline void take_weight(const WeightRows& weight, int64_t row, int64_t count, void** list) {
+  for (int64_t r = 0, w = weight.count > 1 ? row % weight.count : 0; r < count; ++r) {
+    list[r] = weight.data + w * weight.stride;
+    if (++w == weight.count) w = 0;
+  }
+}
 
-// `rstd` and `mean` have one value per row, or are null.
+enum ForwardOperand { kInput, kOutput, kResidual, kSum, kGate, kForwardOperands };
+
+// Bytes that a gate in front of the norm needs: a block of rows of what it makes.
+inline int64_t scratch_bytes(const Forward& f) {
+  return f.gate_first ? block_rows(f.input, f.columns) * padded(f.columns) * (size_of(f.input) == 2 ? 4 : 8) : 0;
+}
+
+// `rstd` and `mean` have one value per row, or are null; `scratch` has scratch_bytes().
 inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, char* rstd,
-                         double* mean, int64_t begin, int64_t end) {
+                         double* mean, char* scratch, int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows;
-  const int64_t read = (f.add ? 3 : 1) * size_of(f.input);  // a sum is written, too
+  rows.scratch = scratch;
+  const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
   rows.stream = overflows_caches(operands.rows * f.columns * (read + size_of(f.output)));
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
     rows.mean = mean ? mean + row : nullptr;
-    cursor.take(rows.count, {rows.input, rows.output, rows.residual, rows.sum});
+    cursor.take(rows.count, {rows.input, rows.output, rows.residual, rows.sum, rows.gate});
+    take_weight(f.gain, row, rows.count, rows.gain);
     kernel(f, rows);
   }
 }
 
-enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kBackwardOperands };
+enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kXGate, kGradGate, kBackwardOperands };
 
 // Backward works on chunks of rows, each with its own total of the weight's gradient, so that the result depends on
 // the number of rows and not on the threads. At least 32 rows, or the totals cost more than the rows; at most 128
-// chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB).
-inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(32, (rows + 127) / 128); }
+// chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB). A weight of several rows counts as
+// many of the tensor's as one, and so does its flush.
+inline int64_t chunk_rows(const Backward& b, int64_t rows) {
+  return std::max<int64_t>(32, (rows / b.gain.count + 127) / 128) * b.gain.count;
+}
 
-// Columns of the weight's gradient, with the bias's behind it.
-inline int64_t weight_columns(const Backward& b) { return b.layer ? 2 * b.columns : b.columns; }
+// Rows of the weight's gradient, with the bias's behind them.
+inline int64_t grad_rows(const Backward& b) { return b.layer ? 2 : b.gain.count; }
+inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
-// Rows of one chunk; `partial` is zeros, wide(input)[padded(columns)] for the weight and the same for a bias; `total`
-// is double[weight_columns]; or both are null.
+// Rows of one chunk; `partial` is zeros, wide(input)[grad_rows][padded(columns)]; `total` is
+// double[grad_rows][columns]; or both are null.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, const double* mean, char* partial, double* total, int64_t begin,
                           int64_t end) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows;
-  rows.grad_weight = partial;
-  rows.stream = overflows_caches(operands.rows * b.columns * size_of(b.input) * (b.add ? 4 : 3));
+  const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
+  const int64_t flush = kFlush * b.gain.count;
+  rows.shared_weight = b.gain.count == 1;
+  rows.stream = overflows_caches(operands.rows * b.columns * size_of(b.input) *
+                                 (b.gate != Gate::none ? 5
+                                  : b.add              ? 4
+                                                       : 3));
   for (int k : {kX, kGrad}) rows.next[k] = operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
     rows.mean = mean ? mean + row : nullptr;
-    cursor.take(rows.count, {rows.input, rows.grad, rows.grad_input, rows.grad_sum});
+    cursor.take(rows.count, {rows.input, rows.grad, rows.grad_input, rows.grad_sum, rows.gate, rows.grad_gate});
+    take_weight(b.gain, row, rows.count, rows.gain);
+    take_weight(grad_weight, row, rows.count, rows.grad_weight);
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;
-    if (partial && (done % kFlush == 0 || begin + done == end)) {
-      target.flush(b.input, partial, total, b.columns, done <= kFlush);
-      const int64_t bytes = padded(b.columns) * size_of(wide(b.input));
-      if (b.layer) target.flush(b.input, partial + bytes, total + b.columns, b.columns, done <= kFlush);
-    }
+    if (partial && (done % flush == 0 || begin + done == end))
+      for (int64_t k = 0; k < grad_rows(b); ++k)
+        target.flush(b.input, partial + k * grad_stride(b), total + k * b.columns, b.columns, done <= flush);
   }
 }
 

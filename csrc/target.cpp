@@ -35,11 +35,17 @@ namespace {
 
 #include "layer.h"
 
+#include "activation.h"
+
 #include "rescue.h"
 
 #include "stream.h"
 
+#include "gated.h"
+
 #include "forward.h"
+
+#include "gated_backward.h"
 
 #include "backward.h"
 

@@ -89,10 +89,11 @@ inline Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
   return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
 }
 
+// The normalised dimensions, or more of the last ones.
 inline void check_weight(const Tensor& weight, const Tensor& input, const Shape& shape) {
-  const auto sizes = weight.sizes(), row = input.sizes();
-  bool same = weight.is_cpu() && sizes.size() == row.size() - shape.outer;
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == row[shape.outer + d];
+  const int64_t before = input.dim() - weight.dim();
+  bool same = weight.is_cpu() && before >= 0 && before <= shape.outer;
+  for (int64_t d = 0; same && d < weight.dim(); ++d) same = weight.size(d) == input.size(before + d);
   STD_TORCH_CHECK(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
 }
 
@@ -124,11 +125,14 @@ Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<con
   return operands;
 }
 
-// The gain as a kernel reads it: the weight in place, or offset + weight formed once in the wide type.
+// The gain as a kernel reads it: the weight in place, or offset + weight formed once in the wide type; without a weight
+// none, or ones.
 class Gain {
  public:
   enum For { kForward, kForwardWide, kBackward };
   Gain() = default;
+
+  // A weight of several rows goes with as many of the input's, again and again.
   Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, For use) {
     if (!weight) return;
     const Type input = type_of(x);
@@ -138,24 +142,31 @@ class Gain {
     type = type_of(plain_);
     STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
                     "rmsnorm: no native kernel for a float64 weight and a narrower input");
-    data = plain_.data_ptr();
+    rows.data = static_cast<char*>(plain_.data_ptr());
+    rows.stride = columns * size_of(type);
+    const int64_t spanned = weight->dim() - (x.dim() - shape.outer);
+    for (int64_t d = 0; d < spanned; ++d) rows.count *= std::max<int64_t>(weight->size(d), 1);
     const bool own_order = use == kBackward && size_of(input) == 2;
     if (offset == 0.0 && !own_order && (type == wide(input) || (type == input && use == kForward))) return;
-    formed_.reset(new char[padded(columns) * size_of(wide(input))]);
-    current_target().make_gain(own_order ? input : Type::none, type, data, offset, wide(input), formed_.get(), columns);
+    const int64_t stride = padded(columns) * size_of(wide(input));
+    formed_.reset(new char[rows.count * stride]);
+    for (int64_t row = 0; row < rows.count; ++row)
+      target->make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset, wide(input),
+                        formed_.get() + row * stride, columns);
     type = wide(input);
-    data = formed_.get();
+    rows.data = formed_.get(), rows.stride = stride;
   }
 
   // `count` times `value`.
   Gain(double value, Type input, int64_t count) : type(wide(input)), formed_(new char[count * size_of(type)]) {
-    data = formed_.get();
+    rows.data = formed_.get();
     if (type == Type::f64) std::fill_n(reinterpret_cast<double*>(formed_.get()), count, value);
     else std::fill_n(reinterpret_cast<float*>(formed_.get()), count, static_cast<float>(value));
   }
 
   Type type = Type::none;
-  const void* data = nullptr;
+  WeightRows rows;
+  const Target* target = &current_target();  // the gain is in its order: no other may read it
 
  private:
   Tensor plain_;
@@ -179,36 +190,42 @@ inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
   return empty(sizes.data(), input.dim(), type);
 }
 
-// Forward, for all rows.
-inline void run_forward(Forward f, const Tensor& input, const Tensor* residual, const Gain& gain, const Shape& shape,
+// Forward, for all rows. `other` is the gate if there is one, else the residual or null.
+inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean) {
   const Tensor x = with_plain_rows(input, shape.outer);
-  const Tensor added = residual ? with_plain_rows(*residual, shape.outer) : Tensor();
-  const auto operands = operands_of<kForwardOperands>(x, shape.outer, {&x, &output, residual ? &added : nullptr, sum});
-  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output), f.add = residual != nullptr;
-  f.gain_type = gain.type, f.gain = gain.data;
+  const Tensor second = other ? with_plain_rows(*other, shape.outer) : Tensor();
+  const bool gated = f.gate != Gate::none;
+  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output), f.add = other && !gated;
+  f.gain_type = gain.type, f.gain = gain.rows;
+  const auto operands = operands_of<kForwardOperands>(
+      x, shape.outer, {&x, &output, f.add ? &second : nullptr, sum, gated ? &second : nullptr});
   char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
   double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
-  const Target& target = current_target();
-  parallel(operands.rows, grain_rows(shape.columns),
-           [&](int64_t begin, int64_t end) { forward_rows(target, f, operands, statistic, means, begin, end); });
+  const Target& target = *gain.target;
+  parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(f.gate_first ? new char[scratch_bytes(f)] : nullptr);
+    forward_rows(target, f, operands, statistic, means, scratch.get(), begin, end);
+  });
 }
 
 // Backward, for all rows. The weight's gradient comes as totals per chunk: finish() adds those of the columns asked
 // for.
-inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum, const Tensor& input,
-                         const Tensor& rstd, const Tensor* mean, const Shape& shape, const Tensor& grad_input,
+inline void run_backward(const Target& target, Backward b, const Tensor& grad, const Tensor* grad_sum,
+                         const Tensor& input, const Tensor* gate, const Tensor& rstd, const Tensor* mean,
+                         const Shape& shape, const Tensor& grad_input, const Tensor* grad_gate,
                          const std::array<const Tensor*, 2>& grad_weights) {
-  b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input;
-  if (!b.need_input && !b.need_weight) return;
+  b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input, b.need_gate = grad_gate;
+  if (!b.need_input && !b.need_gate && !b.need_weight) return;
   const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
   const Tensor ds = b.add ? with_plain_rows(*grad_sum, shape.outer) : Tensor(), r = with_plain_rows(rstd, 0);
   const Tensor m = mean ? with_plain_rows(*mean, 0) : Tensor();
+  const Tensor g = gate ? with_plain_rows(*gate, shape.outer) : Tensor();
   const auto operands = operands_of<kBackwardOperands>(
-      x, shape.outer, {&x, &dy, b.need_input ? &grad_input : nullptr, b.add ? &ds : nullptr});
+      x, shape.outer,
+      {&x, &dy, b.need_input ? &grad_input : nullptr, b.add ? &ds : nullptr, gate ? &g : nullptr, grad_gate});
   const char* statistic = static_cast<const char*>(r.data_ptr());
   const double* means = mean ? static_cast<const double*>(m.data_ptr()) : nullptr;
-  const Target& target = current_target();
   const int64_t grain = grain_rows(shape.columns);
   if (!b.need_weight) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
@@ -216,12 +233,11 @@ inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum,
     });
     return;
   }
-  const int64_t rows = operands.rows, each = chunk_rows(rows), chunks = (rows + each - 1) / each;
-  const int64_t columns = weight_columns(b);
+  const int64_t rows = operands.rows, each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
+  const int64_t columns = grad_rows(b) * b.columns;
   const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
-    const int64_t bytes = padded(b.columns) * size_of(wide(b.input)) * (b.layer ? 2 : 1);
-    const auto partial = std::make_unique<char[]>(bytes);  // zeros
+    const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
     for (int64_t chunk = begin; chunk < end; ++chunk)
       backward_rows(target, b, operands, statistic, means, partial.get(), totals.get() + chunk * columns, chunk * each,
                     std::min(rows, (chunk + 1) * each));
@@ -229,7 +245,7 @@ inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum,
   for (int k = 0; k < 2; ++k) {
     if (!grad_weights[k]) continue;
     const double* first = totals.get() + k * shape.columns;
-    parallel(shape.columns, grain_rows(chunks), [&](int64_t begin, int64_t end) {
+    parallel(grad_weights[k]->numel(), grain_rows(chunks), [&](int64_t begin, int64_t end) {
       target.finish(first, chunks, columns, begin, end, type_of(*grad_weights[k]), grad_weights[k]->data_ptr());
     });
   }

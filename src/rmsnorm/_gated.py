@@ -177,8 +177,11 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
 
 
 def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    if gate.dtype is not input.dtype and torch.promote_types(gate.dtype, input.dtype) is input.dtype:
+        gate = gate.to(input.dtype)  # Mamba-2's scan leaves fp32 beside a half gate
     unusual = (
         not native
+        or gate.dtype is not input.dtype
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or (torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
@@ -213,11 +216,11 @@ class GatedRMSNormFunction(torch.autograd.Function):
             return *_differentiable(grad, (input, gate, weight), needs, ctx.options), *none
         dims, eps, offset, _, norm_before_gate, silu = ctx.options
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
-        wider = input if grad.dtype == input.dtype else input.to(grad.dtype)
+        x, g = (input, gate) if grad.dtype == input.dtype else (input.to(grad.dtype), gate.to(grad.dtype))
         dx, dgate, dw = _gated_ops.backward(
-            grad, wider, gate, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs
+            grad, x, g, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs
         )
-        gradients = (dx.to(input.dtype), dgate, dw)
+        gradients = (dx.to(input.dtype), dgate.to(gate.dtype), dw)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *none
 
 

@@ -168,7 +168,6 @@ def _resolve(
         if weight.dtype is not dtype:
             # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
             native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
-        native = native and weight.dim() == dims
     if not native:
         _check_floating(name, input, weight)
     if eps is None:
