@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy clean
+.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy census models clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,6 +51,12 @@ figure: $(NATIVE) ## write the numbers of README and docs/performance.md from th
 
 accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write the table of docs/numerics.md
 	$(BIN)/python tests/accuracy.py
+
+census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of transformers, and what patch() makes of it
+	PYTHONPATH=tests $(BIN)/python tests/models/census.py
+
+models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; ten minutes
+	$(BIN)/python tests/models/measure.py
 
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
 	rm -rf dist build

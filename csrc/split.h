@@ -16,8 +16,9 @@ RMSNORM_INLINE Split unpack(BitsReg both) { return {{(FloatReg)(both << 16), (Fl
 RMSNORM_INLINE BitsReg pack(const Split& x) {
 #if defined(RMSNORM_AVX512BF16)
   // The instruction takes subnormals for zero; a lane that is subnormal (and not zero) needs the long way.
-  if (__builtin_expect(
-          (_mm512_fpclass_ps_mask((__m512)x.v[0], 0x20) | _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20)) == 0, 1)) {
+  const __mmask16 even = _mm512_fpclass_ps_mask((__m512)x.v[0], 0x20),
+                  odd = _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20);
+  if (__builtin_expect(_mm512_kortestz(even, odd), 1)) {
     typedef uint16_t Shorts __attribute__((vector_size(64)));
     const Shorts evens_then_odds = (Shorts)_mm512_cvtne2ps_pbh((__m512)x.v[1], (__m512)x.v[0]);
     return (BitsReg)__builtin_shuffle(evens_then_odds,

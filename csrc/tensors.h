@@ -151,8 +151,8 @@ class Gain {
     const int64_t stride = padded(columns) * size_of(wide(input));
     formed_.reset(new char[rows.count * stride]);
     for (int64_t row = 0; row < rows.count; ++row)
-      current_target().make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset,
-                                 wide(input), formed_.get() + row * stride, columns);
+      target->make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset, wide(input),
+                        formed_.get() + row * stride, columns);
     type = wide(input);
     rows.data = formed_.get(), rows.stride = stride;
   }
@@ -166,6 +166,7 @@ class Gain {
 
   Type type = Type::none;
   WeightRows rows;
+  const Target* target = &current_target();  // the gain is in its order: no other may read it
 
  private:
   Tensor plain_;
@@ -201,7 +202,7 @@ inline void run_forward(Forward f, const Tensor& input, const Tensor* other, con
       x, shape.outer, {&x, &output, f.add ? &second : nullptr, sum, gated ? &second : nullptr});
   char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
   double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
-  const Target& target = current_target();
+  const Target& target = *gain.target;
   parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(f.gate_first ? new char[scratch_bytes(f)] : nullptr);
     forward_rows(target, f, operands, statistic, means, scratch.get(), begin, end);
@@ -210,9 +211,9 @@ inline void run_forward(Forward f, const Tensor& input, const Tensor* other, con
 
 // Backward, for all rows. The weight's gradient comes as totals per chunk: finish() adds those of the columns asked
 // for.
-inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum, const Tensor& input,
-                         const Tensor* gate, const Tensor& rstd, const Tensor* mean, const Shape& shape,
-                         const Tensor& grad_input, const Tensor* grad_gate,
+inline void run_backward(const Target& target, Backward b, const Tensor& grad, const Tensor* grad_sum,
+                         const Tensor& input, const Tensor* gate, const Tensor& rstd, const Tensor* mean,
+                         const Shape& shape, const Tensor& grad_input, const Tensor* grad_gate,
                          const std::array<const Tensor*, 2>& grad_weights) {
   b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input, b.need_gate = grad_gate;
   if (!b.need_input && !b.need_gate && !b.need_weight) return;
@@ -225,7 +226,6 @@ inline void run_backward(Backward b, const Tensor& grad, const Tensor* grad_sum,
       {&x, &dy, b.need_input ? &grad_input : nullptr, b.add ? &ds : nullptr, gate ? &g : nullptr, grad_gate});
   const char* statistic = static_cast<const char*>(r.data_ptr());
   const double* means = mean ? static_cast<const double*>(m.data_ptr()) : nullptr;
-  const Target& target = current_target();
   const int64_t grain = grain_rows(shape.columns);
   if (!b.need_weight) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {

@@ -74,6 +74,14 @@ def target(request, restored_target, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def everything_is_large():
+    """A call that makes every tensor larger than the caches, as those from 6 to 24 MiB on are."""
+    before = _native.large_bytes()
+    yield lambda: _native.set_large_bytes(1)
+    _native.set_large_bytes(before)
+
+
 @pytest.fixture(autouse=True)
 def threads(request):
     """One thread, unless a test sets another number with this fixture or is heavy: small parallel regions that wait

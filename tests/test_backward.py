@@ -232,6 +232,23 @@ def test_rows_and_threads_change_no_bit(native_target, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_gradients_have_the_bits_of_small_ones(native_target, everything_is_large, dtype):
+    """dx streamed two rows at a time, the odd row that isn't, rows at alignments that can't be, and rescued ones."""
+
+    def results():
+        for columns, rows in product(COLUMNS, (0, 1, 3, 70)):
+            x, grad = sample(rows, columns, dtype), incoming(rows, columns, dtype)
+            x[5:6] *= 2.0**-120 if dtype is not torch.float16 else 2.0**-8
+            for weight in weights(columns, dtype):
+                yield from gradients(x, weight, grad)
+
+    small = list(results())
+    everything_is_large()
+    for expected, y in zip(small, results(), strict=True):
+        assert same_bits(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_targets_give_the_same_bits(dtype, restored_target):
     """Forward, dx and dw in every mode, for ordinary and rescued rows."""
     targets = _native.cpu_targets()

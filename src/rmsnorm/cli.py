@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from .models import command as models_command
+
 if TYPE_CHECKING:
     import typer
 
@@ -35,7 +37,7 @@ def build() -> "typer.Typer":
 
     from . import demo
     from ._info import info
-    from .bench import command
+    from .bench import command as bench_command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,8 +72,8 @@ def build() -> "typer.Typer":
         """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels."""
         run_program(script, arguments or [])
 
-    command.register(app)
-    return app
+    bench_command.register(app)
+    return models_command.register(app)
 
 
 def run_program(script: Path, arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ _EPS = torch.finfo(torch.float32).eps
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-def rms_norm(
+def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waited for
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
@@ -61,12 +61,18 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if out is None and (way := _everyday.short_way(input, weight)):
+    way = _everyday.short_way(input, weight)
+    into = way and out is not None and _everyday.short_way_into(way, out, input, weight)
+    if way and (out is None or into):
         shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
         if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
             if eps is None:
                 eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
             try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+                if into:
+                    assert out is not None
+                    into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
+                    return out
                 return (
                     way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
                     if offset or casting_mode != "torch"

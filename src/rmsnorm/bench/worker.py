@@ -65,8 +65,13 @@ def environment(threads: int) -> dict[str, str]:
 
     torch's threads are bound to a core each. Unbound, one that slept may be woken on the core of the thread that spins
     while it waits for it: seen on a virtual machine with 2 cores, where calls of 9 µs then took 8 ms, each of them.
+
+    glibc's allocator is settled: blocks below 32 MiB from its heap, which keeps what is freed. That is where its own
+    adaptation ends up, but for a heap whose last block is freed: left alone, it may give the output of every call back
+    to the system, and every call pays for its page faults again, or not, as the addresses fall.
     """
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads))
+    variables |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     if threads == 1:
         return {**variables, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
     return {**variables, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}

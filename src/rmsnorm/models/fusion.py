@@ -1,0 +1,134 @@
+"""The only file that fuses residual adds in a model: it finds the layers, and proves each on an input it has seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import rewrite
+from .binding import binding_of
+from .report import Entry
+
+GRADIENT = 16.0
+"""In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[list[Entry], list[Entry]]:
+    """Fuses what can be proven. Returns the layers that were fused, and those that were not, with the reason.
+
+    The model is called once with ``example`` (by default its ``dummy_inputs``) to see what its layers are called with.
+    """
+    fused, left = [], []
+    layers = {name: layer for name, layer in model.named_modules() if _adds_before_norms(layer)}
+    failure, calls = "the model doesn't call it", dict[str, Call]()
+    try:
+        calls = _record(model, layers, _dummy_inputs(model) if example is None else example)
+    except Exception as error:  # whatever a model raises on inputs that don't suit it
+        failure = f"the model can't be run on its example: {_words(error)}"
+    for name, layer in layers.items():
+        cls = type(layer)
+        try:
+            if name not in calls:
+                raise ValueError(failure)
+            rewritten = rewrite.Rewritten(cls)
+            if "forward" in vars(layer):
+                raise ValueError("its forward was replaced before")
+            apart = _prove(layer, rewritten, calls[name])
+        except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
+            left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
+            continue
+        rewrite.bind(layer, rewritten)
+        fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
+    return fused, left
+
+
+def _dummy_inputs(model: Any) -> Mapping[str, Any]:
+    inputs: Mapping[str, Any] = model.dummy_inputs
+    return inputs
+
+
+def _words(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def _adds_before_norms(layer: nn.Module) -> bool:
+    """Whether its source adds before a norm that is patched, and can."""
+    ours = {name for name, child in layer.named_children() if (found := binding_of(child)) and found.adds()}
+    return bool(ours and ours.intersection(rewrite.norms_behind_adds(type(layer).forward)))
+
+
+def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]) -> dict[str, Call]:
+    """What each layer is called with first. Copied at once: caches are written to by the layers themselves."""
+    calls: dict[str, Call] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: calls.setdefault(name, copy.deepcopy((args, kwargs))) and None
+
+    hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(**tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(example)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _prove(layer: nn.Module, rewritten: rewrite.Rewritten, call: Call) -> float:
+    """Compares output and gradients on the call; returns the largest difference of a gradient.
+
+    Raises:
+        ValueError: they differ.
+    """
+    with _evaluating(layer), torch.enable_grad():
+        (theirs, their_gradients), (ours, our_gradients) = (
+            _run(function, layer, rewritten.norms, call) for function in (type(layer).forward, rewritten.function)
+        )
+    if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
+        raise ValueError("its output changes")
+    worst = 0.0
+    for one, other in zip(their_gradients, our_gradients, strict=True):
+        unit = torch.finfo(one.dtype).eps * one.abs().max().double().clamp_min(torch.finfo(one.dtype).smallest_normal)
+        worst = max(worst, float((one.double() - other.double()).abs().max() / unit))
+    if not worst <= GRADIENT:
+        raise ValueError(f"its gradient changes by {worst:.0f} eps")
+    return worst
+
+
+def _run(
+    function: rewrite.Forward, layer: nn.Module, norms: tuple[str, ...], call: Call
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """The output's tensors, and the gradients of the input's and of the norms' weights."""
+    args, kwargs = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, copy.deepcopy(call))
+    outputs = [x for x in tree_leaves(function(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
+    wanted = [x for x in tree_leaves((args, kwargs)) if _is_real(x)]
+    wanted += [p for name in norms for p in getattr(layer, name).parameters() if p.requires_grad]
+    dice = torch.Generator().manual_seed(0)
+    grads = [torch.randn(x.shape, generator=dice).to(x) for x in outputs]
+    found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+    return [x.detach() for x in outputs], tuple(g for g in found if g is not None)
+
+
+def _is_real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which would differ from run to run; leaves every module in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

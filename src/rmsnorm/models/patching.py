@@ -1,0 +1,105 @@
+"""The only file that changes a model: it rebinds the forward of its norms, and takes that back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .binding import bind, binding_of, unbind
+from .fusion import fuse
+from .probe import EPS_NAMES, Refused, examine
+from .recipes import Recipe
+from .report import Entry, PatchReport
+
+
+def patch(
+    model: nn.Module,
+    *,
+    verify: bool = True,
+    fuse_add: bool | Mapping[str, Any] = False,
+    layer_norm: bool = False,
+) -> PatchReport:
+    """Runs every RMS norm of a model on our kernels, with the meaning that it had.
+
+    A norm is recognised by what it computes, whatever its class is called: a copy of it and each recipe of
+    ``recipes.py`` run on small random rows. Where one reproduces it, forward and backward, the forward of this instance
+    is rebound; parameters, buffers, hooks, the class and the state_dict stay what they are. Every other norm is left as
+    it is, and the report says why. Patching twice is patching once.
+
+    Args:
+        model: any module; a model of transformers, or one of yours with ``torch.nn.RMSNorm``.
+        verify: False leaves out gradients, which takes half as long.
+        fuse_add: True also runs ``h = residual + h; norm(h)`` in one pass where a layer's forward has that line,
+            proven on the layer's output and gradients. For this the model is called once, with its ``dummy_inputs``
+            or with the keyword arguments that are given here instead of True.
+        layer_norm: whether LayerNorms are taken too.
+
+    Returns:
+        A :class:`PatchReport`: print it, or ``.to_dict()`` it.
+
+    Example:
+        >>> report = patch(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8)))
+        >>> report.patched[0].name, report.patched[0].meaning
+        ('1', 'weight, then round')
+    """
+    report = PatchReport()
+    known: dict[type, Recipe] = {}
+    # Proofs need gradients, whatever the mode of the caller.
+    with torch.inference_mode(False), torch.enable_grad():
+        for name, module in model.named_modules():
+            cls = type(module)
+            if not _may_be_a_norm(module):
+                continue
+            try:
+                if reason := _left_alone(module):
+                    raise Refused(reason)
+                proof = examine(module, layer_norm=layer_norm, verify=verify, first=known.get(cls))
+            except Refused as refused:
+                report.skipped.append(Entry(name, cls.__name__, reason=str(refused)))
+                continue
+            binding = proof.binding
+            known[cls] = binding.recipe
+            bind(module, binding)
+            types = binding.types()
+            report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
+        if fuse_add is not False:
+            report.fused, left = fuse(model, None if fuse_add is True else fuse_add)
+            report.skipped += left
+    return report
+
+
+def _may_be_a_norm(module: nn.Module) -> bool:
+    """By its name, or because it has an eps."""
+    return "norm" in type(module).__name__.lower() or any(hasattr(module, name) for name in EPS_NAMES)
+
+
+def _left_alone(module: nn.Module) -> str:
+    """Why a module isn't even asked what it does."""
+    if binding_of(module):
+        return "it is patched already"
+    home = type(module).__module__.partition(".")[0]
+    if home == "rmsnorm":
+        return "it is rmsnorm's own layer"
+    if home == "torch" and not isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        return "it is torch's own, and no RMS norm"
+    return ""
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
+    for module in model.modules():
+        unbind(module)
+
+
+@contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[PatchReport]:
+    """:func:`patch` for the length of a ``with`` block, with the same options."""
+    report = patch(model, **options)
+    try:
+        yield report
+    finally:
+        unpatch(model)

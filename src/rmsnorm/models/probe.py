@@ -1,0 +1,151 @@
+"""The only file that asks a module what it computes: random rows, through a copy of it and through every recipe.
+
+A name proves nothing: classes called RMSNorm round in different places, and classes are changed at run time. So a
+module is what it does. First its copy gets a random weight and an eps that shows in every row; the recipe that follows
+it there is then proven with the module's own eps, in all types, forward and backward. Everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import nn
+
+from . import trial
+from .binding import TYPES, Binding, Types
+from .recipes import RECIPES, Recipe
+
+EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "rms_norm_eps", "norm_eps", "layer_norm_eps")
+CONSPICUOUS = 0.37
+
+
+class Refused(Exception):
+    """Why a module is left as it is."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A binding, and the differences from the module's own forward that were seen."""
+
+    binding: Binding
+    errors: dict[str, float]
+
+
+def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe | None = None) -> Proof:
+    """The binding that reproduces the module. Candidates with the recipe ``first`` come first.
+
+    Raises:
+        Refused: nothing reproduces it, or it can't be asked.
+    """
+    refuse_unasked(module)
+    candidates = sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
+    partial: list[Proof] = []
+    nearest, shortest = "", float("inf")
+    try:
+        for candidate in candidates:
+            distance = _distance(module, candidate)
+            if distance <= 1 and candidate.recipe.centred and not layer_norm:
+                raise Refused("it is a LayerNorm; patch(model, layer_norm=True) takes it")
+            if distance <= 1 and (proof := _prove(module, candidate, verify)):
+                if proof.binding.complete():
+                    return proof
+                partial.append(proof)
+            if distance < shortest:
+                nearest, shortest = f"; the nearest is {candidate.recipe.meaning!r}", distance
+    except Refused:
+        raise
+    except trial.Unfit as unfit:
+        raise Refused(str(unfit)) from unfit
+    except Exception as error:  # a stranger's forward may raise anything
+        reason = str(error).partition("\n")[0]
+        raise Refused(f"it can't be probed: {type(error).__name__}: {reason}") from error
+    if partial:  # right in some types: in float32, many meanings are one
+        return max(partial, key=lambda one: len(one.binding.proven))
+    if shortest <= 1:
+        raise Refused(f"{nearest[17:]} follows it, but not backward or not with its own eps")
+    raise Refused(f"no recipe reproduces it{nearest}")
+
+
+def refuse_unasked(module: nn.Module) -> None:
+    """Raises Refused for what can be told without running anything."""
+    if "forward" in vars(module):
+        forward = vars(module)["forward"]
+        by = inspect.getmodule(getattr(forward, "func", forward))
+        raise Refused(f"its forward was replaced before, by {getattr(by, '__name__', 'somebody')}")
+    if module._modules:
+        raise Refused("it has modules inside")
+    if not _eps_names(module):
+        raise Refused("it has no attribute for eps")
+    own = trial.weights(module)
+    if len(own) > 2:
+        raise Refused(f"it has {len(own)} weights")
+    if odd := {tensor.dtype for tensor in own.values()} - set(TYPES):
+        raise Refused(f"its weight is {odd.pop()}")
+
+
+def _eps_names(module: nn.Module) -> list[str]:
+    """Attributes that may hold eps, the likely ones first."""
+    likely = [name for name in EPS_NAMES if hasattr(module, name)]
+    return [*likely, *(n for n, v in vars(module).items() if type(v) is float and 0 <= v < 1 and n not in likely)]
+
+
+def _groupings(module: nn.Module) -> Iterator[tuple[str | None, bool]]:
+    """None, and the attributes that may hold the size of a group, or (True) the number of groups."""
+    yield None, False
+    sizes = {tensor.shape[-1] for tensor in trial.weights(module).values() if tensor.dim() == 1}
+    for name, value in vars(module).items():
+        if type(value) is int and value > 1 and any(size > value and size % value == 0 for size in sizes):
+            yield from ((name, False), (name, True))
+
+
+def _candidates(module: nn.Module) -> Iterator[Binding]:
+    names = [*trial.weights(module), None]
+    gated = trial.takes_gate(module)
+    for recipe, eps in product(RECIPES.values(), _eps_names(module)):
+        if bool(recipe.gate) is not gated:
+            continue
+        for weight, bias in product(names, reversed(names)):
+            if (weight is not None) in recipe.weight and (bias is None or bias != weight):
+                for group, counts in _groupings(module) if not recipe.centred else [(None, False)]:
+                    yield Binding(recipe, weight, bias, eps, group, counts)
+
+
+def _own_type(module: nn.Module) -> torch.dtype:
+    return next((tensor.dtype for tensor in trial.weights(module).values()), torch.float32)
+
+
+def _distance(module: nn.Module, candidate: Binding) -> float:
+    """How far the candidate is from the module with a conspicuous eps, in its own type and in float32; at most 1 if
+    rounding explains it."""
+    types = dict.fromkeys((_own_type(module), torch.float32))
+    return max(trial.forward(trial.Trial(module, candidate, (t, t, t), CONSPICUOUS)).part for t in types)
+
+
+def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
+    """The candidate with the types that it reproduces at the module's own eps, and the differences."""
+    proven: set[Types] = set()
+    errors: dict[str, float] = {}
+    for weight, x in product(TYPES if candidate.weight else (None,), TYPES):
+        for gate in {x: 0, weight or x: 0} if candidate.recipe.gate else (None,):
+            types = (weight, x, gate) if gate else (weight, x)
+            try:
+                once = trial.Trial(module, candidate, types)
+                there = trial.forward(once)
+                back = trial.backward(once) if verify else 0.0
+            except (RuntimeError, TypeError, ValueError):
+                continue  # it doesn't take these types
+            if max(there.part, back) > 1:
+                continue
+            proven.add(types)
+            errors["gradient"] = max(back * trial.BACKWARD, errors.get("gradient", 0.0))
+            if weight in (None, x):
+                errors[str(x).removeprefix("torch.")] = there.far if x is torch.float32 else there.share
+    own = _own_type(module)
+    if (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate))) not in proven:
+        return None
+    single = trial.same_in_other_shapes(trial.Trial(module, candidate, (own, own, own)))
+    return Proof(replace(candidate, proven=frozenset(proven), single=single), errors)

@@ -1,0 +1,111 @@
+"""The only file that says what ``patch`` did: plain data, and a table of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+
+ERRORS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "gradient": "grad"}
+"""The keys of ``errors``, and how the table heads them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module."""
+
+    name: str
+    """Its path in the model."""
+    cls: str
+    meaning: str = ""
+    """Which recipe it follows; empty if it was skipped."""
+    reason: str = ""
+    """Why it was left as it is; empty if it was not."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """The differences from the module's own forward that the proof saw."""
+    types: tuple[str, ...] = ()
+    """The input types that run on our kernels; others run on the module's own forward."""
+
+
+@dataclass
+class PatchReport:
+    """What :func:`rmsnorm.patch` did to each norm of a model.
+
+    ``errors`` of an entry, compared with the module's own forward on random rows: ``float32`` is the largest relative
+    difference of an output, in eps (1.2e-7); ``bfloat16`` and ``float16`` are the share of outputs that are not
+    identical, but one rounding apart; ``gradient`` is the largest difference of a gradient, in eps of the coarsest type
+    and relative to the row's largest.
+    """
+
+    patched: list[Entry] = field(default_factory=list)
+    """Norms that run on our kernels now."""
+    skipped: list[Entry] = field(default_factory=list)
+    """Norms that were left as they are, each with the reason."""
+    fused: list[Entry] = field(default_factory=list)
+    """Layers whose residual add runs together with the norm behind it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[list[str]]:
+        """What the table shows: modules of one class with one fate in one row."""
+        groups: dict[tuple[str, str], list[Entry]] = {}
+        for title, entries in (("patched", self.patched), ("fused", self.fused), ("skipped", self.skipped)):
+            for entry in entries:
+                types = "" if set(entry.types) >= {"bfloat16", "float16"} or not entry.types else " (in float32 only)"
+                fate = f"{title}: {entry.meaning or entry.reason}{types}"
+                groups.setdefault((fate, entry.cls), []).append(entry)
+        return [
+            [
+                str(len(group)),
+                cls,
+                ", ".join(dict.fromkeys(_pattern(entry.name) for entry in group)),
+                fate,
+                *_worst(group),
+            ]
+            for (fate, cls), group in groups.items()
+        ]
+
+    def summary(self) -> str:
+        """One sentence."""
+        if not self.patched and not self.skipped:
+            return "Nothing to patch: this model has no norm."
+        left = f"; {len(self.skipped)} left as they are" if self.skipped else ""
+        fused = f"; {len(self.fused)} residual adds fused" if self.fused else ""
+        return f"{len(self.patched)} norms run on rmsnorm{fused}{left}."
+
+    def __str__(self) -> str:
+        return "\n".join([*("  ".join(filter(None, row)) for row in self.rows()), self.summary()])
+
+    def __rich__(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        note = "float32 and gradients: largest difference in eps · bfloat16, float16: share that is not identical"
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=note)
+        for title in ("", "class", "modules", "what"):
+            table.add_column(title, overflow="fold")
+        for title in ERRORS.values():
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(*map(escape, row))
+        return Group(table, self.summary()) if table.row_count else self.summary()
+
+
+def _pattern(name: str) -> str:
+    """The name with its layer numbers as stars."""
+    return re.sub(r"\b\d+\b", "*", name) or "(the model)"
+
+
+def _worst(entries: Sequence[Entry]) -> list[str]:
+    found = ([entry.errors[name] for entry in entries if name in entry.errors] for name in ERRORS)
+    return [f"{max(errors):.2g}" if errors else "" for errors in found]
