@@ -61,12 +61,11 @@ class Gated {
         : x_((const T*)rows.input[r]),
           gate_((const T*)rows.gate[r]),
           scratch_(row_of(f, rows, in_block)),
-          silu_(f.gate == Gate::silu) {}
+          activate_(f.gate == Gate::silu) {}
     template <class Span>
     RMSNORM_INLINE auto operator()(Span span) const {
       if constexpr (First) {
-        const Work<T> z =
-            to_work<T>(span.load_from(x_)) * activate<kDegree<T>>(to_work<T>(span.load_from(gate_)), silu_);
+        const Work<T> z = to_work<T>(span.load_from(x_)) * activate_(to_work<T>(span.load_from(gate_)));
         keep<T>(scratch_, z, span);
         return z;
       } else {
@@ -77,7 +76,7 @@ class Gated {
    private:
     const T *x_, *gate_;
     WorkScalar<T>* scratch_;
-    bool silu_;
+    Activation<kDegree<T>, Work<T>> activate_;
   };
 
   RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return rows.input; }
@@ -89,7 +88,8 @@ class Gated {
         x_((const T*)rows.input[r]),
         gate_((const T*)rows.gate[r]),
         gain_((const Scalar<T>*)rows.gain[r]),
-        scratch_(row_of(f, rows, in_block)) {
+        scratch_(row_of(f, rows, in_block)),
+        activate_(f.gate == Gate::silu) {
     if constexpr (sizeof(T) == 4) high_ = splat<double>((double)row.high + (double)row.low);
     else high_ = splat<T>(row.high), low_ = splat<T>(row.low);
   }
@@ -100,9 +100,8 @@ class Gated {
     else y = to_work<T>(span.load_from(x_));
     if constexpr (sizeof(T) == 8) y = normalise<T>(y, high_, low_);
     else y = y * high_;
-    y = rounded(f_.round_first, y) * to_work<T>(span.load_from(gain_));
-    if constexpr (!First)
-      y = rounded(f_.round_product, y) * activate<kDegree<T>>(to_work<T>(span.load_from(gate_)), f_.gate == Gate::silu);
+    y = rounded(f_.round_first, y) * to_work<T>(span.load_raw(gain_));
+    if constexpr (!First) y = rounded(f_.round_product, y) * activate_(to_work<T>(span.load_from(gate_)));
     return from_work<T>(y);
   }
 
@@ -114,7 +113,7 @@ class Gated {
     const auto z = [&](int64_t i) { return First ? element(x, i) * a(i) : element(x, i); };
     const ScaledRow scaled = scale_row(z, f.columns, f.eps, false);
     for (int64_t i = 0; i < f.columns; ++i) {
-      double y = rounded(f.round_first, scaled.normalise(z(i))) * element(gain, i);
+      double y = rounded(f.round_first, scaled.normalise(z(i))) * (double)gain[raw_index<T>(i)];
       if (!First) y = rounded(f.round_product, y) * a(i);
       set_element((Out*)rows.output[r], i, y);
     }
@@ -136,5 +135,6 @@ class Gated {
   const T *x_, *gate_;
   const Scalar<T>* gain_;
   const WorkScalar<T>* scratch_;
+  Activation<kDegree<T>, Work<T>> activate_;
   Work<T> high_, low_;
 };

@@ -12,18 +12,18 @@
 // One vector of a row: what both passes need.
 template <class T, bool First>
 struct GatedPart {
-  Vector<T> x, dy, gain, normalised, h;
-  Activation<sizeof(Vector<T>) / kBytes, std::remove_cvref_t<decltype(Vector<T>{}.v[0])>> a;
+  using Activate = Activation<kDegree<T>, Vector<T>>;
+  Vector<T> x, dy, gain, slope, a, normalised, h;
 
   template <class Span>
-  RMSNORM_INLINE GatedPart(const Backward& b, const BackwardRows& rows, int64_t r, const Vector<T>& scale, Span span)
+  RMSNORM_INLINE GatedPart(const BackwardRows& rows, int64_t r, const Activate& activate, const Vector<T>& scale,
+                           Span span)
       : x(span.load_from((const T*)rows.input[r])),
         dy(span.load_from((const T*)rows.grad[r])),
         gain(span.load_raw((const Scalar<T>*)rows.gain[r])),
-        a(activate_with_slope<sizeof(T) == 8 ? kDegree<double> : kDegree<bf16>>(span.load_from((const T*)rows.gate[r]),
-                                                                                b.gate == Gate::silu)) {
-    normalised = (First ? x * a.value : x) * scale;
-    h = (First ? dy : dy * a.value) * gain;
+        a(activate.with_slope(span.load_from((const T*)rows.gate[r]), slope)) {
+    normalised = (First ? x * a : x) * scale;
+    h = (First ? dy : dy * a) * gain;
   }
 };
 
@@ -31,25 +31,24 @@ template <class T, bool First>
 RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& rows, int64_t r) {
   using V = Vector<T>;
   const V scale = splat<T>(((const Scalar<T>*)rows.rstd)[r]);
+  const typename GatedPart<T, First>::Activate activate(b.gate == Gate::silu);
   V minus_mean = {};
   if (b.need_input || (First && b.need_gate)) {
     const Double2 sum =
         sum_columns<T, Sum<T>>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-          const GatedPart<T, First> part(b, rows, r, scale, span);
+          const GatedPart<T, First> part(rows, r, activate, scale, span);
           sum.add(u, part.h, part.normalised);
         });
     minus_mean = splat<T>((Scalar<T>)(-sum.high / (double)b.columns));
   }
   auto* dw = (Scalar<T>*)rows.grad_weight[r];
   for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
-    const GatedPart<T, First> part(b, rows, r, scale, span);
+    const GatedPart<T, First> part(rows, r, activate, scale, span);
     const V dz = fma(part.normalised, minus_mean, part.h) * scale;
-    if (b.need_input) span.store_to((T*)rows.grad_input[r], First ? dz * part.a.value : dz);
+    if (b.need_input) span.store_to((T*)rows.grad_input[r], First ? dz * part.a : dz);
     if (b.need_gate)
-      span.store_to((T*)rows.grad_gate[r],
-                    (First ? dz * part.x : part.dy * part.normalised * part.gain) * part.a.slope);
-    if (b.need_weight)
-      span.store_raw(dw, fma(First ? part.dy : part.dy * part.a.value, part.normalised, span.load_raw(dw)));
+      span.store_to((T*)rows.grad_gate[r], (First ? dz * part.x : part.dy * part.normalised * part.gain) * part.slope);
+    if (b.need_weight) span.store_raw(dw, fma(First ? part.dy : part.dy * part.a, part.normalised, span.load_raw(dw)));
   });
 }
 

@@ -4,9 +4,10 @@
 namespace rmsnorm {
 namespace {
 
-// Between the roundings: offset + weight, or ones, in the wide type.
-Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& input, const Shape& shape, Gain::For use) {
-  return weight ? Gain(weight, offset, input, shape, use) : Gain(1.0, type_of(input), padded(shape.columns));
+// offset + weight or ones, in the wide type and the kernels' own order, forward and backward.
+Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& input, const Shape& shape) {
+  return weight ? Gain(weight, offset, input, shape, Gain::kBackward)
+                : Gain(1.0, type_of(input), padded(shape.columns));
 }
 
 std::tuple<Tensor, Tensor> norm(const Tensor& input, const Tensor& gate, const OptionalTensor& weight, int64_t dims,
@@ -21,8 +22,8 @@ std::tuple<Tensor, Tensor> norm(const Tensor& input, const Tensor& gate, const O
   f.gate_first = !norm_before_gate, f.round_product = round_first && weight && same_type;
   Tensor output = empty_like(input, round_first && f.gate_first && !same_type ? wide(type) : type);
   Tensor rstd = keep ? empty_statistic(input, dims, wide(type)) : none(wide(type));
-  run_forward(f, input, &gate, gain_of(weight, offset, input, shape, Gain::kForwardWide), shape, output, nullptr,
-              keep ? &rstd : nullptr, nullptr);
+  run_forward(f, input, &gate, gain_of(weight, offset, input, shape), shape, output, nullptr, keep ? &rstd : nullptr,
+              nullptr);
   return {output, rstd};
 }
 
@@ -45,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor i
   check_same(gate, input, "gate");
   const Shape shape(input, dims);
   const Type type = type_of(input);
-  const Gain gain = gain_of(weight, offset, input, shape, Gain::kBackward);
+  const Gain gain = gain_of(weight, offset, input, shape);
   need_weight = need_weight && weight;
   Backward b = {};
   b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight;

@@ -46,7 +46,7 @@ struct Forward {
   WeightRows gain;
   bool layer;  // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
   const void* bias;
-  Gate gate;           // gain_type is wide(input) then, and there is a gain
+  Gate gate;           // the gain is there then, and as in Backward
   bool gate_first;     // output may be f32 only then
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
 };
