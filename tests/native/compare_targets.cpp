@@ -156,8 +156,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
 
   const int64_t stride = padded(c.columns) * size_of(wide(c.input));
   Bytes formed(stride);
-  if (c.gain != Type::none)
-    target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
+  if (c.gain != Type::none) target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
   Bytes partial(2 * stride);
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
