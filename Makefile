@@ -55,7 +55,7 @@ accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write th
 census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of transformers, and what patch() makes of it
 	PYTHONPATH=tests $(BIN)/python tests/models/census.py
 
-models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; ten minutes
+models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; five minutes
 	$(BIN)/python tests/models/measure.py
 
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it

@@ -17,7 +17,7 @@ from rmsnorm.models import command, comparison, loading
 
 PAGE = Path(__file__).parents[2] / "README.md"
 PROMPT = "The sky is blue because"
-SECONDS = 12.0
+SECONDS = 6.0
 
 
 def column(dtype: str, fuse_add: bool) -> list[str]:
