@@ -140,7 +140,9 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
       gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
   Bytes rstd(kRows * size_of(wide(c.input)));
 
-  Forward f = {c.columns, 1e-6, c.input, c.output, c.gain, c.round_first, c.add, gain.at(0), c.layer, gain.at(0)};
+  Forward f = {};
+  f.columns = c.columns, f.eps = 1e-6, f.input = c.input, f.output = c.output, f.gain_type = c.gain;
+  f.round_first = c.round_first, f.add = c.add, f.layer = c.layer, f.bias = gain.at(0);
   std::vector<double> mean(kRows);
   ForwardRows rows = {};
   rows.mean = mean.data();
@@ -148,32 +150,33 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   rows.stream = need_input;  // the rows that happen to be aligned
   rows.rstd = rstd.data();
   for (int64_t r = 0; r < kRows; ++r)
-    rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r);
+    rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r),
+    rows.gain[r] = gain.at(0);
   target.forward(f)(f, rows);
 
-  Bytes formed(c.columns * size_of(wide(c.input)));
-  if (c.gain != Type::none) target.make_gain(c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
-  Bytes partial(2 * formed.size());
+  const int64_t stride = padded(c.columns) * size_of(wide(c.input));
+  Bytes formed(stride);
+  if (c.gain != Type::none)
+    target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
+  Bytes partial(2 * stride);
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
-  Backward b = {c.columns,
-                1e-6,
-                c.input,
-                need_input,
-                need_weight,
-                c.add && need_input,
-                c.gain == Type::none ? nullptr : formed.data(),
-                c.layer};
+  Backward b = {};
+  b.columns = c.columns, b.eps = 1e-6, b.input = c.input, b.need_input = need_input, b.need_weight = need_weight;
+  b.add = c.add && need_input, b.layer = c.layer;
+  if (c.gain != Type::none) b.gain.data = formed.data();
   BackwardRows back = {};
   back.mean = mean.data();
   back.count = kRows;
   back.rstd = rstd.data();
-  back.grad_weight = partial.data();
+  back.shared_weight = true;
+  back.stream = need_weight;
   for (int64_t r = 0; r < kRows; ++r)
     back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r),
-    back.grad_input[r] = dx.at(r);
+    back.grad_input[r] = dx.at(r), back.gain[r] = b.gain.data, back.grad_weight[r] = partial.data();
   target.backward(b)(b, back);
-  target.flush(wide(c.input), partial.data(), total.data(), width);
+  target.flush(c.input, partial.data(), total.data(), c.columns, true);
+  if (c.layer) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
   Rows dw({}, 1, c.layer ? 2 * row_bytes : row_bytes, in);
   target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
   Bytes means(kRows * sizeof(double));

@@ -62,31 +62,36 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
   const int64_t rows = p.outer * p.inner, pitch = p.columns * size_of(p.type), wide_size = size_of(wide(p.type));
   Bytes input = random_bytes(p.type, rows * p.columns, 1), residual = random_bytes(p.type, rows * p.columns, 2);
   Bytes grad = random_bytes(p.type, p.outer * p.columns, 3), weight = random_bytes(p.type, p.columns, 4);
-  Bytes gain(p.columns * wide_size), output(rows * pitch), sum(rows * pitch), rstd(rows * wide_size);
-  current_target().make_gain(p.type, weight.data(), 1.0, wide(p.type), gain.data(), p.columns);
+  Bytes gain(padded(p.columns) * wide_size), raw(gain.size()), output(rows * pitch), sum(rows * pitch), rstd(rows * wide_size);
   const Target& target = current_target();
+  target.make_gain(Type::none, p.type, weight.data(), 1.0, wide(p.type), gain.data(), p.columns);
+  target.make_gain(p.type, p.type, weight.data(), 1.0, wide(p.type), raw.data(), p.columns);
 
-  const Forward f = {p.columns, 1e-6, p.type, p.type, wide(p.type), false, true, gain.data(), false, nullptr};
+  Forward f = {};
+  f.columns = p.columns, f.eps = 1e-6, f.input = p.type, f.output = p.type, f.gain_type = wide(p.type), f.add = true;
+  f.gain.data = gain.data();
   Operands<kForwardOperands> forward;
-  forward.data = {input.data(), output.data(), residual.data(), sum.data()};
-  forward.push(p.outer, {pitch, p.inner * pitch, p.inner * pitch, p.inner * pitch});
-  forward.push(p.inner, {p.outer * pitch, pitch, pitch, pitch});
+  forward.data = {input.data(), output.data(), residual.data(), sum.data(), nullptr};
+  forward.push(p.outer, {pitch, p.inner * pitch, p.inner * pitch, p.inner * pitch, 0});
+  forward.push(p.inner, {p.outer * pitch, pitch, pitch, pitch, 0});
   parallel(threads, rows,
-           [&](int64_t begin, int64_t end) { forward_rows(target, f, forward, rstd.data(), nullptr, begin, end); });
+           [&](int64_t begin, int64_t end) { forward_rows(target, f, forward, rstd.data(), nullptr, nullptr, begin, end); });
 
   std::vector<Bytes> written = {output, sum, rstd};
   for (bool need_weight : {false, true}) {
     Bytes grad_input(rows * pitch), grad_weight(pitch);
-    const Backward b = {p.columns, 1e-6, p.type, true, need_weight, true, gain.data(), false};
+    Backward b = {};
+    b.columns = p.columns, b.eps = 1e-6, b.input = p.type, b.need_input = true, b.need_weight = need_weight, b.add = true;
+    b.gain.data = raw.data();
     Operands<kBackwardOperands> backward;
-    backward.data = {sum.data(), grad.data(), grad_input.data(), residual.data()};
-    backward.push(p.outer, {p.inner * pitch, pitch, p.inner * pitch, p.inner * pitch});
-    backward.push(p.inner, {pitch, 0, pitch, pitch});
+    backward.data = {sum.data(), grad.data(), grad_input.data(), residual.data(), nullptr, nullptr};
+    backward.push(p.outer, {p.inner * pitch, pitch, p.inner * pitch, p.inner * pitch, 0, 0});
+    backward.push(p.inner, {pitch, 0, pitch, pitch, 0, 0});
     if (need_weight) {
-      const int64_t each = chunk_rows(rows), chunks = (rows + each - 1) / each;
+      const int64_t each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
       const auto totals = std::make_unique<double[]>(chunks * p.columns);
       parallel(threads, chunks, [&](int64_t begin, int64_t end) {
-        const auto partial = std::make_unique<char[]>(p.columns * wide_size);
+        const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));
         for (int64_t chunk = begin; chunk < end; ++chunk)
           backward_rows(target, b, backward, rstd.data(), nullptr, partial.get(), totals.get() + chunk * p.columns,
                         chunk * each, std::min(rows, (chunk + 1) * each));
