@@ -62,7 +62,8 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
   const int64_t rows = p.outer * p.inner, pitch = p.columns * size_of(p.type), wide_size = size_of(wide(p.type));
   Bytes input = random_bytes(p.type, rows * p.columns, 1), residual = random_bytes(p.type, rows * p.columns, 2);
   Bytes grad = random_bytes(p.type, p.outer * p.columns, 3), weight = random_bytes(p.type, p.columns, 4);
-  Bytes gain(padded(p.columns) * wide_size), raw(gain.size()), output(rows * pitch), sum(rows * pitch), rstd(rows * wide_size);
+  Bytes gain(padded(p.columns) * wide_size), raw(gain.size()), output(rows * pitch), sum(rows * pitch),
+      rstd(rows * wide_size);
   const Target& target = current_target();
   target.make_gain(Type::none, p.type, weight.data(), 1.0, wide(p.type), gain.data(), p.columns);
   target.make_gain(p.type, p.type, weight.data(), 1.0, wide(p.type), raw.data(), p.columns);
@@ -74,14 +75,16 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
   forward.data = {input.data(), output.data(), residual.data(), sum.data(), nullptr};
   forward.push(p.outer, {pitch, p.inner * pitch, p.inner * pitch, p.inner * pitch, 0});
   forward.push(p.inner, {p.outer * pitch, pitch, pitch, pitch, 0});
-  parallel(threads, rows,
-           [&](int64_t begin, int64_t end) { forward_rows(target, f, forward, rstd.data(), nullptr, nullptr, begin, end); });
+  parallel(threads, rows, [&](int64_t begin, int64_t end) {
+    forward_rows(target, f, forward, rstd.data(), nullptr, nullptr, begin, end);
+  });
 
   std::vector<Bytes> written = {output, sum, rstd};
   for (bool need_weight : {false, true}) {
     Bytes grad_input(rows * pitch), grad_weight(pitch);
     Backward b = {};
-    b.columns = p.columns, b.eps = 1e-6, b.input = p.type, b.need_input = true, b.need_weight = need_weight, b.add = true;
+    b.columns = p.columns, b.eps = 1e-6, b.input = p.type, b.need_input = true, b.need_weight = need_weight,
+    b.add = true;
     b.gain.data = raw.data();
     Operands<kBackwardOperands> backward;
     backward.data = {sum.data(), grad.data(), grad_input.data(), residual.data(), nullptr, nullptr};
