@@ -124,6 +124,7 @@ inline __m512i cvtne2ps_pbh(__m512 above, __m512 below) {
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define __m256bh __m256i
+#define _mm512_kortestz(a, b) (((a) | (b)) == 0)
 #define _mm512_sqrt_pd emulated::sqrt_pd
 #define _mm512_castpd512_pd256(x) emulated::half(x, 0)
 #define _mm512_extractf64x4_pd emulated::half
