@@ -32,8 +32,8 @@ MEANINGS = {
     "F4, norm first": Form(group_size=32),
     "F4, gate first": Form(norm_before_gate=False, group_size=32),
 }
-# In ulps of the output. Native: the contract (docs/numerics.md). The reference computes in the accumulation type: 5 as in
-# oracle.py, plus one each for the activation (torch's own is within 2), its product and what that moves in the mean.
+# In ulps of the output. Native: the contract (docs/numerics.md). The reference computes in the accumulation type: 5 as
+# in oracle.py, plus one each for the activation (torch's own is within 2), its product and what that moves in the mean.
 ULPS = {torch.float32: 0.6, torch.float64: 6.0, torch.bfloat16: 0.51, torch.float16: 0.51}
 REFERENCE_ULPS = ULPS | {torch.float32: 10.0, torch.float64: 10.0}
 

@@ -14,6 +14,7 @@ from oracle import DTYPES, EPS, HALVES, LAYOUTS, MODES, gains, incoming, lay_out
 
 from rmsnorm import RMSNorm, add_rms_norm, rms_norm
 
+
 def alike(target: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """The same bits from the kernels; from the reference nearly, as torch sums in an order of its own."""
     if target != "reference":
