@@ -211,6 +211,18 @@ def test_gates_of_any_size(target, dtype, form):
     assert ((low - lost <= got) & (got <= high + lost)).all()
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("form", [Form(eps=0.0), Form(silu=False, eps=0.0)], ids=["silu", "sigmoid"])
+def test_every_gate_of_a_half_type(native_target, dtype, form):
+    """All 65536, beside an x̂ of exactly 1: the activation alone, rounded once."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
+    finite = gate.isfinite()
+    y = call(form, torch.ones_like(gate), gate, None)
+    assert y[gate.isnan()].isnan().all()
+    gate, y = gate[finite].view(-1, 1), y[finite].view(-1, 1)
+    form.bounds(torch.ones_like(gate), gate, None, ULPS[dtype]).check(y, dtype)
+
+
 def test_no_rows_and_no_columns(target):
     for shape in ((0, 32), (3, 0), (2, 0, 32)):
         x, weight = torch.zeros(shape, requires_grad=True), torch.ones(shape[-1:], requires_grad=True)

@@ -85,6 +85,15 @@ def test_many_rows(threads):
     torch.testing.assert_close(results[0][1].double(), truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
 
 
+def test_nothing_to_do(target):
+    for shape in ((0, 3, 8), (4, 0, 8), (4, 3, 0)):
+        x, weight = torch.zeros(shape, requires_grad=True), torch.ones(shape[1:], requires_grad=True)
+        y = rms_norm(x, shape[-1], weight, EPS)
+        dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+        assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, weight.shape)
+        assert (dw == 0).all()
+
+
 def test_groups_of_qwen4(target):
     """Statistics per group of the last dimension, a weight over all of it: the class, through a view."""
     module = pytest.importorskip("transformers") and importlib.import_module(
