@@ -74,18 +74,28 @@ void forward(const Forward& f, const ForwardRows& rows) {
   using T = typename Norm::Element;
   using Out = typename Form::Out;
   const int64_t block = block_rows(f.input, f.columns);
+  const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
+    if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row.high;
+    if constexpr (Norm::kBias)
+      if (rows.mean) rows.mean[r] = row.mean;
+  };
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Norm::Block found;
     for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin));
     found.find_rows(Form::rows_of(rows) + begin, end - begin, f.columns, f.eps);
     for (int64_t r = begin; r < end; ++r) {
+      const typename Norm::Row row = found[r - begin];
+      if (__builtin_expect(!row.safe, 0)) {  // with a row of its own: to hand out a reference costs 1 ns a row
+        typename Norm::Row rescued = row;
+        Form::rescue(f, rows, r, rescued);
+        keep(r, rescued);
+        continue;
+      }
+      keep(r, row);
       Out* out = (Out*)rows.output[r];
-      typename Norm::Row row = found[r - begin];
       const Form part(f, rows, r, r - begin, row);
-      if (__builtin_expect(!row.safe, 0)) {
-        Form::rescue(f, rows, r, row);
-      } else if (kStreams && rows.stream && can_stream(out)) {
+      if (kStreams && rows.stream && can_stream(out)) {
         const char* next = (const char*)rows.input[r] + rows.next * block;
         for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) {
           prefetch_part<T, 3>(next, span);
@@ -94,9 +104,6 @@ void forward(const Forward& f, const ForwardRows& rows) {
       } else {
         for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) { span.store_to(out, part(span)); });
       }
-      if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row.high;
-      if constexpr (Norm::kBias)
-        if (rows.mean) rows.mean[r] = row.mean;
     }
   }
   if (kStreams && rows.stream) finish_streaming();

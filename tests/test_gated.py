@@ -32,8 +32,8 @@ MEANINGS = {
     "F4, norm first": Form(group_size=32),
     "F4, gate first": Form(norm_before_gate=False, group_size=32),
 }
-# In ulps of the output. Native: the contract (docs/numerics.md). The reference computes in the accumulation type: 5 as in
-# oracle.py, plus one each for the activation (torch's own is within 2), its product and what that moves in the mean.
+# In ulps of the output. Native: the contract (docs/numerics.md). The reference computes in the accumulation type: 5 as
+# in oracle.py, plus one each for the activation (torch's own is within 2), its product and what that moves in the mean.
 ULPS = {torch.float32: 0.6, torch.float64: 6.0, torch.bfloat16: 0.51, torch.float16: 0.51}
 REFERENCE_ULPS = ULPS | {torch.float32: 10.0, torch.float64: 10.0}
 
@@ -209,6 +209,18 @@ def test_gates_of_any_size(target, dtype, form):
         lost = 1e-300 if dtype is torch.float64 else 1e-30
     got, low, high = (values[finite] for values in (exact(y).astype(truth.low.dtype), truth.low, truth.high))
     assert ((low - lost <= got) & (got <= high + lost)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("form", [Form(eps=0.0), Form(silu=False, eps=0.0)], ids=["silu", "sigmoid"])
+def test_every_gate_of_a_half_type(native_target, dtype, form):
+    """All 65536, beside an x̂ of exactly 1: the activation alone, rounded once."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
+    finite = gate.isfinite()
+    y = call(form, torch.ones_like(gate), gate, None)
+    assert y[gate.isnan()].isnan().all()
+    gate, y = gate[finite].view(-1, 1), y[finite].view(-1, 1)
+    form.bounds(torch.ones_like(gate), gate, None, ULPS[dtype]).check(y, dtype)
 
 
 def test_no_rows_and_no_columns(target):

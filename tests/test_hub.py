@@ -134,7 +134,7 @@ def test_compiled():
     for family in ("llama", "olmo2"):
         for kind in (kernels.Mode.INFERENCE, kernels.Mode.TRAINING):
             torch.compiler.reset()
-            hub._found_meaning.cache_clear()  # so that the class is met under the compiler
+            hub._examined.cache_clear()  # so that the class is met under the compiler
             model = build(family, torch.bfloat16)
             kernels.kernelize(model, mode=kind | kernels.Mode.TORCH_COMPILE, device="cpu")
             assert taken(model) == MODELS[family][3]
@@ -162,23 +162,25 @@ def test_generation_and_back():
 @pytest.mark.parametrize(
     ("path", "name", "meaning"),
     [
-        ("llama", "LlamaRMSNorm", {"casting_mode": "llama"}),
-        ("deepseek_v4", "DeepseekV4RMSNorm", {"casting_mode": "torch"}),
-        ("gpt_oss", "GptOssRMSNorm", {"casting_mode": "torch"}),
-        ("nemotron_h", "NemotronHRMSNorm", {"casting_mode": "torch"}),
-        ("qwen3_5", "Qwen3_5RMSNorm", {"offset": 1.0}),
-        ("qwen3_next", "Qwen3NextRMSNormGated", {"casting_mode": "llama"}),
-        ("kimi_linear", "KimiLinearRMSNormGated", {"casting_mode": "torch"}),
+        ("llama", "LlamaRMSNorm", "round, then weight"),
+        ("deepseek_v4", "DeepseekV4RMSNorm", "weight, then round"),
+        ("gpt_oss", "GptOssRMSNorm", "weight, then round"),
+        ("nemotron_h", "NemotronHRMSNorm", "weight, then round"),
+        ("qwen3_5", "Qwen3_5RMSNorm", "1 + weight"),
+        ("qwen3_next", "Qwen3NextRMSNormGated", "norm, round, weight, gate"),
+        ("kimi_linear", "KimiLinearRMSNormGated", "norm, sigmoid gate"),
     ],
 )
 def test_meanings(path, name, meaning):
     """One class of each source that transformers has under these names."""
     cls = getattr(importlib.import_module(f"transformers.models.{path}.modeling_{path}"), name)
-    assert hub._MEANINGS[cls.kernel_layer_name][hub._meaning(cls.kernel_layer_name, cls)] == meaning
+    binding = hub._BINDINGS[hub._meaning(cls, getattr(cls(8), "activation", None))]
+    assert binding.recipe.meaning == meaning
+    assert binding.complete()
 
 
 def test_a_stranger_keeps_its_forward():
-    """Another formula under one of the names, or an activation that we don't have: left alone, the first aloud."""
+    """Another formula under one of the names, or an activation that we don't have: left alone, and said so once."""
 
     @kernels.use_kernel_forward_from_hub("RMSNorm")
     class Outside(torch.nn.Module):
@@ -189,18 +191,20 @@ def test_a_stranger_keeps_its_forward():
         def forward(self, x):  # eps outside of the root
             return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
 
-    module, x = Outside(8, 0.5), gains(3, 8).float()
-    wanted = module(x)
+    gated = importlib.import_module("transformers.models.qwen4_exp.modeling_qwen4_exp").Qwen4ExpTextRMSNormGated
+    x = gains(3, 8).float()
+    for module, inputs in ((Outside(8, 0.5), (x,)), (gated(8, activation="gelu"), (x, x))):
+        wanted = module(*inputs)
+        kernels.kernelize(module, mode=kernels.Mode.INFERENCE, device="cpu")
+        assert taken(module) == {type(module).kernel_layer_name: 1}
+        with pytest.warns(
+            UserWarning, match=rf"{type(module).__name__} keeps its own forward: no recipe reproduces it"
+        ):
+            assert torch.equal(module(*inputs), wanted)
+        assert torch.equal(module(*inputs), wanted)
+    module = gated(8, activation="silu")
     kernels.kernelize(module, mode=kernels.Mode.INFERENCE, device="cpu")
-    assert module.forward.__func__ is hub.RMSNorm.forward
-    with pytest.warns(UserWarning, match="Outside is registered as RMSNorm but computes something else"):
-        assert torch.equal(module(x), wanted)
-
-    cls = importlib.import_module("transformers.models.qwen4_exp.modeling_qwen4_exp").Qwen4ExpTextRMSNormGated
-    module = cls(8, activation="gelu")
-    wanted = module(x, x)
-    kernels.kernelize(module, mode=kernels.Mode.INFERENCE, device="cpu")
-    assert torch.equal(module(x, x), wanted)
+    torch.testing.assert_close(module(x, x), gated.forward(module, x, x))
 
 
 def test_a_class_without_a_name(monkeypatch):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "module": {"functional"},
     "_gated_ops": {"_native", "_ops", "reference"},
     "_gated": {"_autograd", "_gated_ops", "functional", "module"},
-    "hub": {"_gated", "functional"},
+    "hub": {"models"},
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native"},
     "__init__": {"_gated", "_info", "_install", "_layer_norm", "functional", "models", "module"},

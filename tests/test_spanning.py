@@ -14,6 +14,7 @@ from oracle import DTYPES, EPS, HALVES, LAYOUTS, MODES, gains, incoming, lay_out
 
 from rmsnorm import RMSNorm, add_rms_norm, rms_norm
 
+
 def alike(target: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """The same bits from the kernels; from the reference nearly, as torch sums in an order of its own."""
     if target != "reference":
@@ -82,6 +83,15 @@ def test_many_rows(threads):
     wide = x.double()
     truth = (grad.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).sum(0)
     torch.testing.assert_close(results[0][1].double(), truth, rtol=1e-5, atol=1e-6 * truth.abs().max().item())
+
+
+def test_nothing_to_do(target):
+    for shape in ((0, 3, 8), (4, 0, 8), (4, 3, 0)):
+        x, weight = torch.zeros(shape, requires_grad=True), torch.ones(shape[1:], requires_grad=True)
+        y = rms_norm(x, shape[-1], weight, EPS)
+        dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+        assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, weight.shape)
+        assert (dw == 0).all()
 
 
 def test_groups_of_qwen4(target):

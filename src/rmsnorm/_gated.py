@@ -217,9 +217,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
         dims, eps, offset, _, norm_before_gate, silu = ctx.options
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
         x, g = (input, gate) if grad.dtype == input.dtype else (input.to(grad.dtype), gate.to(grad.dtype))
-        dx, dgate, dw = _gated_ops.backward(
-            grad, x, g, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs
-        )
+        dx, dgate, dw = _gated_ops.backward(grad, x, g, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs)
         gradients = (dx.to(input.dtype), dgate.to(gate.dtype), dw)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *none
 

@@ -5,8 +5,8 @@ them up for the model's device. ``register()`` fills the slot of the CPU, which 
 
 One name stands for several roundings: of the classes called "RMSNorm" Llama's rounds before the weight, OLMo 2's after
 it. ``kernelize`` rebinds the forward of a module and leaves the module what it was, so its class still tells which: the
-first time a class is met, its own forward and ours run on a small input, and the options that give the same result
-serve from then on. A class that none of them reproduces keeps its own forward, and a warning says so.
+first time a class is met it is examined, as ``rmsnorm.patch`` examines modules. A class that no recipe reproduces keeps
+its own forward, and a warning says so.
 """
 
 from __future__ import annotations
@@ -19,14 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _gated, functional
-
-# What a norm of each name may mean: options of rms_norm, or of gated_rms_norm.
-_MEANINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "RMSNorm": ({"casting_mode": "llama"}, {"casting_mode": "torch"}),
-    "RMSNormZeroCentered": ({"offset": 1.0},),
-    "RMSNormGated": ({"casting_mode": "llama"}, {"casting_mode": "torch"}),
-}
+from .models import binding, probe
 
 
 def register() -> None:
@@ -88,21 +81,21 @@ class RMSNorm(torch.nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _forward("RMSNorm", self, hidden_states)
+        return _forward(self, hidden_states)
 
 
 class RMSNormZeroCentered(torch.nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _forward("RMSNormZeroCentered", self, hidden_states)
+        return _forward(self, hidden_states)
 
 
 class RMSNormGated(torch.nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        return _forward("RMSNormGated", self, hidden_states, gate)
+        return _forward(self, hidden_states, gate)
 
 
 _LAYERS: dict[str, type[torch.nn.Module]] = {
@@ -110,63 +103,34 @@ _LAYERS: dict[str, type[torch.nn.Module]] = {
 }
 
 
-def _forward(name: str, module: Any, *inputs: Any) -> Tensor:
-    which = _meaning(name, type(module))
-    if which is None or getattr(module, "activation", "silu") not in _gated.ACTIVATIONS:
+def _forward(module: Any, *inputs: Any) -> Any:
+    which = _meaning(type(module), getattr(module, "activation", None))
+    if which is None:
         return type(module).forward(module, *inputs)
-    return _normalise(module, _MEANINGS[name][which], *inputs)
-
-
-def _normalise(module: Any, options: dict[str, Any], x: Tensor, gate: Tensor | None = None) -> Tensor:
-    weight, eps = module.weight, module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    if gate is None:
-        return functional.rms_norm(x, weight.shape, weight, eps, **options)
-    return _gated.gated_rms_norm(x, gate, weight.shape, weight, eps, activation=module.activation, **options)
+    return binding.forward(module, _BINDINGS[which], *inputs)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler asks, and doesn't trace it
-def _meaning(name: str, cls: Any) -> int | None:
-    return _found_meaning(name, cls)
+def _meaning(cls: Any, activation: str | None) -> int | None:
+    return _examined(cls, activation)
+
+
+_BINDINGS: list[binding.Binding] = []
 
 
 @functools.cache
-def _found_meaning(name: str, cls: Any) -> int | None:
-    """With which of the meanings ours is the forward of ``cls``, or None."""
-    for which, options in enumerate(_MEANINGS[name]):
-        if all(_agrees(name, cls, options, *types) for types in _TYPES):
-            return which
-    warnings.warn(
-        f"rmsnorm.hub: {cls.__module__}.{cls.__name__} is registered as {name} but computes something else; "
-        "it keeps its own forward",
-        stacklevel=4,
-    )
-    return None
-
-
-# Types of the input and the weight: the roundings show in half types, and which types meet decides the output's.
-_TYPES = (
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float32, torch.float32),
-)
-
-
-@torch.no_grad()
-def _agrees(name: str, cls: Any, options: dict[str, Any], dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
-    """Whether the options give what the class gives on 8 rows of 64, of several sizes, at an eps that shows.
-
-    Two orders of rounding differ in a fifth of the elements. Rounded alike, one in a thousand may still differ, by a
-    unit, where torch's fp32 arithmetic and ours lie on two sides of a boundary.
-    """
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        module = cls(64, eps=0.25)
-        module.weight.data = torch.arange(64).add(0.5).mul(0.77).sin().mul(2).to(weight_dtype)
-        x = torch.arange(8 * 64).add(1).mul(0.37).sin().view(8, 64) * torch.arange(8).sub(3).exp2().view(8, 1)
-        inputs = [x.to(dtype), x.flip(0).to(dtype)][: 2 if name == "RMSNormGated" else 1]
-        ours, theirs = _normalise(module, options, *inputs), cls.forward(module, *inputs)
-        if ours.dtype is not theirs.dtype:
-            return False
-        close = torch.isclose(ours.double(), theirs.double(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
-        different = ours != theirs if dtype is not torch.float32 else ~close
-        return bool(close.all()) and int(different.sum()) <= 4
+def _examined(cls: Any, activation: str | None) -> int | None:
+    """Which of the bindings reproduces a class (with an activation, if it has that attribute), or None."""
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.enable_grad():
+            module = cls(64)
+            if activation is not None:
+                module.activation = activation
+            _BINDINGS.append(probe.examine(module, layer_norm=False, verify=True).binding)
+    except (probe.Refused, TypeError) as reason:
+        warnings.warn(
+            f"rmsnorm.hub: {cls.__module__}.{cls.__name__} keeps its own forward: {reason}",
+            stacklevel=4,
+        )
+        return None
+    return len(_BINDINGS) - 1

@@ -127,6 +127,8 @@ struct Case {
   bool round_first, add;
   int64_t columns;
   bool layer = false;
+  Gate gate = Gate::none;
+  bool gate_first = false;
 };
 
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight) {
@@ -135,34 +137,39 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   const Bytes &x = make_rows(c.input, kRows, c.columns, 1), &residual = make_rows(c.input, kRows, c.columns, 2);
   const Bytes &dy = make_rows(c.input, kRows, c.columns, 3), &weight = make_rows(c.gain, 1, c.columns, 4);
   Rows input(x, kRows, row_bytes, in), other(residual, kRows, row_bytes, in), grad(dy, kRows, row_bytes, in);
-  Rows sum({}, kRows, row_bytes, in), dx({}, kRows, row_bytes, in);
+  Rows sum({}, kRows, row_bytes, in), dx({}, kRows, row_bytes, in), dgate({}, kRows, row_bytes, in);
   Rows output({}, kRows, c.columns * size_of(c.output), size_of(c.output)),
       gain(weight, 1, c.columns * size_of(c.gain), size_of(c.gain));
   Bytes rstd(kRows * size_of(wide(c.input)));
 
+  const int64_t stride = padded(c.columns) * size_of(wide(c.input));
+  Bytes formed(stride);
+  if (c.gain != Type::none) target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
+
   Forward f = {};
   f.columns = c.columns, f.eps = 1e-6, f.input = c.input, f.output = c.output, f.gain_type = c.gain;
-  f.round_first = c.round_first, f.add = c.add, f.layer = c.layer, f.bias = gain.at(0);
+  f.round_first = f.round_product = c.round_first, f.add = c.add, f.layer = c.layer, f.bias = gain.at(0);
+  f.gate = c.gate, f.gate_first = c.gate_first;
   std::vector<double> mean(kRows);
   ForwardRows rows = {};
   rows.mean = mean.data();
   rows.count = kRows;
   rows.stream = need_input;  // the rows that happen to be aligned
   rows.rstd = rstd.data();
+  Bytes scratch(scratch_bytes(f));
+  rows.scratch = scratch.data();
   for (int64_t r = 0; r < kRows; ++r)
     rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r),
-    rows.gain[r] = gain.at(0);
+    rows.gate[r] = other.at(r), rows.gain[r] = c.gate == Gate::none ? gain.at(0) : formed.data();
   target.forward(f)(f, rows);
 
-  const int64_t stride = padded(c.columns) * size_of(wide(c.input));
-  Bytes formed(stride);
-  if (c.gain != Type::none) target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
   Bytes partial(2 * stride);
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
   Backward b = {};
   b.columns = c.columns, b.eps = 1e-6, b.input = c.input, b.need_input = need_input, b.need_weight = need_weight;
-  b.add = c.add && need_input, b.layer = c.layer;
+  b.add = c.add && need_input, b.layer = c.layer, b.gate = c.gate, b.gate_first = c.gate_first;
+  b.need_gate = c.gate != Gate::none && need_weight;
   if (c.gain != Type::none) b.gain.data = formed.data();
   BackwardRows back = {};
   back.mean = mean.data();
@@ -171,8 +178,9 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   back.shared_weight = true;
   back.stream = need_weight;
   for (int64_t r = 0; r < kRows; ++r)
-    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r),
-    back.grad_input[r] = dx.at(r), back.gain[r] = b.gain.data, back.grad_weight[r] = partial.data();
+    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r), back.gate[r] = other.at(r),
+    back.grad_gate[r] = dgate.at(r), back.grad_input[r] = dx.at(r), back.gain[r] = b.gain.data,
+    back.grad_weight[r] = partial.data();
   target.backward(b)(b, back);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
   if (c.layer) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
@@ -180,7 +188,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
   Bytes means(kRows * sizeof(double));
   std::memcpy(means.data(), mean.data(), means.size());
-  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means};
+  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather()};
 }
 
 }  // namespace
@@ -193,31 +201,34 @@ int main(int argc, char** argv) {
   long compared = 0;
   for (Type input : kTypes)
     for (int64_t columns : kColumns)
-      for (int form = 0; form < 8; ++form)
-        for (int add = 0; add < 2; ++add)
+      for (int form = 0; form < 12; ++form)
+        for (int add = 0; add < (form < 6 ? 2 : 1); ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
             const Case cases[] = {
                 {input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
                 {input, input, input, true, false, columns},       {input, wider, input, false, false, columns},
                 {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns},
-                {input, Type::none, input, false, false, columns}, {input, wider, input, false, false, columns}};
+                {input, Type::none, input, false, false, columns}, {input, wider, input, false, false, columns},
+                {input, input, input, true, false, columns},       {input, input, input, false, false, columns},
+                {input, input, wider, true, false, columns},       {input, wider, input, false, false, columns}};
             Case c = cases[form];
-            c.layer = form >= 6;
-            c.add = add && !c.layer;
+            c.layer = form == 6 || form == 7;
+            c.add = add;
+            if (form >= 8) c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2);
-            const Type types[] = {c.output, input, wider, input, input, Type::f64};
-            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean"};
+            const Type types[] = {c.output, input, wider, input, input, Type::f64, input};
+            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate"};
             char name[99];
             std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
                           needs, (long long)columns);
-            for (int i = 0; digest && i < 6; ++i)
+            for (int i = 0; digest && i < 7; ++i)
               std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
             if (digest) continue;
             for (const Target* target : targets) {
               if (target == targets[0]) continue;
               const auto actual = run(*target, c, needs & 1, needs & 2);
-              for (int i = 0; i < 6; ++i, ++compared)
+              for (int i = 0; i < 7; ++i, ++compared)
                 if (!same(expected[i], actual[i], types[i])) {
                   std::printf("%s differs: %s from %s, %s\n", names[i], target->name, targets[0]->name, name);
                   return 1;
