@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_real_ctrl_c_ends_the_measuring_process_too(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     command = [sys.executable, "-m", "rmsnorm", "bench", "--rows", "8192", "--json", str(file), "--seconds", "60"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores the signal, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)  # noqa: PLW1509 - no threads yet
     assert process.stdout
     assert "load" in process.stdout.readline()  # the header; then it measures
     while not (children := psutil.Process(process.pid).children()):
