@@ -1,6 +1,6 @@
 """The only file with what all figures share: colours, the norms, rows to put through them, a sheet to draw on.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers, and lines differ in style too. Labels are symbols
+Colours are Okabe and Ito's, which stay apart for colour-blind readers, and lines differ in style too. Labels are signs
 and short words, so that the pages in both languages share the files.
 """
 
