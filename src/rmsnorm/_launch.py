@@ -1,7 +1,7 @@
 """The only file that launches GPU kernels: which tiles, how many programs, with what.
 
-Tiles, warps and the shape of every sum follow from sizes alone, never from the device: a row's bits depend neither on the
-batch nor on the number of multiprocessors. The figures that the constants were chosen by are in docs/gpu.md.
+Tiles, warps and the shape of every sum follow from sizes alone, never from the device: a row's bits depend neither on
+the batch nor on the number of multiprocessors. The figures that the constants were chosen by are in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -30,24 +30,27 @@ def forward(
     eps: float,
     offset: float,
     round_first: bool,
-    rstd: Tensor | None = None,
+    keep: bool,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``(output, sum)``; fills the contiguous ``rstd`` and ``out`` if they are given."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(output, sum, rstd)``: without a residual no sum, and only with ``keep`` an rstd that isn't empty. A contiguous
+    ``out`` is written to, and may be the input."""
     rows, columns, span = _sizes(input, weight, dims)
     block, tile, warps = tile_of(columns, "forward")
     if out is None:
         out = input.new_empty(input.shape, dtype=reference.result_dtype(input, weight, round_first))
     sum = None if residual is None else input.new_empty(input.shape)
+    rstd_shape = (*input.shape[: input.dim() - dims], *[1] * dims) if keep else (0,)
+    rstd = input.new_empty(rstd_shape, dtype=reference.accumulation_dtype(input.dtype))
     x, other = (_matrix(t, columns) for t in (input, residual))
     _launch(
         _triton.forward,
         (_ceil(rows, tile), span),
-        (x, other, _contiguous(weight), out, sum, rstd, rows, columns, 1 / columns, eps),
+        (x, other, _contiguous(weight), out, sum, rstd if keep else None, rows, columns, 1 / columns, eps),
         {"OFFSET": offset, "ROUND_FIRST": round_first, "ROWS": tile, "BLOCK": block, "LOOP": columns > block},
         warps,
     )
-    return out, sum
+    return out, sum, rstd
 
 
 def backward(
@@ -87,12 +90,22 @@ def backward(
             warps,
         )
     if need_input and not held:
-        arguments = (g, more, x, rstd, weight, dx, columns, part)
-        _launch(_triton.backward_wide, (rows, span), arguments, {"OFFSET": offset, "BLOCK": block}, warps)
+        _launch(
+            _triton.backward_wide,
+            (rows, span),
+            (g, more, x, rstd, weight, dx, columns, part),
+            {"OFFSET": offset, "BLOCK": block},
+            warps,
+        )
     if partial is not None:
         depth, width = 16, 64
-        arguments = (partial, dw, len(partial), span * columns)
-        _launch(_triton.fold, (_ceil(span * columns, width),), arguments, {"DEPTH": depth, "BLOCK": width}, 4)
+        _launch(
+            _triton.fold,
+            (_ceil(span * columns, width),),
+            (partial, dw, len(partial), span * columns),
+            {"DEPTH": depth, "BLOCK": width},
+            4,
+        )
     return dx, dw
 
 
@@ -115,7 +128,7 @@ def _matrix(tensor: Tensor | None, columns: int) -> tuple[Tensor, int, int] | No
     if tensor is None:
         return None
     matrix = tensor.reshape(-1, columns)
-    return matrix, *matrix.stride()
+    return matrix, matrix.stride(0), matrix.stride(1)
 
 
 def _contiguous(weight: Tensor | None) -> Tensor | None:
@@ -126,6 +139,8 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int
+) -> None:
     if 0 not in grid:
         kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
