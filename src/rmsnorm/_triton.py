@@ -46,7 +46,8 @@ def _square_sum(x, kind: tl.constexpr):
         cut = ((rough.to(tl.int32, bitcast=True) & 0x7F800000) + (2 << 23)).to(tl.float32, bitcast=True)
     upper = (square + cut) - cut
     lower = (square - upper) + tl.fma(x, x, -square)
-    return tl.sum(upper, 1, keep_dims=True).to(tl.float64) + tl.sum(lower, 1, keep_dims=True).to(tl.float64)
+    total = tl.sum(upper, 1, keep_dims=True).to(tl.float64) + tl.sum(lower, 1, keep_dims=True).to(tl.float64)
+    return tl.where(rough < 2.0 ** (1000 if kind == tl.float64 else 120), total, rough.to(tl.float64))
 
 
 @triton.jit
@@ -94,7 +95,8 @@ def _gain(weight, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
     """A row of the weight, with the offset; None without a weight."""
     if weight is None:
         return None
-    return tl.load(weight + tl.program_id(1) * columns + column, column < columns, 0.0).to(wide) + OFFSET
+    gain = tl.load(weight + tl.program_id(1) * columns + column, column < columns, 0.0).to(wide)
+    return gain + OFFSET if OFFSET else gain  # -0.0 + 0.0 would be 0.0
 
 
 @triton.jit
@@ -239,4 +241,5 @@ def fold(partial, dw, count, columns, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
         row = (first + tl.arange(0, DEPTH)[:, None]).to(tl.int64)
         here = (row < count) & (column < columns)
         total += tl.load(partial + row * columns + column, here, 0.0).to(tl.float64)
-    tl.store(dw + column, tl.sum(total, 0, keep_dims=True), column < columns)
+    wide: tl.constexpr = tl.float64 if dw.dtype.element_ty == tl.float64 else tl.float32
+    tl.store(dw + column, tl.sum(total, 0, keep_dims=True).to(wide), column < columns)
