@@ -1,8 +1,8 @@
 """What Triton's interpreter computes otherwise than every GPU, put right.
 
 Its multiply-add rounds twice, and its bf16 is cut off, not rounded (subnormals and overflow are wrong too): either
-would hide, or invent, errors of the kernels. numpy has neither, so the fused one goes through the next wider type, whose
-own rounding is 2^-29 (longdouble: 2^-11) of the last bit, and bf16 is ml_dtypes'.
+would hide, or invent, errors of the kernels. numpy has neither. So the fused one goes through the next wider type,
+whose own rounding is 2^-29 (longdouble: 2^-11) of the last bit, and bf16 is that of ml_dtypes.
 """
 
 from __future__ import annotations
