@@ -93,10 +93,12 @@ def _reciprocal(
 @triton.jit
 def _gain(weight, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
     """A row of the weight, with the offset; None without a weight."""
-    if weight is None:
-        return None
-    gain = tl.load(weight + tl.program_id(1) * columns + column, column < columns, 0.0).to(wide)
-    return gain + OFFSET if OFFSET else gain  # -0.0 + 0.0 would be 0.0
+    gain = None
+    if weight is not None:
+        gain = tl.load(weight + tl.program_id(1) * columns + column, column < columns, 0.0).to(wide)
+        if OFFSET != 0.0:  # -0.0 + 0.0 would be 0.0
+            gain += OFFSET
+    return gain
 
 
 @triton.jit
