@@ -15,7 +15,9 @@ import pytest
 from rmsnorm import _gpu, _native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_compiled.py", "test_route.py"] if INTERPRETED else ["test_interpreted.py"]
+collect_ignore = (
+    ["test_bench_device.py", "test_compiled.py", "test_route.py"] if INTERPRETED else ["test_interpreted.py"]
+)
 
 if INTERPRETED:
     if not _native.why_not():
