@@ -17,9 +17,10 @@ help: ## this list
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
 
-test: $(NATIVE) ## run every test on two processes, and the layer again without the native library (RMSNORM_NATIVE=0)
+test: $(NATIVE) ## run every test on two processes; the layer without the native library; GPU kernels in the interpreter
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
+	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/gpu
 
 fuzz: $(NATIVE) ## 10,000 new random problems for each property that `make test` checks on 300
 	$(BIN)/python -m pytest tests/conformance/test_fuzz.py --hypothesis-profile=fuzz

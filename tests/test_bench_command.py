@@ -83,7 +83,7 @@ def made_up(shapes: Any = cases.PRESETS["all"].shapes, ours: float = 1.0) -> Rep
 @pytest.mark.parametrize(
     ("arguments", "good"),
     [
-        (["--preset", "everything"], "'everything' is not one of readme, all, layernorm, sizes, decode"),
+        (["--preset", "everything"], "'everything' is not one of readme, all, layernorm, gpu, sizes, decode"),
         (["--dtype", "int8"], "float32, bfloat16, float16, float64"),
         (["--dtype", "float32,float23"], "'float23' is not one of float32"),
         (["--direction", "sideways"], "forward, backward, add, recorded"),
@@ -149,7 +149,7 @@ def test_bench_writes_what_it_prints(here: None, tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In every file. The second case is the one that is stopped."""
 
-    def apart(threads: int, function: Callable[..., Any], todo: list[Any], *more: Any) -> Iterator[Any]:
+    def apart(threads: int, function: Callable[..., Any], todo: list[Any], *more: Any, **_: Any) -> Iterator[Any]:
         yield from function(todo[:1], *more)
         raise KeyboardInterrupt
 
@@ -185,7 +185,7 @@ def test_a_real_ctrl_c_ends_the_measuring_process_too(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_is_one_line_and_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def apart(threads: int, function: Callable[..., Any], todo: list[Any], *more: Any) -> Iterator[Any]:
+    def apart(threads: int, function: Callable[..., Any], todo: list[Any], *more: Any, **_: Any) -> Iterator[Any]:
         yield from function(todo[:1], *more)
         raise RuntimeError("the measuring process ended with signal SIGKILL")
 

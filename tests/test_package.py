@@ -24,6 +24,9 @@ MAY_IMPORT = {
     "_ops": {"_native", "reference"},
     "_vmap": {"_ops", "reference"},
     "_autograd": {"_ops", "_vmap", "reference"},
+    "_gpu": {"_launch", "_ops", "reference"},
+    "_launch": {"_triton", "reference"},
+    "_triton": set(),
     "_onnx": {"reference"},
     "functional": {"_autograd", "_everyday", "_onnx", "_ops", "reference"},
     "_everyday": {"_autograd", "_ops"},
@@ -33,8 +36,8 @@ MAY_IMPORT = {
     "_gated": {"_autograd", "_gated_ops", "functional", "module"},
     "hub": {"models"},
     "_install": {"_native", "_vmap"},
-    "_info": {"_install", "_native"},
-    "__init__": {"_gated", "_info", "_install", "_layer_norm", "functional", "models", "module"},
+    "_info": {"_gpu", "_install", "_native"},
+    "__init__": {"_gated", "_gpu", "_info", "_install", "_layer_norm", "functional", "models", "module"},
 }
 
 
@@ -106,7 +109,8 @@ def test_every_file_says_what_it_is_for(path):
     ("text", "owners"),
     [
         ("ctypes", ["_native"]),
-        ("environ.get", ["_native"]),
+        ("environ.get", ["_gpu", "_native"]),
+        ("import triton", ["_triton"]),
         ("library.define", ["_gated_ops", "_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
         ("autograd.Function", ["_autograd", "_everyday", "_gated", "_layer_norm"]),

@@ -3,6 +3,7 @@
 The public page is this list; everything else is private or lives beside the corridor (see README).
 """
 
+from . import _gpu as _gpu
 from ._gated import GatedRMSNorm as GatedRMSNorm
 from ._gated import gated_rms_norm as gated_rms_norm
 from ._info import info as info

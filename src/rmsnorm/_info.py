@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass
 
 import torch
 
-from . import _install, _native
+from . import _gpu, _install, _native
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,9 @@ class Info:
     """Whether torch's own ``F.rms_norm`` runs on these kernels (``rmsnorm.install()``)."""
     threads: int
     triton: str | None
+    """Its version, or None: then GPUs have torch's fused kernel and the reference definition alone."""
+    cuda: str
+    """Who is first where both can serve a call on a GPU, ``torch`` or ``triton`` (RMSNORM_CUDA)."""
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in vars(self).items())
@@ -52,5 +54,6 @@ def info() -> Info:
         cpu_targets=_native.cpu_targets(),
         installed=_install.is_installed(),
         threads=torch.get_num_threads(),
-        triton=importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        triton=importlib.metadata.version("triton") if _gpu.has_triton() else None,
+        cuda=_gpu.choice(),
     )

@@ -93,6 +93,7 @@ def _everyday(input: Tensor) -> bool:
         is_dynamo_compiling()
         or not _ops.native
         or type(input) is not Tensor
+        or not input.is_cpu
         or _transforms_active()
         or forward_ad._current_level >= 0
     )

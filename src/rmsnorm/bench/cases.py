@@ -41,6 +41,7 @@ class Case:
     direction: str = "forward"
     memory: str = "fresh"
     threads: int = field(default_factory=torch.get_num_threads)
+    device: str = "cpu"
 
     @property
     def task(self) -> str:
@@ -70,10 +71,11 @@ def grid(
     directions: Iterable[str] = ("forward", "backward"),
     memories: Iterable[str] = ("fresh",),
     threads: Iterable[int] | None = None,
+    device: str = "cpu",
 ) -> list[Case]:
     """Every combination, but for warm memory, which only forward has; grouped by thread count."""
     return [
-        Case(rows, cols, dtype, direction, memory, count)
+        Case(rows, cols, dtype, direction, memory, count, device)
         for count in threads or (torch.get_num_threads(),)
         for rows, cols in shapes
         for dtype in dtypes
@@ -111,6 +113,12 @@ PRESETS = {
         "RMSNorm against LayerNorm on the same engine, in cache and beyond",
         ((1, 4096), (16, 4096), (512, 4096), (32768, 128), (4096, 4096)),
         against="rmsnorm.layer_norm,F.layer_norm",
+    ),
+    "gpu": Preset(
+        "for --device: one row, in a GPU's second-level cache, and beyond it (256 MiB of bfloat16)",
+        ((1, 4096), (2048, 4096), (32768, 128), (16384, 8192)),
+        directions=("forward", "backward", "add"),
+        against="F.rms_norm,torch.compile",
     ),
     "sizes": Preset(
         "4096 columns from 16 KiB to 128 MiB of float32, output given: the roofline",

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -33,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run_bench(
-    preset: Annotated[str, typer.Option(help=f"The cases: {', '.join(cases.PRESETS)}.")] = "readme",
+    preset: Annotated[str, typer.Option(help=f"The cases: {', '.join(cases.PRESETS)}.")] = "",
     rows: Annotated[str, typer.Option(help="Instead of the preset's: rows, separated by commas.")] = "",
     cols: Annotated[str, typer.Option(help="Instead of the preset's: columns. Every pair is a shape.")] = "",
     dtype: Annotated[str, typer.Option(help=f"Of {', '.join(cases.DTYPES)}.")] = "",
@@ -42,6 +43,7 @@ def run_bench(
         str, typer.Option("--memory", help="The output: fresh, or warm: into memory that is given.")
     ] = "",
     threads: Threads = "",
+    device: Annotated[str, typer.Option(help="cpu, or cuda, xpu: there, ours is Triton's. See --preset gpu.")] = "cpu",
     against: Annotated[str, typer.Option(help=f"Of {AGAINST}.")] = "",
     footprint: Annotated[bool | None, typer.Option(help="Measure peak and kept memory too.")] = None,
     seconds: Seconds = SECONDS_PER_RACE,
@@ -52,7 +54,9 @@ def run_bench(
     report: Annotated[Path | None, typer.Option(help="Write a report with figures here: .html, or .png.")] = None,
 ) -> None:
     """Ours against torch's norms and other libraries', taking turns. Ctrl-C keeps what was measured."""
-    chosen = cases.PRESETS[one_of("--preset", preset, cases.PRESETS)[0]]
+    check_device(device)
+    default = "readme" if device == "cpu" else "gpu"
+    chosen = cases.PRESETS[one_of("--preset", preset or default, cases.PRESETS)[0]]
     shapes = chosen.shapes
     if rows or cols:
         shapes = tuple((r, c) for c in sizes("--cols", cols or "4096") for r in sizes("--rows", rows or "1,512,4096"))
@@ -62,6 +66,7 @@ def run_bench(
         one_of("--direction", direction or ",".join(chosen.directions), cases.DIRECTIONS),
         one_of("--memory", output or ",".join(chosen.memories), cases.MEMORIES),
         thread_counts(threads),
+        device,
     )
     if not todo:
         raise typer.BadParameter("warm memory is for the direction forward only", param_hint="--memory")
@@ -73,11 +78,14 @@ def run_bench(
     for option, file in files.items():
         check_file(option, file)
     out, found = Console(), Report(console.machine())
+    if device != "cpu":
+        found.machine["device"] = torch.get_device_module(device).get_device_name()
+        out.print(f"device: {found.machine['device']}", markup=False)
     out.print(console.header(found.machine))
     failure = ""
     try:
         found.complete = measure(todo, names, seconds, found.results)
-        if found.complete and (chosen.footprint if footprint is None else footprint):
+        if found.complete and device == "cpu" and (chosen.footprint if footprint is None else footprint):
             found.complete = console.watch(["memory"] * 12, memory.measure(), found.footprints)
     except (ArithmeticError, RuntimeError) as error:
         found.complete, failure = False, str(error)
@@ -100,7 +108,9 @@ def measure(todo: list[cases.Case], names: list[str], seconds: float, done: list
 
     def results() -> Iterator[Result]:
         for count in dict.fromkeys(case.threads for case in todo):
-            yield from worker.apart(count, race.races, [c for c in todo if c.threads == count], names, seconds)
+            mine = [case for case in todo if case.threads == count]
+            variables = {} if mine[0].device == "cpu" else {"RMSNORM_CUDA": "triton"}
+            yield from worker.apart(count, race.races, mine, names, seconds, variables=variables)
 
     return console.watch(todo, results(), done)
 
@@ -201,6 +211,18 @@ def thread_counts(text: str) -> list[int] | None:
     if max(counts) > most:
         raise typer.BadParameter(f"{max(counts)} threads on {most} cores can't be timed", param_hint="--threads")
     return counts
+
+
+def check_device(name: str) -> None:
+    """Refuses a device that isn't here, in one line."""
+    try:
+        there = name == "cpu" or torch.get_device_module(name).is_available()
+        reason = f"torch {torch.__version__} finds no such device on this machine, so nothing was timed"
+    except RuntimeError:
+        there, reason = False, "not a device that torch knows; give cpu, cuda or xpu"
+    if not there:
+        Console(stderr=True).print(f"--device {name}: {reason}", markup=False, soft_wrap=True)
+        raise typer.Exit(2)
 
 
 def check_file(option: str, file: Path | None, *suffixes: str) -> None:

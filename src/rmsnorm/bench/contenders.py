@@ -41,7 +41,8 @@ class Problem:
 
     def _noise(self, seed: int, *size: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(size or (self.case.rows, self.case.cols), generator=generator).to(self.dtype)
+        numbers = torch.randn(size or (self.case.rows, self.case.cols), generator=generator)
+        return numbers.to(self.case.device, self.dtype)
 
     def _parameter(self, mean: float) -> nn.Parameter:
         return nn.Parameter(mean + 0.1 * self._noise(1, self.case.cols), requires_grad=self.records)

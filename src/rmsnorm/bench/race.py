@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,13 @@ def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
         del expected
         mixed = case.threads > 1 and any(one.own_threads and one.name in calls for one in entered)
         around = {one.name: one.around for one in entered}
-        timings = timing.measure(calls, seconds, around, SETTLE if mixed else 0.0)
+        timings = timing.measure(calls, seconds, around, SETTLE if mixed else 0.0, finish_of(case.device))
     return Result(case, lines(case, timings, (one.name for one in entered if one.is_rms_norm)), skipped)
+
+
+def finish_of(device: str) -> Call | None:
+    """What waits for a device's queue; the CPU has none."""
+    return None if device == "cpu" else partial(torch.accelerator.synchronize, torch.device(device))
 
 
 def races(cases: Sequence[Case], names: Sequence[str], seconds: float) -> Iterator[Result]:

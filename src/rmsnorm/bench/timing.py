@@ -59,7 +59,11 @@ class Timing:
 
 
 def measure(
-    contenders: Mapping[str, Call], seconds: float, around: Mapping[str, Around] | None = None, settle: float = 0.0
+    contenders: Mapping[str, Call],
+    seconds: float,
+    around: Mapping[str, Around] | None = None,
+    settle: float = 0.0,
+    finish: Call | None = None,
 ) -> dict[str, Timing]:
     """Times the contenders against each other for about so many seconds, but for no fewer than 7 rounds each.
 
@@ -69,10 +73,11 @@ def measure(
         around: what a contender's samples run inside of; entered and left off the clock.
         settle: seconds of calls before each sample, off the clock, but at least one call. A contender then has its own
             data in the caches, and the threads of the one before it have gone to sleep.
+        finish: waits until what was called is done, where calls only queue work; a sample begins and ends with it.
     """
     within = {name: (around or {}).get(name, nullcontext) for name in contenders}
     with _garbage_stays():
-        calls = {name: _calls_per_sample(call, within[name]) for name, call in contenders.items()}
+        calls = {name: _calls_per_sample(call, within[name], finish) for name, call in contenders.items()}
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         order, shuffle = list(contenders), random.Random(0).shuffle
         end = perf_counter() + seconds
@@ -86,7 +91,7 @@ def measure(
                     contenders[name]()
                     while perf_counter() < ready:
                         contenders[name]()
-                    samples[name].append(_sample(contenders[name], calls[name]) / calls[name])
+                    samples[name].append(_sample(contenders[name], calls[name], finish) / calls[name])
     return {name: Timing(tuple(samples[name]), calls[name]) for name in contenders}
 
 
@@ -105,19 +110,23 @@ def human(*seconds: float) -> str:
     return "–".join(f"{v:.{2 if v < 10 else 1 if v < 100 else 0}f}" for v in values) + f" {unit}"
 
 
-def _sample(call: Call, times: int) -> float:
+def _sample(call: Call, times: int, finish: Call | None = None) -> float:
+    if finish:
+        finish()
     start = perf_counter()
     for _ in repeat(None, times):
         call()
+    if finish:
+        finish()
     return perf_counter() - start
 
 
-def _calls_per_sample(call: Call, around: Around) -> int:
+def _calls_per_sample(call: Call, around: Around, finish: Call | None) -> int:
     """How many calls make a sample long enough; also warms up. The best of three: one hiccup must not decide."""
     with around():
         call()
         times = 1
-        while (best := min(_sample(call, times) for _ in range(3))) < SHORTEST_SAMPLE:
+        while (best := min(_sample(call, times, finish) for _ in range(3))) < SHORTEST_SAMPLE:
             times = max(times + 1, math.ceil(times * min(10.0, 1.2 * SHORTEST_SAMPLE / best)))
     return times
 

@@ -1,0 +1,200 @@
+"""The only file that decides what serves a GPU: torch's fused kernel, ours in Triton, or the definition.
+
+================================================================  ====================================
+the call                                                          is served by
+================================================================  ====================================
+means what ``aten::_fused_rms_norm`` means (see ``_plain``)       torch; Triton if RMSNORM_CUDA=triton
+any other of the four floating types: llama, offset, add, …       Triton
+what Triton can't serve: no Triton, no such device, empty, …      torch if it can, else ``reference.py``
+================================================================  ====================================
+
+Either way the same is kept for backward: x, the weight, one fp32 (fp64) per row. torch goes first where it can because
+nobody has timed ours yet (docs/gpu.md). ROCm answers to CUDA's name; other devices (MPS, …) have the definition.
+Triton is imported by the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference
+
+CHOICES = ("torch", "triton")
+KEYS = ("CUDA", "XPU")
+_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_MOST_WEIGHT_ROWS = 65535  # the second dimension of a grid
+
+
+@functools.cache
+def choice() -> str:
+    """What RMSNORM_CUDA says; read once.
+
+    Raises:
+        ValueError: it says something else than ``torch`` or ``triton``.
+    """
+    chosen = os.environ.get("RMSNORM_CUDA", "") or "torch"
+    if chosen not in CHOICES:
+        raise ValueError(f"RMSNORM_CUDA={chosen!r} is not a choice: set it to {' or '.join(CHOICES)}, or unset it")
+    if chosen == "triton" and not has_triton():
+        warnings.warn("RMSNORM_CUDA=triton has no effect: Triton is missing; pip install triton", stacklevel=2)
+    return chosen
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels run there: compute capability 8.0 or more, any ROCm, an XPU with fp64."""
+    if not has_triton():
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "xpu" and bool(torch.xpu.get_device_properties(device).has_fp64)
+
+
+def fused_by_torch(
+    input: Tensor, weight: Tensor | None, dims: int, offset: float, round_first: bool, more: Tensor | None = None
+) -> bool:
+    """Whether torch's fused kernel has this meaning; ``more`` is what is added before or after."""
+    if more is not None or input.dtype not in _TYPES:
+        return False
+    alike = weight is None or (weight.dtype is input.dtype and weight.dim() == dims)
+    return alike and (weight is None or not (offset or round_first))
+
+
+def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool) -> str:
+    """``"torch"``, ``"triton"`` or ``"reference"``; ``fused`` is what :func:`fused_by_torch` says."""
+    _ops._check(input, weight, dims)
+    if not input.numel():
+        return "reference"
+    if fused and choice() == "torch":
+        return "torch"
+    served = input.dtype in _TYPES and runs_triton(input.device)
+    if served and weight is not None:
+        narrower = weight.dtype is not torch.float64 or input.dtype is torch.float64
+        rows = weight.numel() // input.shape[input.dim() - dims :].numel()
+        served = weight.dtype in _TYPES and narrower and rows <= _MOST_WEIGHT_ROWS
+    return "triton" if served else "torch" if fused else "reference"
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+def rms_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float = 0.0,
+    round_first: bool = False,
+    keep: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator. For the others: ``keep=False`` leaves 1/rms out, and a contiguous ``out`` may be written to."""
+    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, round_first))
+    if where == "torch":
+        return torch.ops.aten._fused_rms_norm.default(input, input.shape[input.dim() - dims :], weight, eps)
+    if where == "reference":
+        return reference.rms_norm(input, weight, dims, eps, offset, round_first)
+    from . import _launch
+
+    with _on(input.device):
+        output, _, rstd = _launch.forward(input, None, weight, dims, eps, offset, round_first, keep, out)
+    return output, rstd
+
+
+def rms_norm(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
+) -> Tensor:
+    return rms_norm_forward(input, weight, dims, eps, offset, round_first, keep=False)[0]
+
+
+def rms_norm_out(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
+) -> None:
+    into = out if out.is_contiguous() else None
+    output, _ = rms_norm_forward(input, weight, dims, eps, offset, round_first, keep=False, out=into)
+    if output is not out:
+        out.copy_(output)
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    need_weight = need_weight and weight is not None
+    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, False, grad_sum))
+    if where == "torch":
+        needed = [need_input, need_weight]
+        shape = input.shape[input.dim() - dims :]
+        both = torch.ops.aten._fused_rms_norm_backward.default(grad, input, shape, rstd, weight, needed)
+        dx, dw = (t if need else input.new_empty(0) for t, need in zip(both, needed, strict=True))
+        return dx, dw
+    arguments = grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
+    if where == "reference":
+        return _ops._rms_norm_backward(*arguments)
+    from . import _launch
+
+    with _on(input.device):
+        return _launch.backward(*arguments)
+
+
+def add_rms_norm_forward(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if residual.dtype is not input.dtype or route(input, weight, dims, fused=False) == "reference":
+        added = (input + residual).contiguous()
+        output, rstd = rms_norm_forward(added, weight, dims, eps, offset, round_first, keep)
+        return output, added, rstd
+    from . import _launch
+
+    with _on(input.device):
+        output, sum, rstd = _launch.forward(input, residual, weight, dims, eps, offset, round_first, keep)
+    assert sum is not None
+    return output, sum, rstd
+
+
+def add_rms_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first, keep=False)[:2]
+
+
+def register(key: str) -> None:
+    """Serves the operators of a dispatch key from here on."""
+    for operator in (
+        *(rms_norm, rms_norm_out, rms_norm_forward, rms_norm_backward),
+        *(add_rms_norm, add_rms_norm_forward),
+    ):
+        _ops.library.impl(operator.__name__, operator, key)
+
+
+for _key in KEYS:
+    register(_key)

@@ -1,0 +1,170 @@
+"""Compiles the kernels for GPUs that aren't there, with the very arguments of a launch, and reads what came out.
+
+    python tests/gpu/offline.py        writes the table of docs/gpu.md
+
+``ptxas`` and ``cuobjdump`` are those in Triton's wheel; AMD's figures are in the assembly's own metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from rmsnorm import _launch, _triton
+
+ROOT = Path(__file__).parents[2]
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+WIDTHS = (1024, 2048, 4096, 8192, 16384)
+DTYPES = (torch.bfloat16, torch.float32)
+# One thread's accesses, by the bytes of each.
+_NVIDIA = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)\b")
+_AMD = re.compile(r"\b(?:buffer|global)_(load|store)_(dwordx4|dwordx2|dword|short|ushort)\w*")
+_AMD_BYTES = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
+
+
+class _Absent(DriverBase):
+    """A device that can be compiled for and not run on."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    constants: dict[str, Any]
+    threads: int
+    registers: int
+    spills: int
+    """Bytes of a thread's local memory; on AMD, spilled registers."""
+    loads: tuple[int, ...]
+    """The bytes of each load from global memory in the code of one thread, and below, of each store."""
+    stores: tuple[int, ...]
+    assembly: str
+
+
+@contextmanager
+def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
+    """Inside, what launches is compiled for the target instead, and collected."""
+    found: list[Compiled] = []
+    threads_of = target.warp_size
+
+    def collect(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], warps: int) -> None:
+        options = {"num_warps": warps, "enable_fp_fusion": False}
+        one = kernel.warmup(*arguments, grid=grid, **constants, **options)
+        found.append(_read(kernel.__name__, constants, warps * threads_of, one.asm))
+
+    monkeypatch.setattr(_launch, "_launch", collect)
+    for kernel in (_triton.forward, _triton.backward, _triton.backward_wide, _triton.fold):
+        kernel.device_caches.clear()
+    with tempfile.TemporaryDirectory() as cache:
+        monkeypatch.setenv("TRITON_CACHE_DIR", cache)
+        before = driver._active
+        driver.set_active(_Absent(target))
+        try:
+            yield found
+        finally:
+            driver._active = before
+
+
+def _read(kernel: str, constants: dict[str, Any], threads: int, asm: dict[str, Any]) -> Compiled:
+    if "cubin" in asm:
+        text = asm["ptx"]
+        accesses = [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in _NVIDIA.findall(text)]
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder, "cubin")).write_bytes(asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout).groups()
+        spills = int(stack) + int(local)
+    else:
+        text = asm["amdgcn"]
+        accesses = [(kind[:2], _AMD_BYTES[size]) for kind, size in _AMD.findall(text)]
+        registers, *spilled = (
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        )
+        spills = sum(spilled)
+    loads = tuple(size for kind, size in accesses if kind in ("ld", "lo"))
+    stores = tuple(size for kind, size in accesses if kind == "st")
+    return Compiled(kernel, constants, threads, int(registers), spills, loads, stores, text)
+
+
+def launch_all(columns: int, dtype: torch.dtype) -> None:
+    """Forward with 1/rms, add + norm, and backward, of aligned rows."""
+    x, weight = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
+    _, _, rstd = _launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
+    _launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
+    _launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
+
+
+def table() -> str:
+    import pytest
+
+    rows = ["| | columns | dtype | threads | registers | spills | bytes loaded, stored by a thread |", "|" + "---|" * 7]
+    for name, target in TARGETS.items():
+        for dtype in DTYPES:
+            for columns in WIDTHS:
+                with pytest.MonkeyPatch.context() as patch, compiling(target, patch) as found:
+                    launch_all(columns, dtype)
+                shown = {"add + norm" if i == 1 else one.kernel: one for i, one in enumerate(found)}
+                for kernel, one in shown.items():
+                    if kernel != "fold":
+                        rows.append(
+                            f"| {name} {kernel} | {columns} | {str(dtype)[6:]} | {one.threads} | {one.registers} | "
+                            f"{one.spills} | {_bytes(one.loads)}, {_bytes(one.stores)} |"
+                        )
+    head = f"`python tests/gpu/offline.py`, Triton {triton.__version__}, torch {torch.__version__}."
+    return "\n".join([head, "", *rows])
+
+
+def _bytes(sizes: tuple[int, ...]) -> str:
+    return " + ".join(f"{sizes.count(size)}×{size}" for size in sorted(set(sizes), reverse=True)) or "0"
+
+
+def main() -> None:
+    file = ROOT / "docs/gpu.md"
+    begin, end = "<!-- made by `python tests/gpu/offline.py` -->\n", "\n<!-- end -->"
+    before, _, rest = file.read_text().partition(begin)
+    temporary = file.with_suffix(".new")
+    temporary.write_text(before + begin + table() + end + rest.partition(end)[2])
+    os.replace(temporary, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Proves, from the compilers' own output for four GPUs, that the kernels move no byte twice: rows that are aligned are
+read and written 128 bits at a time, x once, the weight once, the output once, and no register is spilled.
+
+The arguments are those of real launches, the compilers those of Triton's wheel; no GPU is needed, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import re
+
+import offline
+import pytest
+import torch
+from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all
+
+from rmsnorm import _launch
+
+
+def share(one: Compiled, rows: int, itemsize: int) -> int:
+    """The bytes that a thread has of so many rows of its program's tile."""
+    return rows * one.constants["BLOCK"] * itemsize // one.threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_floor(name, dtype, monkeypatch):
+    """In bytes a thread: the tiles and the weight in pieces of 16 (a weight of 1024 half numbers is 8 for each of AMD's
+    256 threads), and 4 for the 1/rms of each row. The partial sums of dW are fp32: written, and read where there are
+    more than 32 tiles."""
+    with compiling(TARGETS[name], monkeypatch) as found:
+        for columns in WIDTHS:
+            found.clear()
+            launch_all(columns, dtype)
+            assert [one.kernel for one in found][:3] == ["forward", "forward", "backward"]
+            assert not any(one.spills for one in found), [(one.kernel, columns, one.spills) for one in found]
+            held = columns <= _launch.WIDEST["backward"]
+            for one, tensors in zip(found[: 2 + held], (1, 2, 2), strict=False):
+                rows = one.constants["ROWS"]
+                reads = tensors * share(one, rows, dtype.itemsize) + share(one, 1, dtype.itemsize)
+                writes = (1 if one.kernel == "backward" else tensors) * share(one, rows, dtype.itemsize)
+                partial = share(one, 1, 4) if one.kernel == "backward" else 0
+                what = f"{one.kernel}, {tensors} inputs of {columns} columns: {one.loads}, {one.stores}"
+                assert sum(size for size in one.loads if size > 4) == reads + partial, what
+                assert sum(size for size in one.stores if size > 4) == writes + partial, what
+                assert {*one.loads} - {4} <= ({16, 8} if name == "gfx942" and columns == 1024 else {16}), what
+                assert {*one.stores} - {4} == {16}, what
+                assert one.loads.count(4) <= (rows if one.kernel == "backward" else 0), what
+                assert one.stores.count(4) <= (one is found[0]), what
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_option_compiles(name, monkeypatch):
+    """What the interpreter is too lenient to refuse: types, missing weights, rounding first, strides, blocks."""
+    with compiling(TARGETS[name], monkeypatch) as found:
+        for dtype in (torch.float16, torch.float64, torch.bfloat16):
+            for columns in (3, 129, 20000):
+                x = torch.zeros(columns, 6, dtype=dtype).t()  # columns are strided
+                weight = torch.zeros(columns, dtype=torch.float32)
+                _, _, rstd = _launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
+                _launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
+                _launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
+    assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
+
+
+def test_multiplications_and_additions_stay_apart(monkeypatch):
+    """The exact sums of fp32 need each rounding where it is written: no contraction, and none of PTX's flushing of
+    subnormals but in the first guess of 1/rms, which is of normal numbers."""
+    with compiling(TARGETS["sm_90"], monkeypatch) as found:
+        for dtype in DTYPES:
+            launch_all(4096, dtype)
+    for one in found:
+        fused = re.findall(r"\bfma\.\S+", one.assembly)
+        both = one.kernel == "forward" and one.assembly.count("ld.global.v4.b32") in (8, 12)  # fp32
+        assert set(fused) == ({"fma.rn.f32"} if both else set()), one.kernel
+        flushed = set(re.findall(r"\S+\.ftz\S*", one.assembly))
+        assert flushed <= {"rsqrt.approx.ftz.f32"}, one.kernel
+
+
+def test_the_reader_sees_spills(monkeypatch):
+    """Rows of 16384 columns held through a backward don't fit: why WIDEST says 8192, and proof that a spill shows."""
+    monkeypatch.setitem(_launch.WIDEST, "backward", 16384)
+    with compiling(TARGETS["sm_90"], monkeypatch) as found:
+        launch_all(16384, torch.float32)
+    assert next(one for one in found if one.kernel == "backward").spills > 0
+
+
+def test_the_page_has_the_table_of_this_compiler():
+    text = (offline.ROOT / "docs/gpu.md").read_text()
+    assert f"Triton {offline.triton.__version__}," in text
+    assert text.count("| sm_100 forward |") == len(WIDTHS) * len(DTYPES)

@@ -1,0 +1,126 @@
+"""Proves who serves which call on which device, by the dispatcher's own table and by forcing a GPU's route upon CPU
+tensors; that Triton is imported by nobody who doesn't need it; and that nothing breaks where it is missing.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DTYPES, EPS, Truth, bound, gains, sample
+
+from rmsnorm import _gpu, _ops, reference, rms_norm
+
+OPERATORS = tuple(_ops._SCHEMAS)
+OURS = ("CUDA", "XPU")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_dispatchers_table(operator):
+    """CUDA (and ROCm, which is CUDA to torch) and XPU have kernels of their own; all else takes the default, which is
+    the definition."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    default = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    for key in OURS:
+        assert has(f"rmsnorm::{operator}", key), key
+    for key in ("MPS", "HPU", "PrivateUse1"):
+        assert not has(f"rmsnorm::{operator}", key), key
+        assert default(f"rmsnorm::{operator}", key), key
+
+
+def test_the_definition_serves_other_devices():
+    """meta has shapes and no numbers; forced on CPU, the default kernels are right (see ``target`` in conftest.py for
+    all their axes)."""
+    x, weight = torch.empty(3, 5, 8, device="meta"), torch.empty(8, device="meta")
+    assert rms_norm(x, 8, weight).shape == x.shape
+    assert reference.rms_norm(x, weight, 1, EPS, 0.0, False)[1].shape == (3, 5, 1)
+    x, weight = sample(3, 129, torch.float32), gains(129, dtype=torch.float32)
+    y = _ops._rms_norm(x, weight, 1, EPS, 1.0, True)
+    Truth(x, EPS).forward(weight, 1.0, "torch", bound("reference", torch.float32)).check(y, "default")
+
+
+@pytest.mark.parametrize(("chosen", "runs"), list(product(_gpu.CHOICES, (True, False))))
+def test_the_rule(monkeypatch, chosen, runs):
+    """What torch's fused kernel means goes to torch unless RMSNORM_CUDA=triton; the rest to Triton if it runs there."""
+    monkeypatch.setattr(_gpu, "choice", lambda: chosen)
+    monkeypatch.setattr(_gpu, "runs_triton", lambda device: runs)
+    x, weight = torch.ones(2, 4, 8), torch.ones(8)
+    ours, plain = "triton" if runs else "reference", "triton" if runs and chosen == "triton" else "torch"
+
+    def route(input, weight, offset=0.0, round_first=False, more=None):
+        return _gpu.route(input, weight, 1, _gpu.fused_by_torch(input, weight, 1, offset, round_first, more))
+
+    for dtype in DTYPES:
+        assert route(x.to(dtype), weight.to(dtype)) == plain, dtype
+    assert route(x, None) == plain
+    assert route(x, None, 1.0, True) == plain, "without a weight there is nothing to offset, nor a second rounding"
+    assert route(x, weight, 1.0) == ours
+    assert route(x, weight, 0.0, True) == ours
+    assert route(x, weight, more=x) == ours
+    assert route(x.bfloat16(), weight) == ours, "another type of weight"
+    assert route(x, torch.ones(4, 8)) == ours, "a weight for each head"
+    assert route(x, weight.double()) == "reference", "fp64 gains for fp32"
+    assert route(torch.ones(0, 8), weight) == "reference"
+    assert route(torch.ones(1, 2**16, 1), torch.ones(2**16, 1)) == "reference", "more heads than a grid has places"
+
+
+def test_torchs_kernel_is_called_with_torchs_meaning(monkeypatch):
+    monkeypatch.setattr(_gpu, "choice", lambda: "torch")
+    monkeypatch.setattr(_gpu, "runs_triton", lambda device: False)
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn(4, 5)
+    y, rstd = _gpu.rms_norm_forward(x, weight, 2, EPS)
+    assert torch.equal(y, F.rms_norm(x, (4, 5), weight, EPS))
+    assert rstd.shape == reference.rms_norm(x, weight, 2, EPS, 0.0, False)[1].shape
+    out = torch.empty(2, 3, 5, 4).mT
+    _gpu.rms_norm_out(x, weight, 2, EPS, 0.0, False, out)
+    assert torch.equal(out, y)
+    seen = []
+
+    def fused(grad, input, shape, rstd, weight, mask):
+        seen.append((shape, mask))
+        return grad, None
+
+    monkeypatch.setattr(torch.ops.aten._fused_rms_norm_backward, "default", fused)
+    dx, dw = _gpu.rms_norm_backward(x, None, x, rstd, weight, 2, EPS, 0.0, True, False)
+    assert seen == [(torch.Size([4, 5]), [True, False])]
+    assert (dx.shape, dw.shape) == (x.shape, (0,))
+
+
+def test_without_triton_the_definition_serves_all_options(monkeypatch):
+    monkeypatch.setattr(_gpu, "runs_triton", lambda device: False)
+    x, other, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    y, total, rstd = _gpu.add_rms_norm_forward(x, other, weight, 1, EPS, 1.0, True)
+    wanted, wanted_rstd = reference.rms_norm(x + other, weight, 1, EPS, 1.0, True)
+    assert torch.equal(y, wanted)
+    assert torch.equal(total, x + other)
+    assert torch.equal(rstd, wanted_rstd)
+    dx, dw = _gpu.rms_norm_backward(x, other, x, rstd, weight, 1, EPS, 1.0, True, True)
+    wanted_dx, wanted_dw = reference.rms_norm_backward(x, x, weight, 1, EPS, 1.0)
+    assert torch.equal(dx, wanted_dx + other)
+    assert torch.equal(dw, wanted_dw)
+
+
+ASK = "import rmsnorm; print(rmsnorm.info().cuda)"
+
+
+def test_the_variable(python):
+    assert python(ASK).stdout.strip() == "torch"
+    assert python(ASK, RMSNORM_CUDA="triton").stdout.strip() == "triton"
+    wrong = python(ASK, RMSNORM_CUDA="cuda")
+    assert "ValueError: RMSNORM_CUDA='cuda' is not a choice: set it to torch or triton, or unset it" in wrong.stderr
+    assert python("import rmsnorm", RMSNORM_CUDA="cuda").returncode == 0, "an error at first use, not at import"
+
+
+def test_where_triton_is_missing(python):
+    """A finder that knows no triton stands for an environment without it."""
+    hide = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+"""
+    result = python(hide + "import torch, rmsnorm; print(rmsnorm._gpu.runs_triton(torch.device('cuda')))\n" + ASK)
+    assert result.stdout.split() == ["False", "torch"], result.stderr
+    result = python(hide + ASK, RMSNORM_CUDA="triton")
+    assert "RMSNORM_CUDA=triton has no effect: Triton is missing; pip install triton" in result.stderr
