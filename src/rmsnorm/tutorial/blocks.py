@@ -6,8 +6,11 @@ The notebook and the static pages are put together from these blocks; style.css 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
+from typing import Any
 
 import markdown
 from pygments import highlight
@@ -16,20 +19,22 @@ from pygments.lexers import PythonLexer
 
 from . import plots
 from .chapters import CHAPTERS, PANELS
-from .panel import Number, Panel, Seen
+from .panel import Number, Panel, Seen, Sentence
 from .texts import Texts
 
+_BREAK = re.compile(r"(?<=[\u2014-\u201d\u3000-\u9fff\uff00-\uffef])\n(?=.)|\n(?=[\u3000-\u9fff\uff00-\uffef])")
+"""A line break beside Chinese, which browsers would show as a space."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def prose(text: str) -> str:
     """Markdown to HTML."""
-    return f'<div class="rn-prose">{markdown.markdown(text, extensions=["tables"])}</div>'
+    return f'<div class="rn-prose">{markdown.markdown(_BREAK.sub("", text))}</div>'
 
 
 def line(text: str) -> str:
     """Markdown of one line, without a paragraph around it."""
-    return markdown.markdown(text).removeprefix("<p>").removesuffix("</p>")
+    return markdown.markdown(_BREAK.sub("", text)).removeprefix("<p>").removesuffix("</p>")
 
 
 def head(text: Texts) -> str:
@@ -49,9 +54,7 @@ def opening(panel: Panel, text: Texts) -> str:
     number = list(PANELS).index(panel.name) + 1
     chapter = next((name for name, panels in CHAPTERS.items() if panels[0] is panel), None)
     over = f'<p class="rn-chapter">{escape(text[f"chapters.{chapter}"])}</p>' if chapter else ""
-    formulas = "".join(
-        f'<img src="{plots.address(plots.formula(tex))}" alt="{escape(tex)}">' for tex in panel.formula
-    )
+    formulas = "".join(f'<img src="{plots.address(plots.formula(tex))}" alt="{escape(tex)}">' for tex in panel.formula)
     return (
         f'{over}<h2 id="rn-{panel.name}"><span class="rn-count">{number}</span>'
         f"{escape(text[f'{panel.name}.title'])}</h2>{prose(text[f'{panel.name}.lead'])}"
@@ -67,6 +70,12 @@ def question(panel: Panel, text: Texts, options: str) -> str:
     )
 
 
+def dial(name: str, widget: str, wide: bool) -> str:
+    """A control, under its name unless it shows that itself."""
+    named = f'<p class="rn-name">{escape(name)}</p>' if name else ""
+    return f'<div role="group" aria-label="{escape(name)}"{" class=rn-wide" * wide}>{named}{widget}</div>'
+
+
 def answer(panel: Panel, text: Texts, predicted: str | None) -> str:
     """The answer, or, before the reader has predicted, where to do that."""
     if predicted is None:
@@ -80,9 +89,25 @@ def answer(panel: Panel, text: Texts, predicted: str | None) -> str:
     )
 
 
-def seen(panel: Panel, text: Texts, result: Seen) -> str:
-    """Plot and numbers, and the code beside them."""
-    return beside(figure(panel, text, plots.svg(panel.draw, result)) + numbers(panel, text, result), code(panel, text))
+def seen(panel: Panel, text: Texts, values: Mapping[str, Any], result: Seen) -> str:
+    """Plot and numbers, for these values of the controls; a frame of the static page."""
+    image = plots.svg(panel.draw, result)
+    return settings(panel, text, values) + figure(panel, text, image) + numbers(panel, text, result)
+
+
+def settings(panel: Panel, text: Texts, values: Mapping[str, Any]) -> str:
+    """Where the controls stand, in readable numbers."""
+    shown = (
+        f"{escape(text[f'{panel.name}.control.{key}'])} <b>{escape(option(panel, key, values[key], text))}</b>"
+        for key, control in panel.controls.items()
+        if not isinstance(control, Sentence)
+    )
+    return f'<p class="rn-settings">{"".join(f"<span>{one}</span>" for one in shown)}</p>'
+
+
+def option(panel: Panel, key: str, value: Number, text: Texts) -> str:
+    """A value of a control for readers: a number, a proper name, or what the texts call it."""
+    return text.get(f"{panel.name}.{key}.{value}", None) or number(value, text)
 
 
 def beside(left: str, right: str) -> str:
@@ -128,6 +153,8 @@ def number(value: Number, text: Mapping[str, str]) -> str:
         return text["page.yes"] if value else text["page.no"]
     if isinstance(value, int):
         return f"{value:,}"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
     digits = f"{value:.4g}"
     mantissa, _, exponent = digits.partition("e")
     if exponent:

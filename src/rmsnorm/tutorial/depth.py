@@ -51,20 +51,20 @@ def model() -> tuple[Any, Any]:
 
 @lru_cache(maxsize=8)
 def inputs_of_norms(sentence: str) -> tuple[Tensor, ...]:
-    """What each norm is given, in order: [tokens, 576] each."""
+    """What each norm is given: [tokens, 576], in order."""
     tokenizer, smollm2 = model()
-    ids = tokenizer(sentence, return_tensors="pt")["input_ids"]
+    words = tokenizer(sentence, return_tensors="pt")
     norms = _smollm.norms_of(smollm2)
     with torch.inference_mode(), _smollm.recorded(norms) as seen:
-        smollm2(ids)
+        smollm2(words["input_ids"])
     return tuple(x[0] for x in seen.values())
 
 
 def profile(sentence: str, tokens: str) -> Profile:
     """Size, largest value and share of the mean, by norm."""
-    inputs = inputs_of_norms(sentence)
-    first = 1 if tokens == "rest" and len(inputs[0]) > 1 else 0
-    x = torch.stack(inputs).double()[:, first:]
+    x = torch.stack(inputs_of_norms(sentence)).double()
+    if tokens == "rest":
+        x = x[:, 1:]
     rms = x.square().mean(-1).sqrt()
     share = (x.mean(-1).abs() / rms).mean(-1)
     largest = x.abs().amax((-1, -2))
@@ -88,7 +88,7 @@ def draw(seen: Profile) -> Figure:
 
 PANEL = Panel(
     name="depth",
-    formula=(r"\frac{|\mathrm{mean}|}{\mathrm{rms}}=|\cos\theta|", r"\mathrm{rms}^2=\mathrm{mean}^2+\mathrm{std}^2"),
+    formula=(r"\dfrac{|\mathrm{mean}|}{\mathrm{rms}}=|\cos\theta|", r"\mathrm{rms}^2=\mathrm{mean}^2+\mathrm{std}^2"),
     options=("tiny", "half", "most"),
     right="tiny",
     controls={"tokens": Choice(("all", "rest"), "all"), "sentence": Sentence()},

@@ -59,8 +59,8 @@ def turn(shift: float, spread: float) -> Dial:
     rms_normed = rmsnorm.rms_norm(x, len(x), eps=0.0)
     mixed = theta.sin() * layer + theta.cos() * 1
     gap = (rms_normed - mixed).abs().max()
-    statistics = (v.item() for v in (mean, std, rms, theta, gap))
-    return Dial(x, layer, rms_normed, *statistics)
+    sizes = [v.item() for v in (mean, std, rms, theta, gap)]
+    return Dial(x, layer, rms_normed, *sizes)
 
 
 def draw(seen: Dial) -> Figure:
@@ -81,9 +81,7 @@ def draw(seen: Dial) -> Figure:
     dial.add_patch(Arc((0, 0), 2, 2, theta1=0, theta2=180, color="#B6BDC7", lw=1.2))
     dial.plot([0, cos], [0, 0], color=plots.COLOURS["x"], lw=3, solid_capstyle="round")
     dial.plot([cos, cos], [0, sin], color=plots.COLOURS["LayerNorm"], lw=3, solid_capstyle="round")
-    dial.annotate(
-        "", (cos, sin), (0, 0), arrowprops={"arrowstyle": "-|>", "color": plots.COLOURS["RMSNorm"], "lw": 3}
-    )
+    dial.annotate("", (cos, sin), (0, 0), arrowprops={"arrowstyle": "-|>", "color": plots.COLOURS["RMSNorm"], "lw": 3})
     dial.add_patch(Arc((0, 0), 0.44, 0.44, theta1=0, theta2=math.degrees(seen.theta), color=plots.INK, lw=1))
     dial.text(0.16, 0.26, "θ", ha="left")
     dial.text(cos / 2, -0.06, f"mean/rms = cos θ = {cos:.2f}", ha="center", va="top", color=plots.COLOURS["x"])
@@ -104,7 +102,7 @@ PANEL = Panel(
     name="dial",
     formula=(
         r"\mathrm{RMSNorm}(x)=\sin\theta\cdot\mathrm{LayerNorm}(x)+\cos\theta\cdot\mathbf{1}",
-        r"\cos\theta=\frac{\mathrm{mean}}{\mathrm{rms}},\quad\sin\theta=\frac{\mathrm{std}}{\mathrm{rms}}",
+        r"\cos\theta=\dfrac{\mathrm{mean}}{\mathrm{rms}},\quad\sin\theta=\dfrac{\mathrm{std}}{\mathrm{rms}}",
     ),
     options=("never", "zero", "unit", "always"),
     right="zero",

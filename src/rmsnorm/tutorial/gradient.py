@@ -16,7 +16,7 @@ from .panel import Number, Panel, Slider
 
 SIZES = tuple(10.0 ** (i / 2) for i in range(-8, 5))
 EPSILONS = (0, 1e-8, 1e-5, 1e-3, 0.1, 1.0)
-DIRECTION, INCOMING = (0.8, 0.35), (-0.35, 0.9)
+DIRECTION, INCOMING = (0.9, 0.35), (0.3, 0.95)
 """In two dimensions, so that the picture is the whole truth."""
 
 
@@ -58,10 +58,10 @@ def gradient_at(x: Tensor, h: Tensor, eps: float) -> Tensor:
 
 
 def differentiate(size: float, eps: float) -> Gradient:
-    """One vector of the chosen size (its rms), and the same one at all sizes."""
-    direction = torch.tensor(DIRECTION, dtype=torch.float64)
+    """One vector of the chosen rms, and the same at all sizes."""
+    direction = torch.tensor(DIRECTION).double()
     direction /= direction.square().mean().sqrt()
-    h = torch.tensor(INCOMING, dtype=torch.float64)
+    h = torch.tensor(INCOMING).double()
     x = size * direction
     dx = gradient_at(x, h, eps)
     cosine = (x @ dx) / (x.norm() * dx.norm())
@@ -70,8 +70,10 @@ def differentiate(size: float, eps: float) -> Gradient:
     r = 1 / (ms + eps).sqrt()
     along = r * (x @ h) * eps / (ms + eps)
     predicted = along / (x.norm() * dx.norm())
-    lengths = torch.stack([gradient_at(s * direction, h, eps).norm() for s in SIZES])
-    return Gradient(x, h, dx, eps, size, cosine.item(), predicted.item(), lengths)
+    every = [gradient_at(s * direction, h, eps) for s in SIZES]
+    lengths = torch.stack(every).norm(dim=-1)
+    angles = cosine.item(), predicted.item()
+    return Gradient(x, h, dx, eps, size, *angles, lengths)
 
 
 def draw(seen: Gradient) -> Figure:
@@ -89,9 +91,9 @@ def draw(seen: Gradient) -> Figure:
     for name, (start, step, colour) in arrows.items():
         end = (start[0] + float(step[0]), start[1] + float(step[1]))
         plane.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2.6, "shrinkA": 0})
-        shift = (0.07, -0.05) if name == "x" else (-0.04, 0.1)
-        plane.text(end[0] + shift[0], end[1] + shift[1], name, color=colour, weight="bold", ha="right" if name != "x" else "left")
-    plane.set(xlim=(-1.4, 1.6), ylim=(-1.1, 1.45), xticks=[], yticks=[], aspect="equal", title="directions")
+        side = "left" if name == "x" else "right" if name == "dx" else "center"
+        plane.text(end[0] + 0.06 * (name == "x"), end[1] + 0.08, name, color=colour, weight="bold", ha=side)
+    plane.set(xlim=(-1.5, 1.7), ylim=(-1.1, 1.45), xticks=[], yticks=[], aspect="equal")
 
     ideal = [seen.lengths[-1].item() * SIZES[-1] / s for s in SIZES]
     curve.plot(SIZES, ideal, color="#888888", lw=1, ls=":", label="1/rms")
@@ -105,8 +107,8 @@ def draw(seen: Gradient) -> Figure:
 PANEL = Panel(
     name="gradient",
     formula=(
-        r"r=\frac{1}{\sqrt{\mathrm{rms}^2+\epsilon}},\quad \hat{x}=r\,x",
-        r"dx=r\,\left(h-\hat{x}\cdot\frac{1}{n}\sum_j h_j\hat{x}_j\right)",
+        r"r=\dfrac{1}{\sqrt{\mathrm{rms}^2+\epsilon}},\quad \hat{x}=r\,x",
+        r"dx=r\,\left(h-\hat{x}\cdot\dfrac{1}{n}\sum_j h_j\hat{x}_j\right)",
     ),
     options=("larger", "same", "smaller", "square"),
     right="smaller",

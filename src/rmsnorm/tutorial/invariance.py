@@ -27,8 +27,9 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def batch_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Per neuron, over the data."""
-    return F.batch_norm(x @ w.T, None, None, training=True, eps=max(eps, SMALLEST_EPS))
+    """Per neuron, over the data, as in training."""
+    eps = max(eps, SMALLEST_EPS)
+    return F.batch_norm(x @ w.T, None, None, training=True, eps=eps)
 
 
 def weight_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -37,7 +38,7 @@ def weight_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Per case, over the neurons; also takes the mean away."""
+    """Per case, over the neurons; the mean goes first."""
     return rmsnorm.layer_norm(x @ w.T, len(w), eps=eps)
 
 
@@ -49,8 +50,8 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 def p_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """The rms of the first quarter stands for all."""
     a = x @ w.T
-    part = a[:, : len(w) // 4]
-    return a * torch.rsqrt(part.square().mean(-1, True) + eps)
+    part = a[:, : len(w) // 4].square().mean(-1, True)
+    return a * torch.rsqrt(part + eps)
 
 
 NORMS: dict[str, Norm] = {
@@ -89,21 +90,20 @@ class Board:
 
 
 def board(factor: float, eps: float) -> Board:
-    """Changes the weights W or the data X, and compares norm(X Wᵀ)."""
+    """Changes W or X, and compares norm(X Wᵀ)."""
     noise = torch.Generator().manual_seed(0)
-    real = {"generator": noise, "dtype": torch.float64}
-    x = torch.randn(CASES, INPUTS, **real)
-    w = torch.randn(NEURONS, INPUTS, **real)
-    kappa = factor * torch.randn(INPUTS, **real)
-    first_neuron, first_case = torch.ones(NEURONS, 1), torch.ones(CASES, 1)
-    first_neuron[0] = first_case[0] = factor
+    x = torch.randn(CASES, INPUTS, generator=noise).double()
+    w = torch.randn(NEURONS, INPUTS, generator=noise).double()
+    kappa = factor * torch.randn(INPUTS, generator=noise).double()
+    neuron, case = torch.ones(NEURONS, 1), torch.ones(CASES, 1)
+    neuron[0] = case[0] = factor
     changed = {
         "scale_weights": (x, factor * w),
         "shift_weights": (x, w + kappa),
-        "scale_neuron": (x, first_neuron * w),
+        "scale_neuron": (x, neuron * w),
         "scale_data": (factor * x, w),
         "shift_data": (x + factor, w),
-        "scale_case": (first_case * x, w),
+        "scale_case": (case * x, w),
     }
     moved: dict[str, dict[str, float]] = {}
     for change, (x2, w2) in changed.items():
@@ -131,9 +131,9 @@ def draw(seen: Board) -> Figure:
             ax.text(x + 0.5, y + 0.78, power, ha="center", va="center", color=ink, size=8)
     ax.set_yticks([y + 0.5 for y in range(len(CHANGES))], list(CHANGES.values()), size=11)
     ax.set_xticks([x + 0.5 for x in range(len(NORMS))], [n.replace("Norm", "\nNorm") for n in NORMS])
+    ax.xaxis.tick_top()
     for label, name in zip(ax.get_xticklabels(), NORMS, strict=True):
         label.set(color=plots.COLOURS[name], weight="bold")
-    ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.invert_yaxis()
     return figure

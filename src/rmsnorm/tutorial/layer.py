@@ -24,7 +24,7 @@ BY_HAND = (0.1, 0.1, 0.2, 0.3)
 
 
 def ten_lines(x: Tensor, weight: Tensor) -> Tensor:
-    """As in LLaMA: rounds with type_as, then multiplies."""
+    """As in LLaMA: type_as rounds, then the weight again."""
     h = x.float()
     mean = h.pow(2).mean(-1, keepdim=True)
     h = h * torch.rsqrt(mean + EPS)
@@ -32,7 +32,7 @@ def ten_lines(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def without_float(x: Tensor, weight: Tensor) -> Tensor:
-    """The usual mistake: squares and their mean in x's type."""
+    """The usual mistake: squares and mean in x's type."""
     mean = x.pow(2).mean(-1, keepdim=True)
     return x * torch.rsqrt(mean + EPS) * weight
 
@@ -67,28 +67,27 @@ class Versions:
     @property
     def numbers(self) -> dict[str, Number]:
         """The steps by hand, then the comparison."""
-        worst = {f"worst.{name}": error for name, error in zip(("mistake", "ten", "ours"), self.worst.values(), strict=True)}
+        names = ("worst.mistake", "worst.ten", "worst.ours")
+        worst = dict(zip(names, self.worst.values(), strict=True))
         return {**self.steps, **worst, "llama": f"{self.same_as_llama:.2%}", "promoted": self.promoted}
 
 
 def compare(size: float, dtype: str) -> Versions:
-    """The three versions on noise of this size, in this type."""
+    """The three versions on noise of this size."""
     noise = torch.Generator().manual_seed(0)
     x = size * torch.randn(ROWS, COLS, generator=noise)
     w = 1 + 0.2 * torch.randn(COLS, generator=noise)
     x, w = x.to(DTYPES[dtype]), w.to(DTYPES[dtype])
-    exact = x.double() * w.double()
-    exact /= (x.double().square().mean(-1, True) + EPS).sqrt()
-    results = {name: f(x, w) for name, f in VERSIONS.items()}
-    worst = {
-        name: errors(y, exact).max().item()
-        for name, y in results.items()
-    }
-    llama = rmsnorm.rms_norm(x, COLS, w, EPS, casting_mode="llama")
-    same = (llama == results[".float().type_as"]).double().mean()
-    promoted = ten_lines(x, w.float()).dtype
-    kept = {name: kept_bytes(f, x, w) for name, f in VERSIONS.items()}
-    return Versions(worst, kept, name_of(promoted), same.item(), by_hand())
+    ms = x.double().square().mean(-1, keepdim=True)
+    exact = x.double() / (ms + EPS).sqrt() * w.double()
+    worst, kept = {}, {}
+    for name, f in VERSIONS.items():
+        worst[name] = errors(f(x, w), exact).max().item()
+        kept[name] = kept_bytes(f, x, w)
+    y = rmsnorm.rms_norm(x, COLS, w, EPS, casting_mode="llama")
+    same = (y == ten_lines(x, w)).double().mean().item()
+    promoted = name_of(ten_lines(x, w.float()).dtype)
+    return Versions(worst, kept, promoted, same, by_hand())
 
 
 def by_hand() -> dict[str, tuple[float, ...]]:
@@ -155,7 +154,7 @@ def draw(seen: Versions) -> Figure:
 
 PANEL = Panel(
     name="layer",
-    formula=(r"y_i=\frac{x_i}{\sqrt{\frac{1}{n}\sum_j x_j^2+\epsilon}}\;w_i",),
+    formula=(r"y_i=\dfrac{x_i}{\sqrt{\dfrac{1}{n}\sum_j x_j^2+\epsilon}}\;w_i",),
     options=("none", "mistake", "ten", "both"),
     right="both",
     controls={

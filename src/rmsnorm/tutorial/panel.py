@@ -7,11 +7,14 @@ the values of its controls, and the code beside the plot is the source of the fu
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
+
+_REMARK = re.compile(r"  # (type: ignore|noqa|fmt:).*")
 
 Number = float | int | bool | str | tuple[float, ...]
 """What is shown as a number: also yes or no, a dtype's name, a row of values."""
@@ -83,8 +86,9 @@ class Panel:
             raise ValueError(f"{self.name}: the right answer {self.right!r} is not one of {self.options}")
 
     def source(self) -> str:
-        """The code beside the plot: what really ran, without type annotations' imports and the like."""
-        return "\n\n".join(inspect.getsource(function).strip() for function in self.code)
+        """The code beside the plot, without the remarks that are for linters."""
+        text = "\n\n".join(inspect.getsource(function).strip() for function in self.code)
+        return _REMARK.sub("", text)
 
     def start(self) -> dict[str, Any]:
         """The values that the controls begin with, but for sentences."""

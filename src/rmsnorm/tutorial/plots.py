@@ -74,10 +74,10 @@ def svg(draw: Callable[[Any], Figure], seen: Any) -> bytes:
 
 @cache
 def formula(tex: str) -> bytes:
-    """A formula as SVG, in letters of 14 points."""
+    """A formula as SVG, in letters of 16 points."""
     out = io.BytesIO()
     with _DRAWING, matplotlib.rc_context({"svg.fonttype": "path", "mathtext.fontset": "cm", "svg.hashsalt": "rmsnorm"}):
-        math_to_image(f"${tex}$", out, prop=FontProperties(size=14), format="svg", color=INK)
+        math_to_image(f"${tex}$", out, prop=FontProperties(size=16), format="svg", color=INK)
     return out.getvalue()
 
 

@@ -17,7 +17,7 @@ from .ulp import errors
 
 COLS, ROWS = 1024, 64
 EPS = 1e-6
-SIZES = (1e-4, 1e-3, 0.01, 0.1, 1, 16, 100, 200, 255, 256, 300, 1000, 10000)
+SIZES = (1e-4, 1e-3, 0.01, 0.1, 1, 4, 16, 64, 128, 255, 256, 1000, 10000)
 SUMS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OUTPUTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COLOURS = {"float16": "#CC79A7", "bfloat16": "#0072B2", "float32": "#009E73"}
@@ -52,7 +52,9 @@ class Rounded:
 
 def sum_error(size: float, dtype: torch.dtype) -> float:
     """The mean of 1024 squares, all steps in one type."""
-    x = torch.full((COLS,), size, dtype=dtype)
+    noise = torch.Generator().manual_seed(0)
+    x = size * (1 + torch.rand(COLS, generator=noise)) / 2
+    x = x.to(dtype)
     total = torch.zeros((), dtype=dtype)
     for square in x * x:
         total = total + square
@@ -62,20 +64,20 @@ def sum_error(size: float, dtype: torch.dtype) -> float:
 
 
 def round_twice(size: float, dtype: str) -> Rounded:
-    """Both orders of rounding on the same rows, against float64."""
+    """Both orders of rounding on the same rows."""
     noise = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, COLS, generator=noise).to(OUTPUTS[dtype])
+    x = torch.randn(ROWS, COLS, generator=noise)
     w = 1 + 0.2 * torch.randn(COLS, generator=noise)
-    w = w.to(x.dtype)
-    exact = x.double() * w.double()
-    exact /= (x.double().square().mean(-1, True) + EPS).sqrt()
-    y = {}
+    x, w = x.to(OUTPUTS[dtype]), w.to(OUTPUTS[dtype])
+    ms = x.double().square().mean(-1, keepdim=True)
+    exact = x.double() / (ms + EPS).sqrt() * w.double()
+    y, ulps = {}, {}
     for order in ("torch", "llama"):
         y[order] = rmsnorm.rms_norm(x, COLS, w, EPS, casting_mode=order)
-    ulps = {order: errors(values, exact) for order, values in y.items()}
-    differ = (y["torch"] != y["llama"]).double().mean()
-    square = torch.tensor(size).half().square()
-    return Rounded(size, _sums(), square.item(), ulps, differ.item())
+        ulps[order] = errors(y[order], exact)
+    differ = (y["torch"] != y["llama"]).double().mean().item()
+    square = torch.tensor(size).half().square().item()
+    return Rounded(size, _sums(), square, ulps, differ)
 
 
 _SUMS: dict[str, list[float]] = {}
@@ -94,20 +96,21 @@ def draw(seen: Rounded) -> Figure:
     top = 30.0
     for name, values in seen.sums.items():
         shown = [min(max(v, 1e-9), top) if not math.isnan(v) else top for v in values]
-        label = f"{name}: inf" if math.isinf(values[SIZES.index(seen.size)]) else name
-        sums.plot(SIZES, shown, marker="o", ms=3.5, color=COLOURS[name], lw=2, label=label)
+        sums.plot(SIZES, shown, marker="o", ms=4, color=COLOURS[name], lw=2, label=name)
+    sums.text(SIZES[-1], top * 1.6, "infinite", ha="right", va="bottom", color=COLOURS["float16"])
     sums.axvline(seen.size, color=plots.INK, lw=1)
-    sums.axvline(256, color="#888888", lw=1, ls=":")
-    sums.text(256, 3e-8, " 256", color=plots.INK)
-    sums.set(xscale="log", yscale="log", ylim=(1e-9, 200), xlabel="size of the numbers", title="error of mean(x²), one by one")
-    sums.legend(loc="center left", bbox_to_anchor=(0, 0.42))
+    sums.set(xscale="log", yscale="log", ylim=(1e-9, 1000), xlabel="size of the numbers", ylabel="error of mean(x²)")
+    sums.legend(loc="lower left", bbox_to_anchor=(-0.05, 1), ncols=3, columnspacing=1.2)
     edges = [i / 20 for i in range(33)]
-    looks = {"torch": (plots.COLOURS["RMSNorm"], "rounded once"), "llama": (plots.COLOURS["LayerNorm"], "rounded, then × w")}
+    looks = {
+        "torch": (plots.COLOURS["RMSNorm"], "rounded once"),
+        "llama": (plots.COLOURS["LayerNorm"], "rounded, then × w"),
+    }
     for order, (colour, label) in looks.items():
         values = seen.errors[order].flatten().numpy()
         spread.hist(values, edges, histtype="stepfilled", alpha=0.3, color=colour)
         spread.hist(values, edges, histtype="step", color=colour, lw=2, label=label)
-    spread.set(xlabel="error of the output in ulps", yticks=[], xlim=(0, 1.6), title="where to round")
+    spread.set(xlabel="error of the output in ulps", ylabel="outputs", yticks=[], xlim=(0, 1.6))
     spread.legend(loc="upper right")
     return figure
 
@@ -116,13 +119,12 @@ PANEL = Panel(
     name="precision",
     formula=(
         r"\mathrm{fp16}:\ 256^2=65536>65504",
-        r"\mathrm{round}(\hat{x}\,w)\quad\mathrm{or}\quad\mathrm{round}(\mathrm{round}(\hat{x})\,w)",
+        r"\mathrm{round}(\hat{x}\,w)\ \neq\ \mathrm{round}(\mathrm{round}(\hat{x})\,w)",
     ),
     options=("65504", "1000", "256", "16"),
     right="256",
-    controls={"size": Slider(SIZES, 100), "dtype": Choice(tuple(OUTPUTS), "bfloat16")},
+    controls={"size": Slider(SIZES, 16), "dtype": Choice(tuple(OUTPUTS), "bfloat16")},
     measure=round_twice,
     draw=draw,
     code=(sum_error, round_twice),
 )
-

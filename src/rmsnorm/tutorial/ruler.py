@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 def batch_norm(x: Tensor) -> Tensor:
-    """Training mode: one ruler per feature, over all the rest."""
+    """As in training: one ruler per feature."""
     flat = x.reshape(-1, x.shape[-1])
     y = F.batch_norm(flat, None, None, training=True, eps=EPS)
     return y.view_as(x)
@@ -67,7 +67,7 @@ class Moved:
 
 
 def change_one_token(change: float, token: int) -> Moved:
-    """Changes one token of the batch and compares the outputs, bit by bit."""
+    """Changes one token and compares the outputs."""
     noise = torch.Generator().manual_seed(0)
     size = (SENTENCES, TOKENS, FEATURES)
     x = torch.randn(size, generator=noise)
@@ -112,9 +112,9 @@ def draw(seen: Moved) -> Figure:
 PANEL = Panel(
     name="ruler",
     formula=(
-        r"\mathrm{BatchNorm}:\ \frac{x_{btc}-\mu_c}{\sigma_c}",
-        r"\mathrm{LayerNorm}:\ \frac{x_{btc}-\mu_{bt}}{\sigma_{bt}}",
-        r"\mathrm{RMSNorm}:\ \frac{x_{btc}}{\mathrm{rms}_{bt}}",
+        r"\mathrm{BatchNorm}:\ \dfrac{x_{btc}-\mu_c}{\sigma_c}",
+        r"\mathrm{LayerNorm}:\ \dfrac{x_{btc}-\mu_{bt}}{\sigma_{bt}}",
+        r"\mathrm{RMSNorm}:\ \dfrac{x_{btc}}{\mathrm{rms}_{bt}}",
     ),
     options=("batch", "layer", "rms", "all"),
     right="batch",

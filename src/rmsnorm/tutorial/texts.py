@@ -9,7 +9,7 @@ from __future__ import annotations
 import locale
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 
@@ -31,7 +31,7 @@ class Texts(Mapping[str, str]):
         except KeyError:
             raise KeyError(f"{self.language}.md has no text for {key!r}") from None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
@@ -68,6 +68,6 @@ def load(language: str) -> Texts:
 
 def of_locale() -> str:
     """The language of the reader's locale, or else English."""
-    names = [os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
-    name = next(filter(None, names), "") or locale.getlocale()[0] or ""
+    found = [os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if name in os.environ]
+    name = next(filter(None, found), "") or locale.getlocale()[0] or ""
     return next((code for code in LANGUAGES if name.lower().startswith(code)), "en")

@@ -6,9 +6,10 @@ from typing import Any
 
 import marimo as mo
 
+from ..models import loading
 from . import blocks
 from .chapters import PANELS
-from .panel import Choice, Control, Slider
+from .panel import Choice, Control, Panel, Sentence, Slider
 from .texts import LANGUAGES, Texts, load
 
 PREDICTION, RUN = "prediction", "run"
@@ -21,7 +22,10 @@ def language(start: str) -> Any:
 
 def head(switch: Any) -> Any:
     """The top of the page, with the switch."""
-    return mo.Html(f'<div class="rn rn-switch">{switch}</div><div class="rn">{blocks.head(load(switch.value))}</div>')
+    text = load(switch.value)
+    return mo.Html(
+        f'<div class="rn rn-switch">{switch}</div><div class="rn">{blocks.head(text)}{blocks.prose(text["page.live"])}</div>'
+    )
 
 
 def controls(name: str, code: str) -> Any:
@@ -30,27 +34,31 @@ def controls(name: str, code: str) -> Any:
     options = {text[f"{name}.option.{option}"]: option for option in panel.options}
     widgets = {PREDICTION: mo.ui.radio(options, value=None)}
     for key, control in panel.controls.items():
-        widgets[key] = _widget(control, f"{name}.{key}", text)
+        widgets[key] = _widget(panel, key, control, text)
     if panel.slow:
         widgets[RUN] = mo.ui.button(value=0, on_click=lambda count: count + 1, label=text[f"{name}.run"])
     return mo.ui.dictionary(widgets)
 
 
-def _widget(control: Control, key: str, text: Texts) -> Any:
-    label = text[f"{key.partition('.')[0]}.control.{key.partition('.')[2]}"]
+def _widget(panel: Panel, key: str, control: Control, text: Texts) -> Any:
     if isinstance(control, Slider):
-        return mo.ui.slider(steps=control.stops, value=control.start, label=label, show_value=True, full_width=True)
+        label = text[f"{panel.name}.control.{key}"]
+        return mo.ui.slider(steps=control.stops, value=control.start, label=label, full_width=True)
     if isinstance(control, Choice):
-        options = {text.get(f"{key}.{option}", option): option for option in control.options}
-        start = next(shown for shown, option in options.items() if option == control.start)
-        return mo.ui.radio(options, value=start, inline=True, label=label)
-    return mo.ui.text_area(value=text[f"{key}.start"], rows=2, max_length=1000, label=label, full_width=True)
+        options = {blocks.option(panel, key, option, text): option for option in control.options}
+        return mo.ui.radio(options, value=blocks.option(panel, key, control.start, text), inline=True)
+    return mo.ui.text_area(value=text[f"{panel.name}.{key}.start"], rows=2, max_length=1000, full_width=True)
 
 
 def ask(name: str, widgets: Any, code: str) -> Any:
     """The first block of a panel: principle, formula, question, controls."""
     panel, text = PANELS[name], load(code)
-    dials = "".join(f"<div>{widget}</div>" for key, widget in widgets.elements.items() if key != PREDICTION)
+    dials = ""
+    for key, widget in widgets.elements.items():
+        if key != PREDICTION:
+            control = panel.controls.get(key)
+            named = "" if control is None or isinstance(control, Slider) else text[f"{name}.control.{key}"]
+            dials += blocks.dial(named, mo.as_html(widget).text, wide=isinstance(control, Sentence))
     return mo.Html(
         f'<section class="rn" lang="{code}">{blocks.opening(panel, text)}'
         f"{blocks.question(panel, text, mo.as_html(widgets.elements[PREDICTION]).text)}"
@@ -65,9 +73,11 @@ def show(name: str, widgets: Any, code: str) -> Any:
     predicted, pressed = values.pop(PREDICTION), values.pop(RUN, 1)
     if pressed:
         with mo.status.spinner(title=text["page.busy"], remove_on_exit=True):
-            body = blocks.seen(panel, text, panel.measure(**values))
+            try:
+                left = blocks.seen(panel, text, values, panel.measure(**values))
+            except loading.Unusable as reason:
+                left = blocks.prose(str(reason))
     else:
-        body = blocks.beside(blocks.prose(text[f"{name}.idle"]), blocks.code(panel, text))
+        left = blocks.prose(text[f"{name}.idle"])
+    body = blocks.beside(left, blocks.code(panel, text))
     return mo.Html(f'<section class="rn" lang="{code}">{body}{blocks.answer(panel, text, predicted)}</section>')
-
-

@@ -53,11 +53,11 @@ def rms(x: Tensor) -> Tensor:
 
 
 def shrink(size: float, eps: float) -> Small:
-    """Rows of every size, one of the chosen size, and one of zeros."""
+    """Rows of every size, one of this size, one of zeros."""
     noise = torch.Generator().manual_seed(0)
-    row = torch.randn(COLS, generator=noise, dtype=torch.float64)
+    row = torch.randn(COLS, generator=noise).double()
     row /= rms(row)
-    x = torch.tensor(SIZES, dtype=torch.float64)[:, None] * row
+    x = torch.tensor(SIZES).double()[:, None] * row
     inside = rms(rmsnorm.rms_norm(x, COLS, eps=eps))
     outside = rms(x / (rms(x)[:, None] + eps))
     here = rms(rmsnorm.rms_norm(size * row, COLS, eps=eps))
@@ -68,7 +68,7 @@ def shrink(size: float, eps: float) -> Small:
     assert zeros.grad is not None
     gradient = rms(zeros.grad) / rms(row)
     half = torch.tensor(eps).half()
-    numbers = (v.item() for v in (here, y[0], gradient, half))
+    numbers = [v.item() for v in (here, y[0], gradient, half)]
     return Small(size, eps, inside, outside, *numbers)
 
 
@@ -90,7 +90,8 @@ def draw(seen: Small) -> Figure:
 PANEL = Panel(
     name="zero",
     formula=(
-        r"\frac{x}{\sqrt{\mathrm{rms}^2+\epsilon}}\qquad\mathrm{or}\qquad\frac{x}{\mathrm{rms}+\epsilon}\;",
+        r"y=\dfrac{x}{\sqrt{\mathrm{rms}^2+\epsilon}}",
+        r"(\ \neq\ \ \dfrac{x}{\mathrm{rms}+\epsilon}\ )",
     ),
     options=("zero", "one", "nan", "error"),
     right="nan",
