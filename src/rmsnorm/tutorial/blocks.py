@@ -37,15 +37,15 @@ def line(text: str) -> str:
     return markdown.markdown(_BREAK.sub("", text)).removeprefix("<p>").removesuffix("</p>")
 
 
-def head(text: Texts) -> str:
-    """The title of the page, what it is, and where its panels are."""
+def head(text: Texts, note: str) -> str:
+    """The title of the page, what it is, a note about where its numbers are from, and where its panels are."""
     links = [
         f'<li><a href="#rn-{panel.name}">{escape(text[f"{panel.name}.title"])}</a></li>'
         for panel in PANELS.values()
     ]  # fmt: skip
     return (
         f'<header class="rn-head" lang="{text.language}"><h1>{escape(text["page.title"])}</h1>'
-        f"{prose(text['page.lead'])}<nav><ol>{''.join(links)}</ol></nav></header>"
+        f"{prose(text['page.lead'])}{prose(note)}<nav><ol>{''.join(links)}</ol></nav></header>"
     )
 
 
@@ -70,10 +70,16 @@ def question(panel: Panel, text: Texts, options: str) -> str:
     )
 
 
+def controls(text: Texts, parts: Iterable[str]) -> str:
+    """All controls of a panel."""
+    return f'<div class="rn-controls"><p class="rn-label">{escape(text["page.turn"])}</p>{"".join(parts)}</div>'
+
+
 def dial(name: str, widget: str, wide: bool) -> str:
     """A control, under its name unless it shows that itself."""
     named = f'<p class="rn-name">{escape(name)}</p>' if name else ""
-    return f'<div role="group" aria-label="{escape(name)}"{" class=rn-wide" * wide}>{named}{widget}</div>'
+    label = f' aria-label="{escape(name)}"' if name else ""
+    return f'<div role="group"{label}{" class=rn-wide" * wide}>{named}{widget}</div>'
 
 
 def answer(panel: Panel, text: Texts, predicted: str | None) -> str:
@@ -147,19 +153,14 @@ def number(value: Number, text: Mapping[str, str]) -> str:
     """A value for readers: four digits, powers of ten as such, yes and no in their language."""
     if isinstance(value, tuple):
         return "  ".join(number(one, text) for one in value)
-    if isinstance(value, str):
-        return value
     if isinstance(value, bool):
         return text["page.yes"] if value else text["page.no"]
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, str | int):
+        return value if isinstance(value, str) else f"{value:,}"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    digits = f"{value:.4g}"
-    mantissa, _, exponent = digits.partition("e")
-    if exponent:
-        return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return digits.replace("-", "−")
+    mantissa, _, exponent = f"{value:.4g}".replace("-", "−", value < 0).partition("e")
+    return f"{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(_SUPERSCRIPTS)}" if exponent else mantissa
 
 
 def page(text: Texts, style: str, body: Iterable[str], script: str) -> str:

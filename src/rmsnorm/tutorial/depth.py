@@ -1,4 +1,4 @@
-"""The only file that looks into a real model: what each of SmolLM2's 61 norms is given, on the reader's own sentence."""
+"""The only file that looks into a real model: what SmolLM2's 61 norms are given, on the reader's own sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only file with the board of invariances: what five norms ignore, measured for each cell of the paper's Table 1."""
+"""The only file with the board of invariances: what five norms ignore, each cell of the paper's Table 1 measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only file that writes the layer line by line: in ten lines, with the usual mistakes, and as this library has it."""
+"""The only file that writes the layer line by line: in ten lines, with the usual mistake, and as it is here."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def draw(seen: Versions) -> Figure:
             ha="right" if lost else "left",
         )
     above.axvline(0.5, color=plots.INK, lw=1, ls=":")
-    above.set(xscale="log", xlim=(0.1, 1e5), title="worst error in ulps (dotted: one rounding, 0.5)")
+    above.set(xscale="log", xlim=(0.1, 1e5), title="worst error, ulps (dotted: 0.5)")
     below.barh(names, list(seen.kept.values()), color=colours, height=0.6)
     for place, share in enumerate(seen.kept.values()):
         below.text(share + 0.1, place, f"{share:.2f}", va="center", weight="bold")

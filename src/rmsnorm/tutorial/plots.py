@@ -1,7 +1,7 @@
 """The only file that knows how figures look: one colour for each norm, one width, SVG without text that needs a font.
 
-Figures are drawn 4.9 inches wide with letters of 10 points: on a phone of 390 pixels they are read at 9 to 10 pixels,
-beside the code on a wide screen at 16. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+Figures are drawn 4.6 inches wide with letters of 9 to 10 points: that many pixels on a phone of 390, and 15 beside the
+code on a wide screen. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLOURS = {
     "pRMSNorm": "#CC79A7",
 }
 INK = "#1F2933"
-WIDTH = 4.9
+WIDTH = 4.6
 RC: Any = {
     **figures.RC,
     "font.size": 10,

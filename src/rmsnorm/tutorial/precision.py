@@ -29,7 +29,7 @@ class Rounded:
 
     size: float
     sums: dict[str, list[float]]
-    """Relative error of the mean square by type, for each of SIZES; infinite after an overflow, 1 after an underflow."""
+    """Relative error of the mean square by type, for each of SIZES: infinite after an overflow."""
     square: float
     """size² in float16."""
     errors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The only file that makes the static pages: each panel measured at some stops of its first control, and kept as frames.
+"""The only file that makes the static pages: each panel at some stops of its first control, kept as frames.
 
 A page needs nothing but itself: style, script and figures are inside. `marimo export html` would fetch its script from
 a CDN, and its controls would be dead.
@@ -77,7 +77,7 @@ def _page(text: Texts, recorded: dict[str, list[Frame]]) -> str:
     facts = f"{here['cpu']}, torch {here['torch']}, rmsnorm {here['rmsnorm']}, {here['date'][:10]}"
     body = [
         f'<div class="rn" lang="{text.language}"><p class="rn-switch">{"".join(others)}</p>',
-        f"{blocks.head(text)}{blocks.prose(text['page.recorded'])}",
+        f"{blocks.head(text, text['page.recorded'])}",
         f'<p class="rn-facts">{escape(facts)}</p></div>',
         *(_section(panel, text, recorded[panel.name]) for panel in PANELS.values()),
     ]
@@ -109,8 +109,7 @@ def _section(panel: Panel, text: Texts, recorded: list[Frame]) -> str:
     return (
         f'<section class="rn rn-panel" lang="{text.language}">{blocks.opening(panel, text)}'
         f"{blocks.question(panel, text, f'<div class=rn-guesses>{guesses}</div>')}"
-        f'<div class="rn-controls"><p class="rn-label">{escape(text["page.turn"])}</p>'
-        f"{blocks.dial(name, _dial(panel, first, name, shown, begin), wide=False)}</div>"
+        f"{blocks.controls(text, [blocks.dial(name, _dial(panel, first, name, shown, begin), wide=False)])}"
         f"{blocks.beside(kept, blocks.code(panel, text))}{verdicts}</section>"
     )
 

@@ -1,4 +1,8 @@
-"""The only file that knows marimo's widgets: controls of a panel, and its two blocks in the notebook."""
+"""The only file that knows marimo's widgets: the prediction, the controls and the button of a panel, and its blocks.
+
+The prediction and the button are elements of their own beside the dictionary of controls: of two changes that reach a
+dictionary in one message, marimo keeps the last.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,6 @@ from .chapters import PANELS
 from .panel import Choice, Control, Panel, Sentence, Slider
 from .texts import LANGUAGES, Texts, load
 
-PREDICTION, RUN = "prediction", "run"
-
 
 def language(start: str) -> Any:
     """The switch between the languages."""
@@ -23,24 +25,22 @@ def language(start: str) -> Any:
 def head(switch: Any) -> Any:
     """The top of the page, with the switch."""
     text = load(switch.value)
-    return mo.Html(
-        f'<div class="rn rn-switch">{switch}</div><div class="rn">{blocks.head(text)}{blocks.prose(text["page.live"])}</div>'
-    )
+    return mo.Html(f'<div class="rn"><div class="rn-switch">{switch}</div>{blocks.head(text, text["page.live"])}</div>')
 
 
-def controls(name: str, code: str) -> Any:
-    """The widgets of a panel, in one dictionary that the notebook gives a name: the prediction, then the controls."""
+def guess(name: str, code: str) -> Any:
+    """The answers to choose from; none is chosen."""
     panel, text = PANELS[name], load(code)
-    options = {text[f"{name}.option.{option}"]: option for option in panel.options}
-    widgets = {PREDICTION: mo.ui.radio(options, value=None)}
-    for key, control in panel.controls.items():
-        widgets[key] = _widget(panel, key, control, text)
-    if panel.slow:
-        widgets[RUN] = mo.ui.button(value=0, on_click=lambda count: count + 1, label=text[f"{name}.run"])
-    return mo.ui.dictionary(widgets)
+    return mo.ui.radio({text[f"{name}.option.{option}"]: option for option in panel.options}, value=None)
 
 
-def _widget(panel: Panel, key: str, control: Control, text: Texts) -> Any:
+def dials(name: str, code: str) -> Any:
+    """The controls of a panel, in one dictionary."""
+    panel, text = PANELS[name], load(code)
+    return mo.ui.dictionary({key: _dial(panel, key, control, text) for key, control in panel.controls.items()})
+
+
+def _dial(panel: Panel, key: str, control: Control, text: Texts) -> Any:
     if isinstance(control, Slider):
         label = text[f"{panel.name}.control.{key}"]
         return mo.ui.slider(steps=control.stops, value=control.start, label=label, full_width=True)
@@ -50,34 +50,41 @@ def _widget(panel: Panel, key: str, control: Control, text: Texts) -> Any:
     return mo.ui.text_area(value=text[f"{panel.name}.{key}.start"], rows=2, max_length=1000, full_width=True)
 
 
-def ask(name: str, widgets: Any, code: str) -> Any:
+def button(name: str, code: str) -> Any:
+    """What starts a panel that takes seconds; its value is how often it was pressed."""
+    return mo.ui.button(value=0, on_click=lambda count: count + 1, label=load(code)[f"{name}.run"])
+
+
+def ask(name: str, code: str, guess: Any, dials: Any, button: Any = None) -> Any:
     """The first block of a panel: principle, formula, question, controls."""
     panel, text = PANELS[name], load(code)
-    dials = ""
-    for key, widget in widgets.elements.items():
-        if key != PREDICTION:
-            control = panel.controls.get(key)
-            named = "" if control is None or isinstance(control, Slider) else text[f"{name}.control.{key}"]
-            dials += blocks.dial(named, mo.as_html(widget).text, wide=isinstance(control, Sentence))
+    parts = []
+    for key, control in panel.controls.items():
+        named = "" if isinstance(control, Slider) else text[f"{name}.control.{key}"]  # sliders carry their own label
+        parts.append(blocks.dial(named, mo.as_html(dials.elements[key]).text, wide=isinstance(control, Sentence)))
+    if button is not None:
+        parts.append(blocks.dial("", mo.as_html(button).text, wide=True))
     return mo.Html(
         f'<section class="rn" lang="{code}">{blocks.opening(panel, text)}'
-        f"{blocks.question(panel, text, mo.as_html(widgets.elements[PREDICTION]).text)}"
-        f'<div class="rn-controls"><p class="rn-label">{text["page.turn"]}</p>{dials}</div></section>'
+        f"{blocks.question(panel, text, mo.as_html(guess).text)}{blocks.controls(text, parts)}</section>"
     )
 
 
-def show(name: str, widgets: Any, code: str) -> Any:
-    """The second block: what was measured with the controls as they stand, and the answer once it was predicted."""
+def show(name: str, code: str, dials: Any, button: Any = None) -> Any:
+    """The second block: what is measured with the controls as they stand, and the code beside it."""
     panel, text = PANELS[name], load(code)
-    values = dict(widgets.value)
-    predicted, pressed = values.pop(PREDICTION), values.pop(RUN, 1)
-    if pressed:
+    if button is None or button.value:
         with mo.status.spinner(title=text["page.busy"], remove_on_exit=True):
             try:
-                left = blocks.seen(panel, text, values, panel.measure(**values))
+                left = blocks.seen(panel, text, dials.value, panel.measure(**dials.value))
             except loading.Unusable as reason:
                 left = blocks.prose(str(reason))
     else:
         left = blocks.prose(text[f"{name}.idle"])
-    body = blocks.beside(left, blocks.code(panel, text))
-    return mo.Html(f'<section class="rn" lang="{code}">{body}{blocks.answer(panel, text, predicted)}</section>')
+    return mo.Html(f'<section class="rn" lang="{code}">{blocks.beside(left, blocks.code(panel, text))}</section>')
+
+
+def answer(name: str, code: str, guess: Any) -> Any:
+    """The third block: the answer, once it was predicted."""
+    body = blocks.answer(PANELS[name], load(code), guess.value)
+    return mo.Html(f'<section class="rn" lang="{code}">{body}</section>')
