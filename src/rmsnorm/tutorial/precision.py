@@ -107,9 +107,9 @@ def draw(seen: Rounded) -> Figure:
         "llama": (plots.COLOURS["LayerNorm"], "rounded, then × w"),
     }
     for order, (colour, label) in looks.items():
-        values = seen.errors[order].flatten().numpy()
-        spread.hist(values, edges, histtype="stepfilled", alpha=0.3, color=colour)
-        spread.hist(values, edges, histtype="step", color=colour, lw=2, label=label)
+        found = seen.errors[order].flatten().numpy()
+        spread.hist(found, edges, histtype="stepfilled", alpha=0.3, color=colour)
+        spread.hist(found, edges, histtype="step", color=colour, lw=2, label=label)
     spread.set(xlabel="error of the output in ulps", ylabel="outputs", yticks=[], xlim=(0, 1.6))
     spread.legend(loc="upper right")
     return figure

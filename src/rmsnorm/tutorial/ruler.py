@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ def draw(seen: Moved) -> Figure:
         ax.pcolormesh(grid.sqrt().numpy(), cmap="Greys", vmin=0, vmax=1.15 * top**0.5, edgecolors="#D5DAE1", lw=0.6)
         for y in range(TOKENS, SENTENCES * TOKENS, TOKENS):
             ax.axhline(y, color="white", lw=5)
-        outline = {"fill": False, "ec": plots.COLOURS[name], "lw": 2.6, "clip_on": False}
+        outline: dict[str, Any] = {"fill": False, "ec": plots.COLOURS[name], "lw": 2.6, "clip_on": False}
         if name == "BatchNorm":
             for column in range(FEATURES):
                 ax.add_patch(Rectangle((column + 0.1, 0), 0.8, SENTENCES * TOKENS, **{**outline, "lw": 1.6}))
