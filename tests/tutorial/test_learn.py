@@ -121,8 +121,8 @@ def test_export_into_a_place_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two frames a panel, no model, a short race."""
-    monkeypatch.setattr(static, "MOST_FRAMES", 2)
+    """Three frames a panel, no model, a short race."""
+    monkeypatch.setattr(static, "MOST_FRAMES", 3)
     monkeypatch.setattr(cost, "SECONDS", 0.01)
 
     def none():
