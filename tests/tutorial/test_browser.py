@@ -13,6 +13,7 @@ import os
 import re
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url():
-    """The app, served by the command in a process of its own."""
+    """The app, served by the command in a process of its own, until Ctrl-C; its readers may still be there."""
     command = [sys.executable, "-m", "rmsnorm", "learn", "--no-browser", "--lang", "en"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -82,8 +83,10 @@ def url():
                 ready.register(process.stdout, selectors.EVENT_READ)
                 assert ready.select(timeout=SLOW), "the server didn't say where it is"
             yield re.match(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SLOW) == 0
         finally:
-            process.terminate()
+            process.kill()
 
 
 def resize(driver, width: int, height: int = 900) -> None:

@@ -22,8 +22,9 @@ from .chapters import CHAPTERS, PANELS
 from .panel import Number, Panel, Seen, Sentence
 from .texts import Texts
 
-_BREAK = re.compile(r"(?<=[\u2014-\u201d\u3000-\u9fff\uff00-\uffef])\n(?=.)|\n(?=[\u3000-\u9fff\uff00-\uffef])")
-"""A line break beside Chinese, which browsers would show as a space."""
+_CHINESE, _STOPS = r"[\u3000-\u9fff\uff00-\uffef]", r"[\u2014\u201c\u201d\u3001\u3002\uff00-\uff1f]"
+_BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n|\n(?={_STOPS})")
+"""A line break inside Chinese, or beside its punctuation, which browsers would show as a space."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import marimo
 import uvicorn
@@ -54,12 +58,15 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self._ready, daemon=True).start()
 
 
-def serve(listening: socket.socket, ready: Callable[[], object]) -> None:
-    """Serves until Ctrl-C; calls ``ready``, in a thread of its own, once a browser may come."""
+def serve(listening: socket.socket, ready: Callable[[], object]) -> NoReturn:
+    """Serves until Ctrl-C, which ends the process; calls ``ready``, in a thread of its own, once a browser may come."""
     app = marimo.create_asgi_app(quiet=True).with_app(path="", root=str(NOTEBOOK)).build()
     # An open page keeps its connection: without a limit, Ctrl-C would wait until the last tab is closed.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
-    _Server(config, ready).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):
+        _Server(config, ready).run(sockets=[listening])
+    sys.stdout.flush()
+    os._exit(0)  # each reader's notebook runs in a thread that no one ends, and that Python would wait for
 
 
 def open_browser(url: str) -> None:
