@@ -226,6 +226,12 @@ def test_depth_measures_what_each_norm_is_given(monkeypatch):
     assert len(_smollm.norms_of(model)) == seen.numbers["norms"] == 2
 
 
+def test_a_single_token_has_no_rest_to_look_at(monkeypatch):
+    one = torch.tensor([[1.0, 3.0]])
+    monkeypatch.setattr(depth, "inputs_of_norms", lambda sentence: (one, one))
+    assert depth.profile("", "rest").numbers == depth.profile("", "all").numbers
+
+
 def test_traffic_counts_readings_and_writings():
     x, w = torch.ones(8, 16), torch.ones(16)
     assert cost.passes(lambda x, *_, **__: x.neg(), x, w) == 1

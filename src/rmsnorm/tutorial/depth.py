@@ -62,8 +62,8 @@ def inputs_of_norms(sentence: str) -> tuple[Tensor, ...]:
 
 def profile(sentence: str, tokens: str) -> Profile:
     """Size, largest value and share of the mean, by norm."""
-    x = torch.stack(inputs_of_norms(sentence)).double()
-    if tokens == "rest":
+    x = torch.stack(inputs_of_norms(sentence or " ")).double()
+    if tokens == "rest" and x.shape[1] > 1:
         x = x[:, 1:]
     rms = x.square().mean(-1).sqrt()
     share = (x.mean(-1).abs() / rms).mean(-1)
