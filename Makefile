@@ -9,13 +9,19 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy census models explained clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
+
+learn: $(NATIVE) ## the tutorial in your browser, in English or Chinese: nine questions, and plots that you can move
+	$(BIN)/rmsnorm learn
+
+pages: $(NATIVE) ## the tutorial as two static pages, build/tutorial/en.html and zh.html; a minute
+	$(BIN)/rmsnorm learn --export build/tutorial
 
 test: $(NATIVE) ## run every test on two processes; the layer without the native library; GPU kernels in the interpreter
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup

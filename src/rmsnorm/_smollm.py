@@ -72,8 +72,8 @@ def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:
     with torch.inference_mode():
         before = write()
         step(STEPS[4])
-        norms = {name: module for name, module in model.named_modules() if type(module).__name__ == "LlamaRMSNorm"}
-        with _recorded(norms) as inputs:
+        norms = norms_of(model)
+        with recorded(norms) as inputs:
             logits_before = model(before[None]).logits
         step(STEPS[5])
         identical, compared = _count_identical(norms, inputs)
@@ -95,8 +95,13 @@ def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:
     )
 
 
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own RMSNorms by name, in the order of its layers."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "LlamaRMSNorm"}
+
+
 @contextmanager
-def _recorded(norms: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def recorded(norms: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collects, while it is open, the input of each norm."""
     inputs: dict[str, Tensor] = {}
 

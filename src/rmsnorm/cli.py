@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .models import command as models_command
+from .tutorial import command as tutorial_command
 
 if TYPE_CHECKING:
     import typer
@@ -73,6 +74,7 @@ def build() -> "typer.Typer":
         run_program(script, arguments or [])
 
     bench_command.register(app)
+    tutorial_command.register(app)
     return models_command.register(app)
 
 
