@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy census models clean
+.PHONY: help demo test fuzz sanitize lint format wheel bench results figure accuracy census models study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -57,6 +57,10 @@ census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of trans
 
 models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; five minutes
 	$(BIN)/python tests/models/measure.py
+
+study: $(NATIVE) ## train small LLaMAs with each norm, half an hour on two cores; writes docs/study/ and its block in the README
+	$(BIN)/rmsnorm study --resume --out rmsnorm-study
+	$(BIN)/python -m rmsnorm.study.pages rmsnorm-study
 
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
 	rm -rf dist build

@@ -7,9 +7,8 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,7 +35,9 @@ def register(app: typer.Typer) -> typer.Typer:
 
 
 def run(
-    quick: Annotated[bool, typer.Option("--quick", help="A small model and few steps: a minute, and no verdict.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small model and few steps: a minute, and no verdict.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("rmsnorm-study"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     arms: Annotated[str, typer.Option(help=f"Of {', '.join(table.ARMS)}, separated by commas; nothing: all.")] = "",
@@ -48,39 +49,44 @@ def run(
         float, typer.Option(min=-1.0, help="Seconds of timing steps, afterwards; given with --resume: again.")
     ] = -1.0,
 ) -> None:
-    """Is RMSNorm "less computation, more stable training"? The same small LLaMA with each norm, trained and compared."""
-    with workers.Ranks() as ranks:
-        if absent := missing(*NEEDED):
-            stop(f"{', '.join(absent)} missing: {texts.INSTALL}")
-        setting, text = settle(plan.QUICK if quick else plan.FULL, arms, corpus, seeds, steps)
-        try:
+    """Is RMSNorm "less computation, more stable training"? A small LLaMA with each norm, trained and compared."""
+    if absent := missing(*NEEDED):
+        stop(f"{', '.join(absent)} missing: {texts.INSTALL}")
+    setting, text = settle(plan.QUICK if quick else plan.FULL, arms, corpus, seeds, steps)
+    seconds = SECONDS["quick" if quick else "full"] if timing < 0 else timing
+    try:
+        with workers.Ranks() as ranks:
             folder = opened(out, setting, resume, ranks)
-            study = carried_out(folder, text, jobs or (1 if ranks.count > 1 else min(2, os.cpu_count() or 1)), ranks)
-            if study is None:
-                return
-            seconds = SECONDS["quick" if quick else "full"] if timing < 0 else timing
-            if study.complete and seconds and (timing >= 0 or study.timing is None):
-                typer.echo(f"timing steps for {seconds:.0f} s", err=True)
-                folder.keep_timing(stopwatch.measure(setting, text, seconds) | {"machine": machines.machine()})
-            study.timing = folder.timing()
-            written = report.write(study, folder.path)
-        except (Refused, workers.Lost) as reason:
-            stop(str(reason), 2 if isinstance(reason, Refused) else 1)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                stop(f"no room left in {out} ({os.strerror(error.errno)}): free some; {SUSPENDED}", 1)
-            stop(f"{error.filename or out} can't be written: {error.strerror}", 1)
-        except KeyboardInterrupt:
-            stop(f"Ctrl-C during the timing: {SUSPENDED}", 130)
+            processes = jobs or (1 if ranks.count > 1 else min(2, os.cpu_count() or 1))
+            study = carried_out(folder, text, processes, ranks)
+        if study:
+            finish(study, folder, text, seconds, again=timing >= 0)
+    except (Refused, workers.Lost) as reason:
+        stop(str(reason), 2 if isinstance(reason, Refused) else 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            stop(f"no room left in {out} ({os.strerror(error.errno)}): free some; {SUSPENDED}", 1)
+        stop(f"{error.filename or out} can't be written: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        stop(f"Ctrl-C: {SUSPENDED}", 130)
+
+
+def finish(study: Study, folder: Folder, text: texts.Corpus, seconds: float, *, again: bool) -> None:
+    """Times the steps, writes the results, and prints the conclusions."""
+    if study.complete and seconds and (again or study.timing is None):
+        typer.echo(f"timing steps for {seconds:.0f} s", err=True)
+        folder.keep_timing(stopwatch.measure(study.setting, text, seconds) | {"machine": machines.machine()})
+    study.timing = folder.timing()
+    written = report.write(study, folder.path)
     screen = Console()
     for line in findings.conclusions(study):
         screen.print(f"• {line}", markup=False, soft_wrap=True)
-    screen.print(f"wrote {', '.join(written)} in {out}", markup=False, soft_wrap=True)
+    screen.print(f"wrote {', '.join(written)} in {folder.path}", markup=False, soft_wrap=True)
     if not study.complete:
         stop(f"Ctrl-C after {len(study.outcomes)} runs: {SUSPENDED}", 130)
 
 
-def stop(reason: str, status: int = 2) -> None:
+def stop(reason: str, status: int = 2) -> NoReturn:
     """Ends the command with one line."""
     typer.echo(f"rmsnorm study: {reason}", err=True)
     raise typer.Exit(status)
@@ -97,6 +103,8 @@ def settle(size: plan.Setting, arms: str, corpus: str, seeds: int, steps: int) -
         text.check(size.context, size.windows)
     except texts.Unusable as reason:
         stop(f"--corpus: {reason}")
+    if text.name == "python" and not corpus:
+        typer.echo(f"the text is Python's documentation; for the Bible's 4 million bytes: {texts.INSTALL}", err=True)
     here = info()
     setting = replace(
         size,

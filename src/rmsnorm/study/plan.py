@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+
 @dataclass(frozen=True)
 class Setting:
     """Everything that the results depend on. Two folders with the same setting hold the same numbers."""
@@ -59,7 +60,9 @@ class Setting:
 
 
 FULL = Setting()
-QUICK = replace(FULL, seeds=2, steps=80, layers=2, width=64, context=64, batch=8, windows=80, rates=4, ratio=4.0, extra=0)
+QUICK = replace(
+    FULL, seeds=2, steps=80, layers=2, width=64, context=64, batch=8, windows=80, rates=4, ratio=4.0, extra=0
+)
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ def where(study: Study) -> str:
     """What was run on, in one line."""
     here, setting = study.machine, study.setting
     return (
-        f"{here['cpu']}, {here['cores']} cores, one thread per run · torch {setting.torch} · rmsnorm {setting.rmsnorm}, "
-        f"CPU target {here['cpu_target']} · text: {setting.corpus} · {here['date'][:10]}"
+        f"{here['cpu']}, {here['cores']} cores, one thread per run · torch {setting.torch} · rmsnorm "
+        f"{setting.rmsnorm}, CPU target {here['cpu_target']} · text: {setting.corpus} · {here['date'][:10]}"
     )
 
 
@@ -89,19 +89,19 @@ def method(study: Study) -> list[str]:
     """What was done, in words, with this study's numbers."""
     s = study.setting
     return [
-        f"Model: transformers' LLaMA, {s.layers} layers, {s.width} wide, {s.heads} heads, trained to predict the next byte "
-        f"from up to {s.context} bytes; every LlamaRMSNorm, the last one too, is replaced by the arm's norm. The arms of "
-        "one seed have the same initial weights and the same batches.",
+        f"Model: transformers' LLaMA, {s.layers} layers, {s.width} wide, {s.heads} heads, trained to predict the next "
+        f"byte from up to {s.context} bytes; every LlamaRMSNorm, the last one too, is replaced by the arm's norm. The "
+        "arms of one seed have the same initial weights and the same batches.",
         f"Text: {s.corpus}, cut into stretches, the last tenth of each held out. Every run sees {s.tokens:,} bytes in "
-        f"{s.steps} steps of {s.batch} windows, and is scored on the same {s.windows} held-out windows. A model that knows "
-        f"only how frequent each byte is has a loss of {study.letters:.3f} nats per byte.",
-        f"AdamW, betas {network.BETAS}, weight decay {network.DECAY} on matrices, rate up for a tenth of the steps, then "
-        "down a cosine to a tenth. No gradient clipping, which would hide instability; no dropout.",
+        f"{s.steps} steps of {s.batch} windows, and is scored on the same {s.windows} held-out windows. A model that "
+        f"knows only how frequent each byte is has a loss of {study.letters:.3f} nats per byte.",
+        f"AdamW, betas {network.BETAS}, weight decay {network.DECAY} on matrices, rate up for a tenth of the steps, "
+        "then down a cosine to a tenth. No gradient clipping, which would hide instability; no dropout.",
         f"Rates: a grid of factor {s.ratio:g} with seed 0, extended where the best rate is the last one or the highest "
-        f"rate still trains. Then {s.seeds} other seeds at each arm's best rate: the seed that chose the rate has no say "
-        "in the result. Bands are 95 % bands of the mean by Student's t; differences are taken seed by seed.",
-        "A run is stable if its loss stays finite, doesn't stay above that of a uniform guess after the warm-up, and ends "
-        "below that of letter frequencies.",
+        f"rate still trains. Then {s.seeds} other seeds at each arm's best rate: the seed that chose the rate has no "
+        "say in the result. Bands are 95 % bands of the mean by Student's t; differences are taken seed by seed.",
+        "A run is stable if its loss stays finite, doesn't stay above that of a uniform guess after the warm-up, and "
+        "ends below that of letter frequencies.",
     ]
 
 
@@ -121,7 +121,14 @@ def _results(arms: dict[str, Arm]) -> str:
                 str(arm.spikes),
             )
         )
-    titles = ("norm", "best rate", "largest stable", f"within {NEAR} nats of the best", "training loss", "held-out loss")
+    titles = (
+        "norm",
+        "best rate",
+        "largest stable",
+        f"within {NEAR} nats of the best",
+        "training loss",
+        "held-out loss",
+    )
     return _table((*titles, "less RMSNorm", "largest gradient ÷ median"), rows)
 
 
@@ -159,7 +166,9 @@ def _times(study: Study) -> str:
         )
     theirs = norms["transformers"]["median_s"]
     rows.append(("LlamaRMSNorm (transformers)", "", "", f"{1e3 * theirs:.2f} ms", ""))
-    return _table(("norm", "step, median", "÷ step without norms (quartiles)", "norms alone", "share of the step"), rows)
+    return _table(
+        ("norm", "step, median", "÷ step without norms (quartiles)", "norms alone", "share of the step"), rows
+    )
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

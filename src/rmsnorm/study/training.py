@@ -110,7 +110,7 @@ def _step(
             loss = network.loss_of(model, windows)
     else:
         loss = network.loss_of(model, windows)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     outcome.losses.append(loss.item())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     outcome.gradient_norms.append(torch.nn.utils.get_total_norm(gradients).item())
