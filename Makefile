@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -68,6 +68,10 @@ models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), 
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code prints, in both languages
 	$(BIN)/python docs/figures
 	$(BIN)/python tests/pages.py docs/explained.md docs/explained.zh.md
+
+study: $(NATIVE) ## train small LLaMAs with each norm, half an hour on two cores; writes docs/study/ and its block in the README
+	$(BIN)/rmsnorm study --resume --out rmsnorm-study
+	$(BIN)/python -m rmsnorm.study.pages rmsnorm-study
 
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
 	rm -rf dist build

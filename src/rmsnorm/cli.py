@@ -39,6 +39,7 @@ def build() -> "typer.Typer":
     from . import demo
     from ._info import info
     from .bench import command as bench_command
+    from .study import command as study_command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,6 +75,7 @@ def build() -> "typer.Typer":
         run_program(script, arguments or [])
 
     bench_command.register(app)
+    study_command.register(app)
     tutorial_command.register(app)
     return models_command.register(app)
 

@@ -1,0 +1,72 @@
+"""The only file that keeps an unfinished run: one safetensors file with weights, buffers, optimiser and history.
+
+One file, so that one rename makes it whole: the history is JSON in its header. No random state is in it, as every
+batch of a run is drawn before its first step (corpus.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HISTORY = "history"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, Any]) -> None:
+    """Writes beside the file, then renames."""
+    from safetensors.torch import save as serialise
+
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {name: tensor for name, _, _, tensor in _moments(optimizer)}
+    steps = {str(i): float(optimizer.state[p]["step"]) for i, p in enumerate(_parameters(optimizer))}
+    content = serialise(tensors, {HISTORY: json.dumps({"optimizer_steps": steps, **history})})
+    replace(file, content)
+
+
+def load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts the state back and returns the history."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as kept:
+        history: dict[str, Any] = json.loads(kept.metadata()[HISTORY])
+        tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 - not a dict
+    steps = history.pop("optimizer_steps")
+    for i, parameter in enumerate(_parameters(optimizer)):
+        state = {name: torch.empty_like(parameter) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(steps[str(i)]), **state}
+    for name, state, key, _ in _moments(optimizer):
+        state[key] = tensors[name]
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    return history
+
+
+def replace(file: Path, content: bytes | str) -> None:
+    """Writes beside the destination, synchronises, then renames: after a power cut, too, nobody reads half a file."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """The optimiser's tensors: a name in the file, and where they are."""
+    for i, parameter in enumerate(_parameters(optimizer)):
+        state = optimizer.state[parameter]
+        for key in MOMENTS:
+            yield f"optimizer.{i}.{key}", state, key, state[key]

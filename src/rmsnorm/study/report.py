@@ -1,0 +1,177 @@
+"""The only file that writes a study's results: JSON, CSV, PNG, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ..bench.figures import RC
+from ..bench.html import STYLE
+from . import figures, findings, network
+from .checkpoint import replace
+from .results import Study, curves_csv, runs_csv
+from .summary import NEAR, Arm, arms_of, difference
+
+TITLE = "Less computation, more stable training?"
+
+
+def write(study: Study, folder: Path) -> list[str]:
+    """Writes everything into the folder, each file at once; returns their names."""
+    drawn = {name: png(figure) for name, figure in figures.drawn(study).items()}
+    files: dict[str, str | bytes] = {
+        "report.html": page(study, drawn),
+        "results.json": study.to_json(),
+        "runs.csv": runs_csv(study),
+        "curves.csv": curves_csv(study),
+        **{f"{name}.png": content for name, content in drawn.items()},
+    }
+    for name, content in files.items():
+        replace(folder / name, content)
+    return list(files)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure in a few colours and their edges: a quarter of the bytes."""
+    from PIL import Image
+
+    out, small = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(out, format="png", dpi=150)
+    Image.open(out).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def page(study: Study, drawn: dict[str, bytes]) -> str:
+    """The whole report."""
+    arms = arms_of(study)
+    titles = {
+        "rates": "Learning rates",
+        "curves": "Training",
+        "depth": "Depth",
+        "batchnorm": "BatchNorm",
+        "cost": "Cost",
+    }
+    tables = {"rates": _results(arms) + _sweep(study, arms), "batchnorm": _leaks(arms), "cost": _times(study)}
+    body = [
+        f"<h1>{TITLE}</h1>",
+        f'<p class="dim">{escape(where(study))}</p>',
+        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings.conclusions(study)) + "</ul>",
+    ]
+    for name, title in titles.items():
+        if name in drawn:
+            image = base64.b64encode(drawn[name]).decode()
+            body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
+            body.append(tables.get(name, ""))
+    body += ["<h2>Method</h2>", *(f"<p>{escape(text)}</p>" for text in method(study))]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
+    )
+
+
+def where(study: Study) -> str:
+    """What was run on, in one line."""
+    here, setting = study.machine, study.setting
+    return (
+        f"{here['cpu']}, {here['cores']} cores, one thread per run · torch {setting.torch} · rmsnorm "
+        f"{setting.rmsnorm}, CPU target {here['cpu_target']} · text: {setting.corpus} · {here['date'][:10]}"
+    )
+
+
+def method(study: Study) -> list[str]:
+    """What was done, in words, with this study's numbers."""
+    s = study.setting
+    return [
+        f"Model: transformers' LLaMA, {s.layers} layers, {s.width} wide, {s.heads} heads, trained to predict the next "
+        f"byte from up to {s.context} bytes; every LlamaRMSNorm, the last one too, is replaced by the arm's norm. The "
+        "arms of one seed have the same initial weights and the same batches.",
+        f"Text: {s.corpus}, cut into stretches, the last tenth of each held out. Every run sees {s.tokens:,} bytes in "
+        f"{s.steps} steps of {s.batch} windows, and is scored on the same {s.windows} held-out windows. A model that "
+        f"knows only how frequent each byte is has a loss of {study.letters:.3f} nats per byte.",
+        f"AdamW, betas {network.BETAS}, weight decay {network.DECAY} on matrices, rate up for a tenth of the steps, "
+        "then down a cosine to a tenth. No gradient clipping, which would hide instability; no dropout.",
+        f"Rates: a grid of factor {s.ratio:g} with seed 0, extended where the best rate is the last one or the highest "
+        f"rate still trains. Then {s.seeds} other seeds at each arm's best rate: the seed that chose the rate has no "
+        "say in the result. Bands are 95 % bands of the mean by Student's t; differences are taken seed by seed.",
+        "A run is stable if its loss stays finite, doesn't stay above that of a uniform guess after the warm-up, and "
+        "ends below that of letter frequencies.",
+    ]
+
+
+def _results(arms: dict[str, Arm]) -> str:
+    rows = []
+    for arm in arms.values():
+        apart = difference(arm, arms["rms"]) if "rms" in arms and arm.name != "rms" else None
+        rows.append(
+            (
+                arm.title,
+                "" if arm.best_rate is None else f"{arm.best_rate:g}{' (edge)' if arm.edge else ''}",
+                findings.rate(arm),
+                ", ".join(f"{rate:g}" for rate in arm.good_rates),
+                str(arm.over_seeds("train_loss")),
+                str(arm.held_out),
+                f"{apart.signed}, {findings.verdict(apart)}" if apart and apart.values else "",
+                str(arm.spikes),
+            )
+        )
+    titles = (
+        "norm",
+        "best rate",
+        "largest stable",
+        f"within {NEAR} nats of the best",
+        "training loss",
+        "held-out loss",
+    )
+    return _table((*titles, "less RMSNorm", "largest gradient ÷ median"), rows)
+
+
+def _sweep(study: Study, arms: dict[str, Arm]) -> str:
+    tried = sorted({rate for arm in arms.values() for rate in arm.sweep})
+    rows = []
+    for arm in arms.values():
+        cells = [arm.sweep.get(rate) for rate in tried]
+        rows.append((arm.title, *("" if o is None else f"{o.held_out:.3f}" if o.stable else "failed" for o in cells)))
+    return "<h3>Held-out loss of the sweep (seed 0)</h3>" + _table(("rate", *(f"{rate:g}" for rate in tried)), rows)
+
+
+def _leaks(arms: dict[str, Arm]) -> str:
+    places = ("future", "others", "itself")
+    rows = [(arm.title, *(f"{arm.leak(place):.3g}" for place in places)) for arm in arms.values() if arm.seeds]
+    titles = ("one later byte changed, in training mode: a logit moves by up to", "earlier positions", "other windows")
+    return _table((*titles, "that position"), rows)
+
+
+def _times(study: Study) -> str:
+    if not study.timing:
+        return ""
+    steps, norms, rows = study.timing["steps"], study.timing["norms"], []
+    for name, one in steps.items():
+        against = one["ratios"].get("none")
+        alone = norms.get(name)
+        rows.append(
+            (
+                name,
+                f"{1e3 * one['median_s']:.1f} ms",
+                f"{against[1]:.3f} ({against[0]:.3f} to {against[2]:.3f})",
+                f"{1e3 * alone['median_s']:.2f} ms" if alone else "",
+                f"{alone['median_s'] / one['median_s']:.1%}" if alone else "",
+            )
+        )
+    theirs = norms["transformers"]["median_s"]
+    rows.append(("LlamaRMSNorm (transformers)", "", "", f"{1e3 * theirs:.2f} ms", ""))
+    return _table(
+        ("norm", "step, median", "÷ step without norms (quartiles)", "norms alone", "share of the step"), rows
+    )
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
