@@ -1,4 +1,4 @@
-"""The only file that publishes a study: docs/study/ and the findings in README.md, ``make study``.
+"""The only file that publishes a study: docs/study/, the findings in README.md and docs/explained, ``make study``.
 
 No number in them is typed by hand: all come from the folder that ``rmsnorm study`` wrote.
 """
@@ -70,6 +70,11 @@ def page(study: Study, names: list[str]) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
+def explained(study: Study) -> str:
+    """The evidence in docs/explained.md, and in Chinese: the table and a figure, which need no words."""
+    return f"{results(study).rstrip()}\n\n![rates](study/rates.png)\n"
+
+
 def filled(text: str, indent: str = "") -> str:
     """Lines of the width of the other pages."""
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
@@ -89,6 +94,8 @@ def write(folder: Path, root: Path = Path()) -> None:
     names = report.write(study, place)
     replace(place / "README.md", page(study, names))
     replace_block(root / "README.md", LABEL, readme(study))
+    for twin in ("explained.md", "explained.zh.md"):
+        replace_block(root / "docs" / twin, LABEL, explained(study))
 
 
 if __name__ == "__main__":

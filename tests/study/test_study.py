@@ -1,0 +1,223 @@
+"""Proves that ``rmsnorm study`` is what it says: the same bits unbroken, killed and spread; conclusions that follow from
+the numbers, whichever way they fall; one line for what it can't use, and nothing destroyed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rmsnorm import cli
+from rmsnorm.study import checkpoint, corpus, findings, network, plan, probes, results
+from rmsnorm.study.training import Outcome
+
+# One core's seconds: two arms of the quick model, four rates, two seeds, 12 steps.
+SMALL = ("--quick", "--arms", "layer,rms", "--steps", "12", "--corpus", "python", "--timing", "0")
+
+
+def invoke(*arguments: str | Path):
+    return CliRunner().invoke(cli.build(), ["study", *map(str, arguments)])
+
+
+def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-m", *launcher, "rmsnorm", "study", *map(str, arguments)]
+
+
+def outcomes(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted((folder / "runs").glob("*.json"))}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "unbroken"
+    result = invoke(*SMALL, "--jobs", 1, "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert "rehearsal" in result.output
+    return folder
+
+
+def test_a_study_writes_its_report(unbroken: Path):
+    found = {file.name for file in unbroken.iterdir() if file.is_file()}
+    assert {"report.html", "results.json", "runs.csv", "curves.csv", "rates.png"} <= found
+    page = (unbroken / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="data:image/' in page
+    study = results.Study.load(unbroken / "results.json")
+    assert {one.arm for one in study.outcomes} == {"layer", "rms"}
+    assert all(one.held_out is None or 1 < one.held_out < 7 for one in study.outcomes)
+    assert not list((unbroken / "checkpoints").iterdir())
+
+
+def test_killed_and_resumed_is_unbroken(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SIGKILL in the middle of a run: what is there then is whole, and --resume ends at the same bits."""
+    folder = tmp_path / "killed"
+    # Two workers, so that this is also the test of their number; a session of its own, so that all of it is killed.
+    process = subprocess.Popen(
+        command(*SMALL, "--jobs", 2, "--out", folder),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(outcomes(folder)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = outcomes(folder)
+    assert 3 <= len(kept) < len(outcomes(unbroken))
+    assert all(json.loads(text) for text in kept.values())
+    again = invoke(*SMALL, "--jobs", 1, "--out", folder, "--resume")
+    assert again.exit_code == 0, again.output
+    assert outcomes(folder) == outcomes(unbroken)
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path):
+    """Weights, moments, steps and history, through the file: the next steps are those of the unbroken run."""
+    text = corpus.Corpus("noise", np.random.default_rng(0).integers(0, 64, 60_000, dtype=np.uint8).tobytes())
+    setting = plan.replace(plan.QUICK, arms=("batch",), steps=4)
+    draws = text.draws(setting.context, setting.batch, 4, 1)
+
+    def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, which: range) -> list[float]:
+        losses = []
+        for step in which:
+            optimizer.zero_grad()
+            loss = network.loss_of(model, text.windows(draws[step], setting.context))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    with network.one_thread():
+        model = network.build(setting, "batch", 1)
+        optimizer = network.optimizer_of(model)
+        steps(model, optimizer, range(2))
+        checkpoint.save(tmp_path / "kept", model, optimizer, {"losses": [1.5]})
+        unbroken = steps(model, optimizer, range(2, 4))
+        other = network.build(setting, "batch", 2)
+        second = network.optimizer_of(other)
+        assert checkpoint.load(tmp_path / "kept", other, second) == {"losses": [1.5]}
+        assert steps(other, second, range(2, 4)) == unbroken
+    for mine, theirs in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_torchrun_spreads_the_arms(unbroken: Path, tmp_path: Path):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    folder = tmp_path / "spread"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        command(*SMALL, "--out", folder, launcher=launcher),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert outcomes(folder) == outcomes(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--arms", "layer,group"), ("group", "rms-plain")),
+        (("--corpus", "/nowhere/text"), ("/nowhere/text", "kjv")),
+        (("--corpus", __file__), ("needs at least",)),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]):
+    result = invoke("--quick", *options, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert all(word in result.output for word in words), result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(unbroken: Path, tmp_path: Path):
+    before = {file: file.read_bytes() for file in unbroken.rglob("*") if file.is_file()}
+    for options, word in (
+        ((*SMALL, "--out", unbroken), "--resume"),
+        ((*SMALL, "--steps", "13", "--out", unbroken, "--resume"), "steps 12, not 13"),
+    ):
+        result = invoke(*options)
+        assert result.exit_code == 2
+        assert word in result.output
+    assert {file: file.read_bytes() for file in unbroken.rglob("*") if file.is_file()} == before
+    (tmp_path / "mine.txt").write_text("mine")
+    assert invoke(*SMALL, "--out", tmp_path).exit_code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_room_is_one_line_and_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    result = invoke(*SMALL, "--jobs", 1, "--out", tmp_path / "full")
+    assert result.exit_code == 1
+    assert "no room left" in result.output
+    assert not [file for file in (tmp_path / "full").rglob("*") if file.is_file()]
+
+
+def test_no_byte_that_is_scored_was_trained_on():
+    """The two parts, side by side, are the text: each byte of it is in one of them, once."""
+    text = corpus.load("python")
+    whole = np.frombuffer(text.data, dtype=np.uint8)
+    lines = np.concatenate([part.numpy() for part in text.parts()], axis=1)
+    assert np.array_equal(lines.reshape(-1), whole[: lines.size])
+    assert whole.size - lines.size < corpus.STRETCHES
+    windows = text.held_out(64, 80)
+    assert windows.shape == (80, 65)
+    scored = text.parts()[1].numpy()
+    assert all(
+        bytes(window.tolist()) in scored[i % corpus.STRETCHES].tobytes() for i, window in enumerate(windows.byte())
+    )
+
+
+def test_batch_norm_sees_the_future_and_the_others_do_not():
+    text = corpus.load("python")
+    setting = plan.QUICK
+    windows = text.held_out(setting.context, 8)
+    for arm, leaks in (("batch", True), ("rms", False), ("layer", False)):
+        found = probes.leak(network.build(setting, arm, 0), windows)
+        assert (found["future"] > 1e-4) == leaks, (arm, found)
+        assert (found["others"] > 1e-4) == leaks, (arm, found)
+
+
+def study(losses: dict[str, list[float]], stable: dict[str, float]) -> results.Study:
+    """One that ended like this: held-out losses by seed, and the largest rate of the sweep that trains."""
+    setting = plan.replace(plan.FULL, arms=tuple(losses), seeds=5)
+    made = []
+    for arm, values in losses.items():
+        for rate in setting.grid():
+            good = rate <= stable[arm]
+            made.append(Outcome(arm, rate, 0, good, None if good else 9, 2.0, 2.0 + rate if good else None))
+        made += [Outcome(arm, setting.grid()[0], seed + 1, True, None, 2.0, loss) for seed, loss in enumerate(values)]
+    return results.Study(setting, {}, made, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("rms", "rates", "verdict", "stability"),
+    [
+        ([2.01, 1.99, 2.02, 1.98, 2.0], (0.008, 0.008), "within noise", "not supported"),
+        ([1.9, 1.91, 1.9, 1.89, 1.9], (0.016, 0.002), "better", "supported"),
+        ([2.1, 2.11, 2.1, 2.09, 2.1], (0.002, 0.016), "worse", "contradicted"),
+    ],
+)
+def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, float], verdict: str, stability: str):
+    """The bands by hand: LayerNorm's losses are all 2, so the band is t(4) = 2.776 times the standard error of RMSNorm's."""
+    lines = findings.conclusions(study({"layer": [2.0] * 5, "rms": rms}, {"rms": rates[0], "layer": rates[1]}))
+    band = 2.776 * float(np.std(rms, ddof=1)) / 5**0.5
+    assert lines[0].endswith(f"{verdict}.")
+    assert f"± {band:.4f}" in lines[0]
+    assert f'"More stable training" than LayerNorm is {stability} by this' in lines[1]
