@@ -109,7 +109,7 @@ def test_every_file_says_what_it_is_for(path):
     ("text", "owners"),
     [
         ("ctypes", ["_native"]),
-        ("environ.get", ["_gpu", "_native"]),
+        ("environ.get", ["_gpu", "_native", "study/workers"]),
         ("import triton", ["_triton"]),
         ("library.define", ["_gated_ops", "_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),

@@ -1,5 +1,5 @@
-"""Proves that ``rmsnorm study`` is what it says: the same bits unbroken, killed and spread; conclusions that follow from
-the numbers, whichever way they fall; one line for what it can't use, and nothing destroyed."""
+"""Proves that ``rmsnorm study`` is what it says: the same bits unbroken, killed and spread; conclusions that follow
+from the numbers, whichever way they fall; one line for what it can't use, and nothing destroyed."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def study(losses: dict[str, list[float]], stable: dict[str, float]) -> results.S
     ],
 )
 def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, float], verdict: str, stability: str):
-    """The bands by hand: LayerNorm's losses are all 2, so the band is t(4) = 2.776 times the standard error of RMSNorm's."""
+    """The bands by hand: LayerNorm's losses are all 2, so it is t(4) = 2.776 times RMSNorm's standard error."""
     lines = findings.conclusions(study({"layer": [2.0] * 5, "rms": rms}, {"rms": rates[0], "layer": rates[1]}))
     band = 2.776 * float(np.std(rms, ddof=1)) / 5**0.5
     assert lines[0].endswith(f"{verdict}.")
