@@ -150,7 +150,7 @@ class Gain {
     if (offset == 0.0 && !own_order && (type == wide(input) || (type == input && use == kForward))) return;
     const int64_t stride = padded(columns) * size_of(wide(input));
     formed_.reset(new char[rows.count * stride]);
-    for (int64_t row = 0; row < rows.count; ++row)
+    for (int64_t row = 0; row < rows.count && plain_.numel(); ++row)  // one of no rows has no data to read
       target->make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset, wide(input),
                         formed_.get() + row * stride, columns);
     type = wide(input);

@@ -163,3 +163,14 @@ def test_a_layer_with_a_weight_per_head():
     layer.weight = torch.nn.Parameter(gains(3, 31).float())
     x = sample(12, 31, torch.float32).view(4, 3, 31)
     assert same_bits(layer(x), rms_norm(x, 31, layer.weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_heads(target, dtype):
+    """A rank that has none of the heads: an empty weight has no address to read a gain from."""
+    for offset in (0.0, 1.0):
+        x = torch.zeros(2, 0, 70, dtype=dtype, requires_grad=True)
+        weight = torch.ones(0, 70, dtype=dtype, requires_grad=True)
+        output = rms_norm(x, 70, weight, EPS, offset=offset)
+        grads = torch.autograd.grad(output, (x, weight), torch.zeros_like(output))
+        assert [tuple(t.shape) for t in (output, *grads)] == [(2, 0, 70), (2, 0, 70), (0, 70)]

@@ -12,4 +12,3 @@ def ranks(tmp_path_factory):
     four = Ranks(4, tmp_path_factory.mktemp("ranks"))
     yield four
     four.close()
-

@@ -82,8 +82,8 @@ FORMS = {
 class Judge:
     """How far results may be from the truth.
 
-    The output: ``ULPS`` of its type, where llama's rounding in between may add one of its own, times the weight. An fp64
-    row is summed by torch's operators (5 ulp, as the reference). Gradients cancel, so they are judged by the row (a
+    The output: ``ULPS`` of its type, where llama's rounding in between may add one of its own, times the weight. A row
+    of fp64 is summed by torch's operators (5 ulp, as the reference). Gradients cancel, so they are judged by the row (a
     weight's by the whole): 32 units of the accumulation type, beside the rounding of each rank's part.
     """
 
@@ -94,9 +94,9 @@ class Judge:
         self.rounded = form.options.get("casting_mode") == "llama" and dtype in (torch.bfloat16, torch.float16)
 
     def output(self, got: Tensor, truth: Tensor, terms: Tensor) -> float:
-        """The error as a part of what is allowed. ``terms`` bounds what was added to make an element, such as a bias."""
+        """The error as a part of what is allowed. ``terms`` bounds what was added to an element, as a bias."""
         margin = self.ULPS[self.dtype] * self._ulp(terms)
-        # Rounded twice, or three times with a gate: half an ulp each, of values up to twice the ulp apart.
+        # Rounded twice, or three times with a gate: half an ulp each, of values up to twice as large.
         margin = 3.1 * self._ulp(terms) if self.rounded else margin
         return float(((got.double() - truth).abs() / margin).max()) if got.numel() else 0.0
 

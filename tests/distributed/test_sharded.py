@@ -12,7 +12,7 @@ from forms import FORMS, Judge
 from oracle import same_bits
 from pool import Wire, mesh
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process has the ranks
 
@@ -67,7 +67,12 @@ def whole(tensor: Any) -> Tensor:
 
 
 def solve(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], ranks: tuple[int, ...], placements: list[Placement], alike: bool
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    ranks: tuple[int, ...],
+    placements: list[Placement],
+    alike: bool,
 ) -> dict[str, Any] | None:
     """On a rank: what it finds, or None outside of the mesh. ``alike`` splits the weight as the columns are split."""
     form, tensors, grads = problem(name, shape, dtype)
@@ -143,7 +148,11 @@ def test_rows(ranks, name, layout):
             assert found["gradients placed"][: form.alike] == [tuple(placements)] * form.alike
             first, weight_dims = tensors[0].dim(), form.weight_dims
             wanted = tuple(
-                WHOLE if p == WHOLE else Partial() if p.dim < first - weight_dims else Shard(p.dim - first + weight_dims)
+                WHOLE
+                if p == WHOLE
+                else Partial()
+                if p.dim < first - weight_dims
+                else Shard(p.dim - first + weight_dims)
                 for p in placements
             )
             assert found["gradients placed"][form.alike :] == [wanted] * form.weights
@@ -168,7 +177,9 @@ def test_columns(ranks, name, layout, alike):
     for dtype in DTYPES:
         _, tensors, _ = problem(name, shape, dtype)
         first = tensors[0].dim() - form.dims
-        placements = [Shard(tensors[0].dim() - 1) if p.is_shard() and p.dim == len(shape) - 1 else p for p in placements]
+        placements = [
+            Shard(tensors[0].dim() - 1) if p.is_shard() and p.dim == len(shape) - 1 else p for p in placements
+        ]
         count = sum(p.is_shard() and p.dim >= first for p in placements)
         number = 16 if name.startswith("layer") else 8 if dtype is torch.float64 else 4
         for found in filter(None, ranks.run(solve, name, dtype, shape, size, placements, alike)):
