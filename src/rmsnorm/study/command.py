@@ -18,7 +18,7 @@ from ..bench import console as machines
 from ..models.loading import missing
 from . import arms as table
 from . import corpus as texts
-from . import findings, plan, report, stopwatch, workers
+from . import findings, plan, stopwatch, workers
 from .folder import Folder, Refused
 from .results import Study
 from .training import Outcome
@@ -73,6 +73,8 @@ def run(
 
 def finish(study: Study, folder: Folder, text: texts.Corpus, seconds: float, *, again: bool) -> None:
     """Times the steps, writes the results, and prints the conclusions."""
+    from . import report  # brings matplotlib, which the other commands don't need
+
     if study.complete and seconds and (again or study.timing is None):
         typer.echo(f"timing steps for {seconds:.0f} s", err=True)
         folder.keep_timing(stopwatch.measure(study.setting, text, seconds) | {"machine": machines.machine()})
