@@ -195,6 +195,17 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return view
 
 
+GRADS = [*LAYOUTS, "scalar"]  # "scalar": what .sum().backward() sends, one number with stride 0 everywhere
+
+
+def lay_out_grad(grad: Tensor, layout: str) -> Tensor:
+    return torch.ones((), dtype=grad.dtype).expand(grad.shape) if layout == "scalar" else lay_out(grad, layout)
+
+
+def grad_rows(grad: Tensor, layout: str) -> Tensor:
+    return torch.ones_like(grad) if layout == "scalar" else rows_of(grad, layout)
+
+
 def alike(*views: Tensor) -> list[Tensor]:
     """The views in one shape: if one is in heads, all are; [rows, columns] can be seen so in any layout."""
     shape = max((view.shape for view in views), key=len)

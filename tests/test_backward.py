@@ -10,10 +10,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from calls import forward, gradients
 from oracle import (
     COLUMNS,
     DTYPES,
     EPS,
+    GRADS,
     HALVES,
     LAYOUTS,
     MODES,
@@ -21,8 +23,10 @@ from oracle import (
     alike,
     exact,
     gains,
+    grad_rows,
     incoming,
     lay_out,
+    lay_out_grad,
     rows_of,
     same_bits,
     sample,
@@ -31,28 +35,6 @@ from oracle import (
 from torch import Tensor
 
 from rmsnorm import _native, add_rms_norm, rms_norm
-
-GRADS = [*LAYOUTS, "scalar"]  # "scalar": what .sum().backward() sends, one number with stride 0 everywhere
-
-
-def lay_out_grad(grad: Tensor, layout: str) -> Tensor:
-    return torch.ones((), dtype=grad.dtype).expand(grad.shape) if layout == "scalar" else lay_out(grad, layout)
-
-
-def grad_rows(grad: Tensor, layout: str) -> Tensor:
-    return torch.ones_like(grad) if layout == "scalar" else rows_of(grad, layout)
-
-
-def forward(x: Tensor, weight: Tensor | None, **options: object) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the leaves to differentiate by; the leaves keep their strides."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight) if t is not None]
-    return rms_norm(leaves[0], x.shape[-1], *leaves[1:] or [None], options.pop("eps", EPS), **options), leaves
-
-
-def gradients(x: Tensor, weight: Tensor | None, grad: Tensor, **options: object) -> list[Tensor]:
-    """[y, dx, dw]"""
-    y, leaves = forward(x, weight, **options)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 @pytest.mark.parametrize("columns", COLUMNS)

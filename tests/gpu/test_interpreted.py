@@ -14,9 +14,11 @@ import hardware
 import numpy as np
 import pytest
 import torch
+from calls import forward, gradients
 from oracle import (
     DTYPES,
     EPS,
+    GRADS,
     HALVES,
     LAYOUTS,
     MODES,
@@ -28,8 +30,10 @@ from oracle import (
     alike,
     exact,
     gains,
+    grad_rows,
     incoming,
     lay_out,
+    lay_out_grad,
     outside,
     rows_of,
     same_bits,
@@ -44,7 +48,6 @@ from rmsnorm import _gpu, _launch, add_rms_norm, rms_norm
 pytestmark = pytest.mark.usefixtures("on_triton")
 
 CELLS = [*(("held", n) for n in (1, 3, 127, 129, 576, 1027, 5137)), ("blocks", 129), ("blocks", 5137)]
-GRADS = [*LAYOUTS, "scalar"]
 # The contract of the native kernels, but for fp64, whose 1/rms is one number here: 5 ulp, as the reference.
 BOUNDS = ULPS | {torch.float64: REFERENCE_ULPS[torch.float64]}
 
@@ -72,17 +75,6 @@ def _nothing_falls_back(monkeypatch):
 
     monkeypatch.setattr(_gpu.reference, "rms_norm", unless_empty(_gpu.reference.rms_norm))
     monkeypatch.setattr(_gpu._ops, "_rms_norm_backward", unless_empty(_gpu._ops._rms_norm_backward))
-
-
-def forward(x: Tensor, weight: Tensor | None, **options: object) -> tuple[Tensor, list[Tensor]]:
-    leaves = [t.detach().requires_grad_() for t in (x, weight) if t is not None]
-    return rms_norm(leaves[0], x.shape[-1], *leaves[1:] or [None], options.pop("eps", EPS), **options), leaves
-
-
-def gradients(x: Tensor, weight: Tensor | None, grad: Tensor, **options: object) -> list[Tensor]:
-    """[y, dx, dw]"""
-    y, leaves = forward(x, weight, **options)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 def test_the_interpreter_rounds_as_gpus_do():
@@ -126,9 +118,6 @@ def test_backward(form, dtype, columns):
     """dtype × columns × rows × weight type × offset × mode, against the oracle; then layouts of x × of the gradient, in
     full for 129 columns that are held and else one side at a time, which must not change a bit."""
 
-    def placed_grad(layout: str) -> Tensor:
-        return torch.ones((), dtype=dtype).expand(grad.shape) if layout == "scalar" else lay_out(grad, layout)
-
     for rows in (0, 1, 3, 65 if columns < 500 else 5):
         x, wide_grad = sample(rows, columns, dtype), incoming(rows, columns)
         truth = Truth(x, EPS)
@@ -147,11 +136,10 @@ def test_backward(form, dtype, columns):
     wanted = {}
     for layout, grad_layout in product(LAYOUTS, GRADS):
         if (columns == 129 and form == "held") or (columns in (3, 129) and "contiguous" in (layout, grad_layout)):
-            tensor, g, _ = alike(lay_out(x, layout), placed_grad(grad_layout), shape)
+            tensor, g, _ = alike(lay_out(x, layout), lay_out_grad(grad, grad_layout), shape)
             key = layout == "expanded", grad_layout if grad_layout in ("expanded", "scalar") else ""
             if key not in wanted:
-                repeated = torch.ones_like(grad) if grad_layout == "scalar" else rows_of(grad, grad_layout)
-                wanted[key] = gradients(rows_of(x, layout), weight, repeated)
+                wanted[key] = gradients(rows_of(x, layout), weight, grad_rows(grad, grad_layout))
             for name, t, right in zip(("y", "dx", "dw"), gradients(tensor, weight, g), wanted[key], strict=True):
                 assert same_bits(t.reshape(right.shape), right), f"{name}: {layout} x, {grad_layout} gradient"
 
