@@ -9,6 +9,7 @@ from shared import F64, OTHER, OURS, THIRD, directions, normal, ring, rms, rms_n
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm.tutorial.ulp import gaps
 
 
 def gradient() -> Figure:
@@ -91,11 +92,10 @@ def precision() -> Figure:
     left.legend(fontsize=8, loc="lower center")
     x, weight = normal(64, 4096).bfloat16(), (1 + 0.3 * normal(4096, seed=1)).bfloat16()
     exact = rms_norm(x.double(), 1e-6, weight.double())
-    unit = torch.finfo(torch.bfloat16).eps * torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1)
     edges = torch.linspace(-1.5, 1.5, 61)
     for mode, look in (("torch", {"color": OURS, "fill": True, "alpha": 0.4}), ("llama", {"color": OTHER})):
         output = rmsnorm.rms_norm(x, (4096,), weight, 1e-6, casting_mode=mode)
-        error = ((output.double() - exact) / unit).flatten()
+        error = ((output.double() - exact) / gaps(exact, torch.bfloat16)).flatten()
         density = torch.histc(error, 60, -1.5, 1.5) / error.numel() / 0.05
         right.stairs(density, edges, linewidth=1.8, label=mode, zorder=3, **look)
     right.set_title("error in ulp of bfloat16: density")

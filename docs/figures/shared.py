@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm.bench.figures import WIDTH
 
 OURS, OTHER, THIRD, GREY = "#D55E00", "#0072B2", "#009E73", "#777777"
-WIDTH = 9.0
 F64 = torch.float64
 
 

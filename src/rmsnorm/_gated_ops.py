@@ -144,9 +144,7 @@ def _fake_gated_rms_norm(
 def _fake_gated_rms_norm_forward(
     input: Tensor, gate: Tensor, weight: Tensor | None, dims: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    shape = (*input.shape[: input.dim() - dims], *[1] * dims)
-    rstd = input.new_empty(shape, dtype=reference.accumulation_dtype(input.dtype))
-    return _fake_gated_rms_norm(input, gate, weight, dims, *options), rstd
+    return _fake_gated_rms_norm(input, gate, weight, dims, *options), reference.empty_rstd(input, dims)
 
 
 def _fake_gated_rms_norm_backward(

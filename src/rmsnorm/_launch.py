@@ -40,8 +40,7 @@ def forward(
     if out is None:
         out = input.new_empty(input.shape, dtype=reference.result_dtype(input, weight, round_first))
     sum = None if residual is None else input.new_empty(input.shape)
-    rstd_shape = (*input.shape[: input.dim() - dims], *[1] * dims) if keep else (0,)
-    rstd = input.new_empty(rstd_shape, dtype=reference.accumulation_dtype(input.dtype))
+    rstd = reference.empty_rstd(input, dims) if keep else input.new_empty(0)
     x, other = (_matrix(t, columns) for t in (input, residual))
     _launch(
         _triton.forward,

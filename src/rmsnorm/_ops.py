@@ -116,10 +116,7 @@ def _fake_rms_norm_out(
 def _fake_rms_norm_forward(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
-    rstd = input.new_empty(
-        (*input.shape[: input.dim() - dims], *[1] * dims), dtype=reference.accumulation_dtype(input.dtype)
-    )
-    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), rstd
+    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), reference.empty_rstd(input, dims)
 
 
 def _fake_rms_norm_backward(

@@ -33,6 +33,12 @@ def spans(weight: Tensor, input: Tensor, dims: int) -> bool:
     return weight.dim() >= dims and weight.shape == input.shape[input.dim() - weight.dim() :]
 
 
+def empty_rstd(input: Tensor, dims: int) -> Tensor:
+    """Room for one number per row, in the shape that ``rms_norm`` returns."""
+    shape = (*input.shape[: input.dim() - dims], *[1] * dims)
+    return input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
+
+
 def _last(dims: int) -> tuple[int, ...]:
     return tuple(range(-dims, 0))
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from rmsnorm import _launch, _triton
+from rmsnorm.bench.pages import replace_block
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -157,14 +157,5 @@ def _bytes(sizes: tuple[int, ...]) -> str:
     return " + ".join(f"{sizes.count(size)}×{size}" for size in sorted(set(sizes), reverse=True)) or "0"
 
 
-def main() -> None:
-    file = ROOT / "docs/gpu.md"
-    begin, end = "<!-- made by `python tests/gpu/offline.py` -->\n", "\n<!-- end -->"
-    before, _, rest = file.read_text().partition(begin)
-    temporary = file.with_suffix(".new")
-    temporary.write_text(before + begin + table() + end + rest.partition(end)[2])
-    os.replace(temporary, file)
-
-
 if __name__ == "__main__":
-    main()
+    replace_block(ROOT / "docs/gpu.md", "made by `python tests/gpu/offline.py`", table())

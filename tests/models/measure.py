@@ -14,6 +14,7 @@ import torch
 from rmsnorm.bench.console import machine
 from rmsnorm.bench.pages import replace_block
 from rmsnorm.models import command, comparison, loading
+from rmsnorm.study.corpus import documentation
 
 PAGE = Path(__file__).parents[2] / "README.md"
 PROMPT = "The sky is blue because"
@@ -25,7 +26,7 @@ def column(dtype: str, fuse_add: bool) -> list[str]:
     tokenizer, model = loading.load(loading.SMOLLM2, command.DTYPES[dtype])
     vocabulary = model.get_input_embeddings().num_embeddings
     prompt, text = (
-        command.tokens_of(tokenizer, words, vocabulary) for words in (PROMPT, command.documentation(24_000))
+        command.tokens_of(tokenizer, words, vocabulary) for words in (PROMPT, documentation().decode()[:24_000])
     )
     result = comparison.compare(model, prompt, text[:2000], 64, SECONDS, fuse_add=fuse_add)
     numbers = result.numbers()

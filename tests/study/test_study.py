@@ -162,7 +162,7 @@ def test_no_room_is_one_line_and_no_half_file(tmp_path: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     result = invoke(*SMALL, "--jobs", 1, "--out", tmp_path / "full")
     assert result.exit_code == 1
     assert "no room left" in result.output

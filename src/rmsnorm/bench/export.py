@@ -7,7 +7,7 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,23 @@ from .results import Report
 
 def to_csv(report: Report) -> str:
     """One line for each contender of each case."""
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
+    rows = []
     for result in report.results:
         for name, line in result.contenders.items():
             plain = asdict(line)
             low, high = plain.pop("quartiles_s")
-            row = {**asdict(result.case), "contender": name, **plain, "quartile_low_s": low, "quartile_high_s": high}
-            if writer is None:
-                writer = csv.DictWriter(text, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
+            ends = {"quartile_low_s": low, "quartile_high_s": high}
+            rows.append({**asdict(result.case), "contender": name, **plain, **ends})
+    return csv_of(rows)
+
+
+def csv_of(rows: Sequence[Mapping[str, object]]) -> str:
+    """The rows below a line of the first one's names; nothing for no rows."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return text.getvalue()
 
 
@@ -79,10 +85,13 @@ def in_directory(file: Path, machine: dict[str, Any], ending: str = ".json") -> 
 
 
 def replace(file: Path, content: str | bytes) -> None:
-    """Writes beside the destination, then renames: nobody ever reads half a file."""
+    """Writes beside the destination, synchronises, then renames: after a power cut, too, nobody reads half a file."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with temporary.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

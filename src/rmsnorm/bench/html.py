@@ -51,8 +51,8 @@ def page(report: Report) -> str:
         title = f"{count} thread{'s' * (count > 1)}"
         body += [
             f"<h2>{title}</h2>",
-            _image(figures.svg(figures.roofline(report, count)), f"bandwidth reached, {title}"),
-            _image(figures.svg(figures.ratios(report, count)), f"time ÷ time, {title}"),
+            image(figures.svg(figures.roofline(report, count)), f"bandwidth reached, {title}"),
+            image(figures.svg(figures.ratios(report, count)), f"time ÷ time, {title}"),
         ]
     if report.footprints:
         body += ["<h2>Memory of forward and backward</h2>", _footprints(report.footprints)]
@@ -62,8 +62,13 @@ def page(report: Report) -> str:
     if reasons := skipped(report.results):
         body += ["<h2>Skipped</h2>", _list(reasons)]
     body += ["<h2>Method</h2>", *map(_paragraph, _method())]
+    return document("rmsnorm bench", body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page of its own around these parts; empty ones are left out."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>rmsnorm bench</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
     )
@@ -88,7 +93,7 @@ def _times(results: Sequence[Result]) -> str:
             ours = ' class="ours"' * (name == OURS)
             rows.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     titles = ("", "median", "quartiles", "fastest", "GB/s", "of copy", "ours ÷ this", "of the fastest")
-    return _table(titles, rows)
+    return table(titles, rows)
 
 
 def _footprints(footprints: Sequence[Footprint]) -> str:
@@ -105,7 +110,7 @@ def _footprints(footprints: Sequence[Footprint]) -> str:
             escape(", ".join(one.kept)),
         )
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return _table(("", "peak", "÷ input", "kept for backward", "÷ input", "what is kept"), rows)
+    return table(("", "peak", "÷ input", "kept for backward", "÷ input", "what is kept"), rows)
 
 
 def _method() -> list[str]:
@@ -121,13 +126,15 @@ def _method() -> list[str]:
     ]
 
 
-def _table(titles: Iterable[str], rows: Iterable[str]) -> str:
+def table(titles: Iterable[str], rows: Iterable[str]) -> str:
+    """A table below its titles; they and the ``<tr>`` rows are HTML."""
     head = "".join(f"<th>{title}</th>" for title in titles)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _image(svg: bytes, text: str) -> str:
-    return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
+def image(content: bytes, text: str, kind: str = "svg+xml") -> str:
+    """A picture inside the page, and what it shows in words."""
+    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def _list(items: Iterable[str]) -> str:

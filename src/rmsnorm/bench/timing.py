@@ -55,7 +55,11 @@ class Timing:
 
     def ratio(self, other: Timing) -> float:
         """This time ÷ the other's: the median over the rounds that they shared."""
-        return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+        return statistics.median(self.quotients(other))
+
+    def quotients(self, other: Timing) -> list[float]:
+        """This time ÷ the other's, round by round."""
+        return [mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
 
 
 def measure(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._info import info
 from ..bench import export
+from ..study.corpus import documentation
 from . import comparison, loading
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         result = comparison.compare(
             loaded,
             tokens_of(tokenizer, prompt, vocabulary),
-            tokens_of(tokenizer, documentation(12 * text), vocabulary)[:text],
+            tokens_of(tokenizer, documentation().decode()[: 12 * text], vocabulary)[:text],
             tokens,
             seconds,
             fuse_add=fuse_add,
@@ -68,13 +69,6 @@ def register(app: "typer.Typer") -> "typer.Typer":
             export.replace(json, json_format.dumps({**about, **result.to_dict()}, indent=1))
 
     return app
-
-
-def documentation(characters: int) -> str:
-    """Real English that every Python has: its own documentation."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))[:characters]
 
 
 def tokens_of(tokenizer: Any, text: str, vocabulary: int) -> Tensor:

@@ -7,13 +7,14 @@ batch of a run is drawn before its first step (corpus.py).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..bench.export import replace
 
 HISTORY = "history"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,19 +46,6 @@ def load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         state[key] = tensors[name]
     model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     return history
-
-
-def replace(file: Path, content: bytes | str) -> None:
-    """Writes beside the destination, synchronises, then renames: after a power cut, too, nobody reads half a file."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

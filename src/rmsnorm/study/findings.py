@@ -40,6 +40,12 @@ def verdict(spread: Spread) -> str:
     return "worse" if spread.mean > 0 else "better"
 
 
+def less_rms(arm: Arm, arms: Arms) -> str:
+    """An arm's loss less that of RMSNorm with its band, and what it means; for a cell of a table."""
+    apart = difference(arm, arms["rms"]) if "rms" in arms and arm.name != "rms" else None
+    return f"{apart.signed}, {verdict(apart)}" if apart and apart.values else ""
+
+
 def _loss(study: Study, arms: Arms) -> str:
     if not {"rms", "layer"} <= arms.keys():
         return ""

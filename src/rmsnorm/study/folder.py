@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import replace
+from ..bench.export import replace
 from .plan import Run, Setting
 from .training import Outcome
 

@@ -9,12 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+from ..bench.export import replace
 from ..bench.pages import replace_block, table
 from . import findings, report
 from .arms import ARMS
-from .checkpoint import replace
 from .results import Study
-from .summary import arms_of, difference
+from .summary import arms_of
 
 LABEL = "made by `make study`"
 WIDTH = 118
@@ -35,10 +35,8 @@ def results(study: Study) -> str:
     """A line for each arm."""
     arms, rows = arms_of(study), []
     for arm in arms.values():
-        apart = difference(arm, arms["rms"]) if "rms" in arms and arm.name != "rms" else None
         best = "" if arm.best_rate is None else f"{arm.best_rate:g}"
-        less = f"{apart.signed}, {findings.verdict(apart)}" if apart and apart.values else ""
-        rows.append((arm.title, best, findings.rate(arm), str(arm.held_out), less))
+        rows.append((arm.title, best, findings.rate(arm), str(arm.held_out), findings.less_rms(arm, arms)))
     return table(("norm", "best rate", "largest stable rate", "held-out loss", "less RMSNorm"), rows)
 
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from ..bench.figures import RC
-from ..bench.html import STYLE
+from ..bench import html
+from ..bench.export import replace
+from ..bench.figures import stack
 from . import figures, findings, network
-from .checkpoint import replace
 from .results import Study, curves_csv, runs_csv
-from .summary import NEAR, Arm, arms_of, difference
+from .summary import NEAR, Arm, arms_of
 
 TITLE = "Less computation, more stable training?"
 
 
 def write(study: Study, folder: Path) -> list[str]:
     """Writes everything into the folder, each file at once; returns their names."""
-    drawn = {name: png(figure) for name, figure in figures.drawn(study).items()}
+    drawn = {name: stack([figure]) for name, figure in figures.drawn(study).items()}
     files: dict[str, str | bytes] = {
         "report.html": page(study, drawn),
         "results.json": study.to_json(),
@@ -34,17 +29,6 @@ def write(study: Study, folder: Path) -> list[str]:
     for name, content in files.items():
         replace(folder / name, content)
     return list(files)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure in a few colours and their edges: a quarter of the bytes."""
-    from PIL import Image
-
-    out, small = io.BytesIO(), io.BytesIO()
-    with matplotlib.rc_context(RC):
-        figure.savefig(out, format="png", dpi=150)
-    Image.open(out).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
-    return small.getvalue()
 
 
 def page(study: Study, drawn: dict[str, bytes]) -> str:
@@ -65,15 +49,10 @@ def page(study: Study, drawn: dict[str, bytes]) -> str:
     ]
     for name, title in titles.items():
         if name in drawn:
-            image = base64.b64encode(drawn[name]).decode()
-            body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
+            body.append(f"<h2>{title}</h2>{html.image(drawn[name], title, 'png')}")
             body.append(tables.get(name, ""))
     body += ["<h2>Method</h2>", *(f"<p>{escape(text)}</p>" for text in method(study))]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
-    )
+    return html.document(TITLE, body)
 
 
 def where(study: Study) -> str:
@@ -108,7 +87,6 @@ def method(study: Study) -> list[str]:
 def _results(arms: dict[str, Arm]) -> str:
     rows = []
     for arm in arms.values():
-        apart = difference(arm, arms["rms"]) if "rms" in arms and arm.name != "rms" else None
         rows.append(
             (
                 arm.title,
@@ -117,7 +95,7 @@ def _results(arms: dict[str, Arm]) -> str:
                 ", ".join(f"{rate:g}" for rate in arm.good_rates),
                 str(arm.over_seeds("train_loss")),
                 str(arm.held_out),
-                f"{apart.signed}, {findings.verdict(apart)}" if apart and apart.values else "",
+                findings.less_rms(arm, arms),
                 str(arm.spikes),
             )
         )
@@ -172,6 +150,5 @@ def _times(study: Study) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return html.table(map(escape, titles), lines)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bench.export import csv_of
 from .plan import Setting
 from .training import Outcome
 
@@ -76,19 +74,21 @@ def _thinned(outcome: Outcome) -> dict[str, Any]:
 
 def runs_csv(study: Study) -> str:
     """A line for each run."""
-    return _csv(
-        {
-            "arm": one.arm,
-            "rate": one.rate,
-            "seed": one.seed,
-            "stable": one.stable,
-            "diverged_at": one.diverged_at,
-            "train_loss": one.train_loss,
-            "held_out": one.held_out,
-            **{f"held_out_{name}": (one.statistics or {}).get(name) for name in ("running", "estimated", "batch")},
-            **{f"leak_{name}": (one.leak or {}).get(name) for name in ("future", "others", "itself")},
-        }
-        for one in study.outcomes
+    return csv_of(
+        [
+            {
+                "arm": one.arm,
+                "rate": one.rate,
+                "seed": one.seed,
+                "stable": one.stable,
+                "diverged_at": one.diverged_at,
+                "train_loss": one.train_loss,
+                "held_out": one.held_out,
+                **{f"held_out_{name}": (one.statistics or {}).get(name) for name in ("running", "estimated", "batch")},
+                **{f"leak_{name}": (one.leak or {}).get(name) for name in ("future", "others", "itself")},
+            }
+            for one in study.outcomes
+        ]
     )
 
 
@@ -100,15 +100,4 @@ def curves_csv(study: Study) -> str:
         for (step, loss), (_, norm) in zip(losses, norms, strict=True):
             about = {"arm": one.arm, "rate": one.rate, "seed": one.seed, "step": step}
             lines.append({**about, "train_loss": f"{loss:.5g}", "gradient_norm": f"{norm:.5g}"})
-    return _csv(lines)
-
-
-def _csv(lines: Iterable[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for line in lines:
-        if writer is None:
-            writer = csv.DictWriter(text, list(line), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(line)
-    return text.getvalue()
+    return csv_of(lines)

@@ -49,14 +49,13 @@ def _numbers(times: Mapping[str, timing.Timing], name: str) -> dict[str, Any]:
         "median_s": mine.median,
         "quartiles_s": list(mine.quartiles),
         "rounds": len(mine.seconds),
-        "ratios": {other: _quotients(mine.seconds, theirs.seconds) for other, theirs in times.items()},
+        "ratios": {other: _quartiles(mine.quotients(theirs)) for other, theirs in times.items()},
     }
 
 
-def _quotients(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """The quartiles of one's time ÷ the other's, round by round; the second is the median."""
-    quotients = [one / other for one, other in zip(mine, theirs, strict=True)]
-    return statistics.quantiles(quotients, n=4, method="inclusive")
+def _quartiles(values: Sequence[float]) -> list[float]:
+    """The second is the median."""
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def _step(setting: Setting, arm: str, corpus: Corpus) -> Call:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 import rmsnorm
 
+from ..bench import memory
 from . import plots
 from .panel import Choice, Number, Panel, Slider
 from .ulp import errors
@@ -103,19 +103,9 @@ def by_hand() -> dict[str, tuple[float, ...]]:
 
 def kept_bytes(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
     """What autograd keeps, each storage once, beside the weight; in units of the input's bytes."""
-    kept: dict[int, int] = {}
-
-    def keep(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
     leaf, gain = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    alive = []
-    with saved_tensors_hooks(keep, lambda saved: saved):
-        alive.append(f(leaf, gain))  # as long as the output lives, no address is used twice
-    kept.pop(gain.untyped_storage().data_ptr(), None)
-    return sum(kept.values()) / x.untyped_storage().nbytes()
+    kept = memory.kept(lambda: f(leaf, gain), [gain])
+    return sum(size for size, _ in kept) / x.untyped_storage().nbytes()
 
 
 def name_of(dtype: torch.dtype) -> str:
