@@ -94,7 +94,7 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor runs it as operators on plain tensors, which come here again
-        if "c10d" in func.namespace and "wait" not in func.__name__:
+        if "c10d" in func.namespace and not any(word in func.__name__ for word in ("wait", "wrap")):
             tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             name = func.__name__.split(".")[0].rstrip("_")
             self.collectives.append((name, sum(t.numel() * t.element_size() for t in tensors)))
