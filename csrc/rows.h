@@ -104,6 +104,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   rows.scratch = scratch;
   const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
   rows.stream = overflows_caches(operands.rows * f.columns * (read + size_of(f.output)));
+  rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
