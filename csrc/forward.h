@@ -14,9 +14,15 @@ class Plain {
   class Loader {
    public:
     RMSNORM_INLINE Loader(const Forward&, const ForwardRows& rows, int64_t r, int64_t)
-        : x_((const T*)rows.input[r]), residual_((const T*)rows.residual[r]), sum_((T*)rows.sum[r]) {}
+        : x_((const T*)rows.input[r]),
+          residual_((const T*)rows.residual[r]),
+          sum_((T*)rows.sum[r]),
+          soon_(rows.keep_gain ? rows.gain[r] : rows.input[r]) {}
     template <class Span>
     RMSNORM_INLINE Vector<T> operator()(Span span) const {
+      // The row, its output and the gain may fill L1 to the last line; then this order keeps the gain there, and the
+      // last row's output leaves (512x4096 fp32 on a Zen 5: 1.6 times memcpy without, 1.5 with).
+      if constexpr (kKeepsGain) __builtin_prefetch((const T*)soon_ + span.j, 0, 3);
       Vector<T> x = span.load_from(x_);
       if constexpr (Add) {
         x = round_to<T>(x + span.load_from(residual_));
@@ -26,8 +32,10 @@ class Plain {
     }
 
    private:
+    static constexpr bool kKeepsGain = std::is_same_v<T, float> && std::is_same_v<Gain, T> && !Add && !Norm::kBias;
     const T *x_, *residual_;
     T* sum_;
+    const void* soon_;
   };
   RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return Add ? rows.sum : rows.input; }
 
@@ -85,13 +93,13 @@ void forward(const Forward& f, const ForwardRows& rows) {
     for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin));
     found.find_rows(Form::rows_of(rows) + begin, end - begin, f.columns, f.eps);
     for (int64_t r = begin; r < end; ++r) {
-      const typename Norm::Row row = found[r - begin];
-      if (__builtin_expect(!row.safe, 0)) {  // with a row of its own: to hand out a reference costs 1 ns a row
-        typename Norm::Row rescued = row;
+      if (__builtin_expect(!found.safe(r - begin), 0)) {
+        typename Norm::Row rescued = found[r - begin];
         Form::rescue(f, rows, r, rescued);
         keep(r, rescued);
         continue;
       }
+      const typename Norm::Row row = found[r - begin];  // no reference to it leaves: it would be written to memory
       keep(r, row);
       Out* out = (Out*)rows.output[r];
       const Form part(f, rows, r, r - begin, row);

@@ -68,11 +68,12 @@ struct ForwardRows {
   void* output[kBatch];
   void* gate[kBatch];
   void* gain[kBatch];
-  void* scratch;  // block_rows · padded(columns) of fp64 for f32 and f64, else of fp32; only if the gate is first
-  void* rstd;     // one wide(input) value per row of this batch, or null
-  double* mean;   // the same, for LayerNorm
-  bool stream;    // output is larger than the caches: its stores should go past them
-  int64_t next;   // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
+  void* scratch;   // block_rows · padded(columns) of fp64 for f32 and f64, else of fp32; only if the gate is first
+  void* rstd;      // one wide(input) value per row of this batch, or null
+  double* mean;    // the same, for LayerNorm
+  bool stream;     // output is larger than the caches: its stores should go past them
+  bool keep_gain;  // a row, its output and its gain fit in L1, if only just
+  int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
 };
 
 struct Backward {

@@ -166,6 +166,7 @@ struct Layer {
     RMSNORM_INLINE void find_rows(const void* const* x, int64_t count, int64_t columns, double eps) {
       for (int64_t i = 0; i < count; ++i) row_[i] = row(sums_[i], (const T*)x[i], columns, eps);
     }
+    RMSNORM_INLINE bool safe(int64_t i) const { return row_[i].safe; }
     RMSNORM_INLINE const Row& operator[](int64_t i) const { return row_[i]; }
 
    private:

@@ -30,6 +30,18 @@ inline bool is_large(int64_t bytes) { return bytes >= large_bytes().load(std::me
 // streamed 1.0).
 inline bool overflows_caches(int64_t bytes) { return is_large(bytes / 3 * 4); }
 
+// The first data cache of a core.
+inline int64_t first_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // 0 or -1 where it isn't told
+#endif
+    return std::clamp<int64_t>(cache, int64_t{32} << 10, int64_t{128} << 10);
+  }();
+  return bytes;
+}
+
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
 // not, or the system keeps its huge pages for itself, the request does nothing.

@@ -47,12 +47,14 @@ class Cursor {
     }
   }
 
-  // Fills `lists[k]` with pointers to the next `count` rows of operand k.
+  // Fills `lists[k]` with pointers to the next `count` rows of operand k; of one that isn't there it leaves the list be
+  // (32768x128 bf16: 10 % of the time went into pointers that nobody read).
   void take(int64_t count, const std::array<void**, N>& lists) {
     for (int64_t done = 0; done < count;) {
       const int last = operands_.dims - 1;
       const int64_t run = last < 0 ? 1 : std::min(count - done, operands_.size[last] - index_[last]);
       for (int k = 0; k < N; ++k) {
+        if (!operands_.data[k]) continue;
         const int64_t stride = last < 0 ? 0 : operands_.stride[k][last];
         for (int64_t r = 0; r < run; ++r) lists[k][done + r] = pointer_[k] + r * stride;
         pointer_[k] += run * stride;
@@ -98,17 +100,18 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
                          double* mean, char* scratch, int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
-  ForwardRows rows;
+  ForwardRows rows = {};
   rows.scratch = scratch;
   const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
   rows.stream = overflows_caches(operands.rows * f.columns * (read + size_of(f.output)));
+  rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
     rows.mean = mean ? mean + row : nullptr;
     cursor.take(rows.count, {rows.input, rows.output, rows.residual, rows.sum, rows.gate});
-    take_weight(f.gain, row, rows.count, rows.gain);
+    if (f.gain.count > 1 || row == begin) take_weight(f.gain, row, rows.count, rows.gain);
     kernel(f, rows);
   }
 }
@@ -134,7 +137,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
                           int64_t end) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
-  BackwardRows rows;
+  BackwardRows rows = {};
   const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
   const int64_t flush = kFlush * b.gain.count;
   rows.shared_weight = b.gain.count == 1;
@@ -148,8 +151,10 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     rows.rstd = rstd + row * size_of(wide(b.input));
     rows.mean = mean ? mean + row : nullptr;
     cursor.take(rows.count, {rows.input, rows.grad, rows.grad_input, rows.grad_sum, rows.gate, rows.grad_gate});
-    take_weight(b.gain, row, rows.count, rows.gain);
-    take_weight(grad_weight, row, rows.count, rows.grad_weight);
+    if (b.gain.count > 1 || row == begin) {  // the first batch is the longest
+      take_weight(b.gain, row, rows.count, rows.gain);
+      take_weight(grad_weight, row, rows.count, rows.grad_weight);
+    }
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;
     if (partial && (done % flush == 0 || begin + done == end))

@@ -156,7 +156,8 @@ class Rstds {
       store_register(safe_ + i, safe);
     }
   }
-  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe_[i] != 0}; }
+  RMSNORM_INLINE bool safe(int64_t i) const { return safe_[i] != 0; }
+  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i)}; }
 
  private:
   double sum_[kBlockRows] = {};
@@ -170,6 +171,7 @@ class Rstds<double> {
   RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
     for (int64_t i = 0; i < count; ++i) row_[i] = rstd_from<double>(sum_[i], columns, eps);
   }
+  RMSNORM_INLINE bool safe(int64_t i) const { return row_[i].safe; }
   RMSNORM_INLINE const Rstd<double>& operator[](int64_t i) const { return row_[i]; }
 
  private:

@@ -15,6 +15,7 @@ typedef double f64x8 __attribute__((vector_size(64)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
 inline __m512d cvtps_pd(__m256 x) {
   f64x8 r;
@@ -83,6 +84,11 @@ inline int is_subnormal(__m512 x) {
   for (int i = 0; i < 16; ++i) mask |= (std::fpclassify(((f32x16)x)[i]) == FP_SUBNORMAL) << i;
   return mask;
 }
+inline uint32_t testn_epi16(__m512i x, __m512i y) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= (uint32_t)((((u16x32)x)[i] & ((u16x32)y)[i]) == 0) << i;
+  return mask;
+}
 // VCVTNEPS2BF16: nearest even, subnormals are zero, NaNs become quiet.
 inline __m256i cvtneps_pbh(__m512 x) {
   u16x16 r;
@@ -121,6 +127,7 @@ inline __m512i cvtne2ps_pbh(__m512 above, __m512 below) {
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
 #undef _mm512_fpclass_ps_mask
 #define _mm512_fpclass_ps_mask(x, classes) emulated::is_subnormal(x)
+#define _mm512_testn_epi16_mask emulated::testn_epi16
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define __m256bh __m256i
