@@ -131,8 +131,8 @@ def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Truth:
         sizes.append(size.amax(row, keepdim=True).expand(size.shape) if i < form.alike and size.numel() else size)
     taken = torch.zeros((), dtype=torch.float64)
     if form.norm is rmsnorm.layer_norm:
-        x = wide[0]
-        taken = x.mean(row, keepdim=True).abs() / (x.var(row, correction=0, keepdim=True) + EPS).sqrt()
+        mean = wide[0].mean(row, keepdim=True)
+        taken = mean.abs() / ((wide[0] - mean).square().mean(row, keepdim=True) + EPS).sqrt()
         taken = taken * wide[1].abs() + 2 * wide[2].abs() if form.weights else taken
     return Truth(list(outputs), [y.abs() + taken for y in outputs], gradients, sizes)
 

@@ -4,6 +4,7 @@ what travels for them, which is nothing, or a number per row.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -103,8 +104,13 @@ def judge(name: str, dtype: torch.dtype, shape: tuple[int, ...], found: dict[str
         assert error(got, grad, size) <= gradient_ulps(form, dtype), (dtype, i)
 
 
-@pytest.mark.parametrize("layout", ROWS)
-@pytest.mark.parametrize("name", FORMS)
+def is_of_rows(name: str, layout: str) -> bool:
+    """Whether the layout splits no columns of the form."""
+    shape, _, placements = ROWS[layout]
+    return all(p == WHOLE or p.dim < len(shape) - min(FORMS[name].dims, len(shape) - 1) for p in placements)
+
+
+@pytest.mark.parametrize(("name", "layout"), [case for case in product(FORMS, ROWS) if is_of_rows(*case)])
 def test_rows(ranks, name, layout):
     """The bits of the whole, and nothing travels. A weight's gradient is a sum of what each rank's rows give.
 
@@ -116,8 +122,6 @@ def test_rows(ranks, name, layout):
     for dtype in DTYPES:
         _, tensors, grads = problem(name, shape, dtype)
         outer = tensors[0].dim() - form.weight_dims
-        if any(p.is_shard() and p.dim >= tensors[0].dim() - form.dims for p in placements):
-            pytest.skip("these are columns of this form")
         outputs, gradients = plain(form, tensors, grads)
         right, alike = truth(name, shape, dtype), form.alike
         for found in filter(None, ranks.run(solve, name, dtype, shape, grid, placements, cut)):
@@ -134,15 +138,16 @@ def test_rows(ranks, name, layout):
                 assert error(got, grad, size) <= (2.0 if dtype is torch.bfloat16 else 16.0), dtype
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["weight whole", "weight split"])
+WEIGHTS = ("weight whole", "weight split")
+CASES = [(n, w) for n, w in product(FORMS, WEIGHTS) if FORMS[n].weights or w == WEIGHTS[0]]
+
+
 @pytest.mark.parametrize("layout", COLUMNS)
-@pytest.mark.parametrize("name", FORMS)
-def test_columns(ranks, name, layout, cut):
+@pytest.mark.parametrize(("name", "weight"), CASES)
+def test_columns(ranks, name, weight, layout):
     """The truth, for an all-reduce of one number per row each way; of LayerNorm's two, in fp64. Nothing else."""
     shape, grid, placements = COLUMNS[layout]
-    form = FORMS[name]
-    if cut and not form.weights:
-        pytest.skip("no weight")
+    form, cut = FORMS[name], weight == "weight split"
     for dtype in DTYPES:
         dim = problem(name, shape, dtype)[1][0].dim()
         column = dim - (form.dims if layout == "2 ranks" else 1)  # two ranks split heads, where a row is two of them
