@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forms import FORMS, error, gradient_ulps, output_ulps, problem, truth
 from oracle import same_bits
 from pool import Wire, mesh
@@ -164,3 +165,44 @@ def test_columns(ranks, name, weight, layout):
             assert found["placed"] == [placed] * len(found["outputs"])
             assert found["gradients placed"][: form.alike] == [placed] * form.alike
             judge(name, dtype, shape, found)
+
+
+def normalise(norm: Any, x: Tensor, grad: Tensor, options: dict[str, float]) -> tuple[Tensor, Tensor] | None:
+    """On a rank: output and gradient of rows cut in two; None outside of the mesh."""
+    here = mesh(2)
+    args = [distribute_tensor(t, here, [Shard(1)], src_data_rank=None) for t in (x, grad)]
+    input = args[0].requires_grad_()
+    output = norm(input, x.shape[-1:], **options)
+    if here.get_coordinate() is None:
+        return None
+    return whole(output.detach()), whole(*torch.autograd.grad(output, input, args[1]))
+
+
+def test_far_rows(ranks):
+    """Rows whose squares, or whose gradients with respect to them, fp32 can't hold. One such is enough to send fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn((2, 9, 70), generator=generator, dtype=torch.float64)
+    x *= torch.tensor([2.0**-140, 2.0**-120, 2.0**-31, 2.0**-28, 1.0, 2.0**30, 2.0**61, 2.0**100, 2.0**123])[:, None]
+    for rows in ([6], [3], [2], range(9)):
+        far = x[rows].float()
+        wide = far.double()
+        r = 1 / wide.square().mean(-1, keepdim=True).sqrt()
+        g = grad[rows] / r.clamp(2.0**-100, 2.0**100)  # so that dx can be held
+        h = g.float().double()
+        dx = r * (h - wide * r * (h * wide * r).mean(-1, keepdim=True))
+        for found in filter(None, ranks.run(normalise, rmsnorm.rms_norm, far, g.float(), {"eps": 0.0})):
+            assert error(found[0], wide * r, (wide * r).abs()) <= 2.0
+            assert error(found[1], dx, (r * h).abs().amax(-1, keepdim=True)) <= 2.0
+
+
+def test_mean_hides_variance(ranks):
+    """LayerNorm of fp32 rows around 10^6: the sums are taken again, around the mean."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn((2, 5, 70), generator=generator)
+    x += torch.tensor([0.0, 1e3, 1e6, -1e6, 3e6])[:, None]
+    wide = x.double().requires_grad_()
+    y = F.layer_norm(wide - wide.detach().mean(-1, keepdim=True), (70,), eps=1e-5)
+    (dx,) = torch.autograd.grad(y, wide, grad.double())
+    for output, found in filter(None, ranks.run(normalise, rmsnorm.layer_norm, x, grad, {"eps": 1e-5})):
+        assert error(output, y.detach(), y.detach().abs().amax(-1, keepdim=True)) <= 2.0
+        assert error(found, dx, dx.abs().amax(-1, keepdim=True)) <= 2.0
