@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "_triton": set(),
     "_onnx": {"reference"},
     "functional": {"_autograd", "_everyday", "_onnx", "_ops", "reference"},
-    "_everyday": {"_autograd", "_ops"},
+    "_everyday": {"_autograd", "_dtensor", "_ops"},  # the latter when a DTensor arrives
+    "_dtensor": {"_gated", "_layer_norm", "_ranks", "functional"},
+    "_ranks": {"_gated_ops", "reference"},
     "_layer_norm": {"_everyday", "_ops"},
     "module": {"functional"},
     "_gated_ops": {"_native", "_ops", "reference"},
@@ -113,7 +115,7 @@ def test_every_file_says_what_it_is_for(path):
         ("import triton", ["_triton"]),
         ("library.define", ["_gated_ops", "_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd", "_everyday", "_gated", "_layer_norm"]),
+        ("autograd.Function", ["_autograd", "_dtensor", "_everyday", "_gated", "_layer_norm", "_ranks"]),
     ],
 )
 def test_one_owner(text, owners):

@@ -6,7 +6,9 @@ little: 0.8 µs here, where ``functional.py`` asks everything in 2.5.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ _Call = Callable[..., Any]
 _plain: _Call | None = _ops.rms_norm._op if _ops.native else None
 _forward: _Call = _ops.rms_norm_forward._op
 _into: _Call = _ops.rms_norm_out._op
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -57,6 +60,21 @@ def short_way_into(way: _Call, out: Tensor, input: Tensor, weight: Tensor | None
         and not out.requires_grad
     )
     return _into if plain else None
+
+
+def distributed(*tensors: Tensor | None) -> ModuleType | None:
+    """``_dtensor.py``, if one of the tensors is a DTensor.
+
+    There is none before somebody has imported torch.distributed.tensor: that takes half a second, and isn't ours to do.
+    """
+    if all(type(tensor) in _PLAIN for tensor in tensors):
+        return None
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if not any(isinstance(tensor, kind) for tensor in tensors):
+        return None
+    from . import _dtensor
+
+    return _dtensor
 
 
 class EverydayRMSNorm(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autograd, _gated_ops, functional, module
+from . import _autograd, _everyday, _gated_ops, functional, module
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -76,6 +76,9 @@ def gated_rms_norm(
     )
     silu = check_activation("gated_rms_norm", activation)
     _check(input, gate, dims, group_size)
+    if ranks := _everyday.distributed(input, gate, weight):
+        gating = (activation, norm_before_gate, group_size)
+        return ranks.gated_rms_norm(input, gate, weight, dims, eps, offset, casting_mode, *gating)
     if group_size is not None:
         groups = (-1, group_size)
         gate = gate if gate is None else gate.unflatten(-1, groups)

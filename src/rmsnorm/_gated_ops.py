@@ -11,6 +11,7 @@ is for the plain norm; derivatives of the gradient are taken through them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,15 +36,19 @@ def gated_rms_norm(
     round_first: bool,
     norm_before_gate: bool,
     silu: bool,
+    mean: Callable[[Tensor, tuple[int, ...]], Tensor] = reference.mean_here,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(output, rstd)``, with ``rstd`` that of what is normalised: the input, or the gated input.
 
     Rounding first (Llama) rounds the normalised value to the input's type, and, if the gate comes after, its product
-    with the weight to their promoted type too.
+    with the weight to their promoted type too. ``mean`` is that of ``reference.rms_norm``; ``dtype`` the
+    type to compute in, None for the accumulation type.
     """
-    wide = input.to(reference.accumulation_dtype(input.dtype))
+    wide = input.to(dtype or reference.accumulation_dtype(input.dtype))
     activation = (F.silu if silu else torch.sigmoid)(gate.to(wide.dtype))
-    normalised, rstd = reference.rms_norm(wide if norm_before_gate else wide * activation, None, dims, eps, 0.0, False)
+    normed = wide if norm_before_gate else wide * activation
+    normalised, rstd = reference.rms_norm(normed, None, dims, eps, 0.0, False, mean)
     if not norm_before_gate:
         return reference.apply_gain(normalised, input, weight, offset, round_first).contiguous(), rstd
     if round_first:

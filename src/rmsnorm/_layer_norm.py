@@ -15,7 +15,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import _ops
+from . import _everyday, _ops
 
 _forward = _ops.layer_norm_forward._op
 _plain = _ops.layer_norm._op
@@ -55,7 +55,7 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if _everyday(input) and input.shape[-len(shape) :] == shape:
+    if _ordinary(input) and input.shape[-len(shape) :] == shape:
         try:  # the operator checks the rest; what it refuses is served, or worded, by torch
             if is_grad_enabled() and (
                 input.requires_grad
@@ -66,6 +66,8 @@ def layer_norm(
             return _plain(input, weight, bias, len(shape), eps)
         except RuntimeError:
             pass
+    if ranks := _everyday.distributed(input, weight, bias):
+        return ranks.layer_norm(input, shape, weight, bias, eps)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
 
 
@@ -87,7 +89,7 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def _everyday(input: Tensor) -> bool:
+def _ordinary(input: Tensor) -> bool:
     """Plain tensors, native kernels, no compiler, no transform."""
     return not (
         is_dynamo_compiling()

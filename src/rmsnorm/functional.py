@@ -81,6 +81,8 @@ def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waite
             except (RuntimeError, KeyError):
                 pass
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if ranks := _everyday.distributed(input, weight, out):
+        return ranks.rms_norm(input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
@@ -126,6 +128,8 @@ def add_rms_norm(
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if ranks := _everyday.distributed(input, residual, weight):
+        return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
     split = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
     if split or not native or _autograd.refused() or residual.dtype is not input.dtype:
         sum = input + residual

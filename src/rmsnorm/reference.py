@@ -10,6 +10,8 @@ They are ordinary differentiable torch code, so second derivatives are taken thr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,12 +51,26 @@ def gain(weight: Tensor, input: Tensor, offset: float) -> Tensor:
     return wide + offset if offset else wide
 
 
+def mean_here(terms: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean over ``dims``, which stay as sizes of 1."""
+    return terms.mean(dims, keepdim=True)
+
+
 def rms_norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+    input: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    mean: Callable[[Tensor, tuple[int, ...]], Tensor] = mean_here,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1."""
+    """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1.
+
+    ``mean`` takes the mean of the squares: over several ranks, where a row lies on several (``_ranks.py``).
+    """
     wide = input.to(accumulation_dtype(input.dtype))
-    rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
+    rstd = torch.rsqrt(mean(wide.square(), _last(dims)) + eps).to(wide.dtype)
     return apply_gain(wide * rstd, input, weight, offset, round_first).contiguous(), rstd
 
 
