@@ -209,7 +209,9 @@ def _weight(name: str, label: str, weight: DTensor, dim: int, placements: _Place
     """This rank's part of a weight: what belongs to its part of the input, which has ``dim`` dimensions."""
     outer = dim - weight.dim()
     rows = [isinstance(p, Shard) and p.dim < outer for p in placements]
-    wanted = tuple(Shard(p.dim - outer) if isinstance(p, Shard) and p.dim >= outer else Replicate() for p in placements)
+    # Looked up, not computed: in graphs p.dim is a symbol once another placement has been compiled.
+    split: dict[Placement, Placement] = {Shard(outer + i): Shard(i) for i in range(weight.dim())}
+    wanted = tuple(split.get(p, Replicate()) for p in placements)
     for have, want in zip(weight.placements, wanted, strict=True):
         # What several dimensions of the mesh split is cut in their order: all of its cuts are there, or none.
         cuts = [h for h, w in zip(weight.placements, wanted, strict=True) if w == want]

@@ -122,7 +122,8 @@ def with_fsdp(ranks: int, pieces: int, half: bool = False) -> dict[str, Tensor] 
     sharded = model()
     for part in (*sharded.blocks, sharded):
         fully_shard(part, mesh=here, mp_policy=policy)
-    assert isinstance(sharded.last.weight, DTensor) and sharded.last.weight.placements == (Shard(0),)
+    assert isinstance(sharded.last.weight, DTensor)
+    assert sharded.last.weight.placements == (Shard(0),)
     train(sharded, share(ranks), pieces, sharded.set_requires_gradient_sync)
     return whole(sharded)
 
