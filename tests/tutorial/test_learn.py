@@ -42,6 +42,36 @@ def test_chinese_is_chinese():
     assert [key for key in foreign if not re.search(allowed, key)] == []
 
 
+NAMES = r"\{[\w.]+\}|`[^`]*`|b?float\d\d|SmolLM2(-135M)?"  # quoted numbers, code, and names that end in digits
+CONSTANTS = {"0", "1", "10", "16", "0.5"}  # of the formulas, "x ten times larger", 16 bits, half an ulp
+OF_THIS_TEXT = {
+    "layer.number.y": {"4"},  # RMSNorm(4, …), which is code
+    "cost.question": {"128"},  # rows, as the control starts
+    "cost.answer": {"6.9", "2019", "6.1"},  # the paper's, with year and section
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_number_is_typed_in(language):
+    """As the page says: but for what the reader may predict, and constants."""
+    for key, text in texts.load(language).items():
+        typed = set(re.findall(r"\d(?:[\d.,]*\d)?", re.sub(NAMES, "", text)))
+        if ".option." not in key:
+            assert typed <= CONSTANTS | OF_THIS_TEXT.get(key, set()), (key, text)
+        assert not re.search("quarter|hundred|thousand|四分之|百分之|[百千万]倍|上[百千万]", text), (key, text)
+
+
+@pytest.mark.parametrize("panel", PANELS.values(), ids=PANELS)
+def test_both_languages_quote_every_number_there_is(panel):
+    for language in LANGUAGES:
+        text = texts.load(language)
+        mine = [key for key in text if key.startswith(f"{panel.name}.")]
+        found = {name for key in mine for name in re.findall(r"\{([\w.]+)\}", text[key])}
+        assert found == set(panel.quoted())
+        for key in mine:
+            assert "{" not in blocks.said(panel, text, key.removeprefix(f"{panel.name}."))
+
+
 @pytest.mark.parametrize("text", ["## title\nwords", "# a\n## b\n", "# a\n## b\nwords\n## b\nwords"])
 def test_a_text_without_panel_words_or_name_of_its_own_is_refused(text):
     with pytest.raises(ValueError, match="needs a panel"):
