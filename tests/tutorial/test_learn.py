@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import subprocess
@@ -201,6 +203,17 @@ def test_an_export_that_fails_leaves_the_old_pages(tmp_path, quick, monkeypatch)
     (tmp_path / "en.html").write_text("old")
     monkeypatch.setattr(static, "frames", lambda panel, text: 1 / 0)
     assert isinstance(learn("--export", str(tmp_path)).exception, ZeroDivisionError)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("en.html", "old")]
+
+
+def test_an_export_without_room_is_one_line_and_leaves_the_old_pages(tmp_path, quick, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "en.html").write_text("old")
+    monkeypatch.setattr(static, "pages", lambda progress: {"en.html": "new", "zh.html": "new"})
+    monkeypatch.setattr(os, "fsync", full)
+    one_line(learn("--export", str(tmp_path)), "no space left", "en.html", "choose another directory")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("en.html", "old")]
 
 
