@@ -20,7 +20,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from rmsnorm import cli
-from rmsnorm.study import checkpoint, corpus, findings, network, plan, probes, results
+from rmsnorm.study import checkpoint, corpus, findings, network, pages, plan, probes, results
 from rmsnorm.study import command as command_of_study
 from rmsnorm.study.training import Outcome
 
@@ -330,3 +330,16 @@ def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, fl
     assert lines[0].endswith(f"{verdict}.")
     assert f"± {band:.4f}" in lines[0]
     assert f'"More stable training" than LayerNorm is {stability} by this' in lines[1]
+
+
+def test_published_pages_say_what_the_data_say(tmp_path: Path):
+    """docs/study/, and the findings in README.md and docs/explained.md, from results.json alone."""
+    root = Path(__file__).parents[2]
+    written = ("README.md", "docs/explained.md", "docs/explained.zh.md")
+    data = ("docs/study/README.md", "docs/study/results.json", "docs/study/runs.csv", "docs/study/curves.csv")
+    (tmp_path / "docs").mkdir()
+    for name in written:
+        shutil.copy(root / name, tmp_path / name)
+    pages.write(root / "docs" / "study", tmp_path)
+    for name in (*written, *data):
+        assert (tmp_path / name).read_text() == (root / name).read_text(), name
