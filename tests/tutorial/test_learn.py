@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import subprocess
@@ -40,6 +42,36 @@ def test_chinese_is_chinese():
     foreign = [key for key, text in chinese.items() if not re.search("[\u4e00-\u9fff]", text)]
     allowed = r"\.(option\.(nan|65504|1000|256|16)|control\.eps|number\.(x|square|y)|sentence\.start)$"
     assert [key for key in foreign if not re.search(allowed, key)] == []
+
+
+NAMES = r"\{[\w.]+\}|`[^`]*`|b?float\d\d|SmolLM2(-135M)?"  # quoted numbers, code, and names that end in digits
+CONSTANTS = {"0", "1", "10", "16", "0.5"}  # of the formulas, "x ten times larger", 16 bits, half an ulp
+OF_THIS_TEXT = {
+    "layer.number.y": {"4"},  # RMSNorm(4, …), which is code
+    "cost.question": {"128"},  # rows, as the control starts
+    "cost.answer": {"6.9", "2019", "6.1"},  # the paper's, with year and section
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_number_is_typed_in(language):
+    """As the page says: but for what the reader may predict, and constants."""
+    for key, text in texts.load(language).items():
+        typed = set(re.findall(r"\d(?:[\d.,]*\d)?", re.sub(NAMES, "", text)))
+        if ".option." not in key:
+            assert typed <= CONSTANTS | OF_THIS_TEXT.get(key, set()), (key, text)
+        assert not re.search("quarter|hundred|thousand|四分之|百分之|[百千万]倍|上[百千万]", text), (key, text)
+
+
+@pytest.mark.parametrize("panel", PANELS.values(), ids=PANELS)
+def test_both_languages_quote_every_number_there_is(panel):
+    for language in LANGUAGES:
+        text = texts.load(language)
+        mine = [key for key in text if key.startswith(f"{panel.name}.")]
+        found = {name for key in mine for name in re.findall(r"\{([\w.]+)\}", text[key])}
+        assert found == set(panel.quoted())
+        for key in mine:
+            assert "{" not in blocks.said(panel, text, key.removeprefix(f"{panel.name}."))
 
 
 @pytest.mark.parametrize("text", ["## title\nwords", "# a\n## b\n", "# a\n## b\nwords\n## b\nwords"])
@@ -171,6 +203,17 @@ def test_an_export_that_fails_leaves_the_old_pages(tmp_path, quick, monkeypatch)
     (tmp_path / "en.html").write_text("old")
     monkeypatch.setattr(static, "frames", lambda panel, text: 1 / 0)
     assert isinstance(learn("--export", str(tmp_path)).exception, ZeroDivisionError)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("en.html", "old")]
+
+
+def test_an_export_without_room_is_one_line_and_leaves_the_old_pages(tmp_path, quick, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "en.html").write_text("old")
+    monkeypatch.setattr(static, "pages", lambda progress: {"en.html": "new", "zh.html": "new"})
+    monkeypatch.setattr(os, "fsync", full)
+    one_line(learn("--export", str(tmp_path)), "no space left", "en.html", "choose another directory")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("en.html", "old")]
 
 

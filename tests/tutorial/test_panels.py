@@ -249,6 +249,45 @@ def test_cost_is_a_race(monkeypatch):
     assert seen.passes["F.rms_norm"] > 3
 
 
+def test_the_texts_quote_the_right_numbers():
+    assert ruler.quoted() == {"moved": 66}  # 11 other tokens × 6 features
+    assert dial.quoted() == {"upright": pytest.approx(90, abs=1e-12)}
+    assert invariance.quoted() == {"threshold": invariance.HOLDS_BELOW}
+
+    found = layer.quoted()
+    assert found["outputs"] == 64 * 512
+    assert 0.5 < found["ten"] <= 1.5  # two roundings
+    assert found["overflow"] == 100  # of 512 normal numbers the largest is about 3; 256 / 3 is below 100, above 10
+
+    assert zero.quoted() == pytest.approx(
+        {
+            "eps": 1e-5,
+            "knee": math.sqrt(1e-5),
+            "left": math.sqrt(0.5),
+            "gradient": 1 / math.sqrt(1e-5),
+            "smallest": 2**-24,
+            "tiny": 1e-8,
+            "half": 0,
+        },
+        rel=1e-6,  # the gradient is float32's
+    )
+
+    found = gradient.quoted()
+    x, h = np.array(gradient.DIRECTION), np.array(gradient.INCOMING)
+    x *= found["size"] / np.sqrt((x**2).mean())
+    dx = h - x * (h @ x) / 2 / ((x**2).mean() + found["eps"])
+    angle = math.acos(dx @ h / math.hypot(*dx) / math.hypot(*h))
+    assert found["degrees"] == pytest.approx(math.degrees(angle), rel=1e-6)  # acos near 0 loses half of the digits
+
+    found = precision.quoted()
+    expected = {"largest": 65504, "bits": 8, "count": 1024, "outputs": 65536, "last": 255, "fits": 65025}
+    expected |= {"rounded": 65024, "first": 256, "square": 65536, "little": 16, "total": 262144}
+    assert expected.items() <= found.items()
+    assert precision.PANEL.right == str(found["first"])
+    assert 0.5 < found["llama"] <= 1.5
+    assert found["differ"] in ("25%", "26%")  # as published; 65,536 outputs scatter by a sixth of a percent
+
+
 @pytest.mark.parametrize("panel", [panel for panel in PANELS.values() if not panel.slow], ids=lambda panel: panel.name)
 def test_every_stop_can_be_drawn(panel):
     """Warnings are errors: a letter that the font lacks fails here."""

@@ -19,7 +19,8 @@ from ..models.loading import missing
 from . import arms as table
 from . import corpus as texts
 from . import findings, plan, stopwatch, workers
-from .folder import Folder, Refused
+from .checkpoint import Refused
+from .folder import Folder
 from .results import Study
 from .training import Outcome
 
@@ -66,7 +67,7 @@ def run(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"no room left in {out} ({os.strerror(error.errno)}): free some; {SUSPENDED}", 1)
-        stop(f"{error.filename or out} can't be written: {error.strerror}", 1)
+        stop(f"{error.filename or out} can't be used: {error.strerror}; give another --out", 1)
     except KeyboardInterrupt:
         stop(f"Ctrl-C: {SUSPENDED}", 130)
 
@@ -99,7 +100,7 @@ def settle(size: plan.Setting, arms: str, corpus: str, seeds: int, steps: int) -
     try:
         names = table.chosen(arms)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--arms") from error
+        stop(f"--arms: {error}")
     try:
         text = texts.load(corpus)
         text.check(size.context, size.windows)
@@ -167,7 +168,14 @@ class watch:
         self.known = len(done)
         columns = TextColumn("{task.description:<28}"), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("left")
         screen = Console(stderr=True, quiet=quiet)
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=screen, transient=True, refresh_per_second=2)
+        self.progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=screen,
+            transient=True,
+            refresh_per_second=2,
+            disable=not screen.is_terminal,  # into a file it would write an empty line
+        )
         self.task = self.progress.add_task("starting", total=None)
 
     def __enter__(self) -> workers.Hear:

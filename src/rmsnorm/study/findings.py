@@ -21,7 +21,7 @@ def conclusions(study: Study) -> list[str]:
     arms = arms_of(study)
     found = [sentence for about in ABOUT if (sentence := about(study, arms))]
     if study.setting.seeds < 3:
-        found.append(f"{study.setting.seeds} seeds make a band that is too wide for a verdict: this is a rehearsal.")
+        found.append("Fewer than three seeds make a band that is too wide for a verdict: this is a rehearsal.")
     return found
 
 

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.export import replace
+from .checkpoint import Refused
 from .plan import Run, Setting
 from .training import Outcome
 
 SETTING, RUNS, CHECKPOINTS, TIMING = "setting.json", "runs", "checkpoints", "timing.json"
-
-
-class Refused(Exception):
-    """Why a folder can't be used, in one line, with the remedy."""
 
 
 class Folder:
@@ -34,22 +31,25 @@ class Folder:
         if path.is_dir() and any(path.iterdir()):
             if not file.exists():
                 raise Refused(f"{path} is not empty and holds no study; give another --out")
-            if difference := setting.differs(self._read(file)):
+            if difference := setting.differs(self._read(file, "give another --out")):
                 raise Refused(f"{path} holds a study of another configuration: {difference}; give another --out")
             if not resume:
                 raise Refused(f"{path} holds a study already; go on with it by --resume, or give another --out")
-        for part in (RUNS, CHECKPOINTS):
-            (path / part).mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        if not file.exists():  # first: a folder without it is refused, and this one may run out of room
             replace(file, json.dumps(setting.to_json(), indent=1))
+        for part in (RUNS, CHECKPOINTS):
+            (path / part).mkdir(exist_ok=True)
 
     @staticmethod
-    def _read(file: Path) -> dict[str, Any]:
+    def _read(file: Path, remedy: str) -> dict[str, Any]:
         try:
             found = json.loads(file.read_text())
         except ValueError:
-            raise Refused(f"{file} is damaged; give another --out") from None
-        return found if isinstance(found, dict) else {}
+            found = None
+        if not isinstance(found, dict):
+            raise Refused(f"{file} is damaged; {remedy}")
+        return found
 
     def outcomes(self) -> Iterator[Outcome]:
         """Those of the runs that are over.
@@ -57,11 +57,12 @@ class Folder:
         Raises:
             Refused: a file is damaged.
         """
+        remedy = "remove it, and the run is made again"
         for file in sorted((self.path / RUNS).glob("*.json")):
             try:
-                yield Outcome(**self._read(file))
+                yield Outcome(**self._read(file, remedy))
             except TypeError:
-                raise Refused(f"{file} is damaged; remove it, and the run is made again") from None
+                raise Refused(f"{file} is damaged; {remedy}") from None
 
     def checkpoint(self, run: Run) -> Path:
         """Where an unfinished run is kept."""
@@ -76,7 +77,7 @@ class Folder:
     def timing(self) -> dict[str, Any] | None:
         """The step times, if they have been measured."""
         file = self.path / TIMING
-        return self._read(file) if file.exists() else None
+        return self._read(file, "remove it, and the steps are timed again") if file.exists() else None
 
     def keep_timing(self, timing: dict[str, Any]) -> None:
         replace(self.path / TIMING, json.dumps(timing, indent=1))

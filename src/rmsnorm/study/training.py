@@ -67,13 +67,14 @@ def train(setting: Setting, run: Run, corpus: Corpus, kept: Path, tell: Tell = l
 
     Raises:
         OSError: the checkpoint can't be written.
+        Refused: the checkpoint can't be used.
     """
     with network.one_thread():
         model = network.build(setting, run.arm, run.seed)
         optimizer = network.optimizer_of(model)
         outcome = Outcome(run.arm, run.rate, run.seed)
         if kept.exists():
-            history = checkpoint.load(kept, model, optimizer)
+            history = checkpoint.load(kept, model, optimizer, setting, run)
             outcome.losses, outcome.gradient_norms, outcome.layers = (history[name] for name in _HISTORY)
         draws = corpus.draws(setting.context, setting.batch, setting.steps, run.seed)
         looks = {min(setting.steps - 1, round(part * setting.steps)) for part in LOOKS}
@@ -86,7 +87,8 @@ def train(setting: Setting, run: Run, corpus: Corpus, kept: Path, tell: Tell = l
                 outcome.diverged_at = step
                 return outcome
             if (step + 1) % KEPT_EVERY == 0:
-                checkpoint.save(kept, model, optimizer, {name: getattr(outcome, name) for name in _HISTORY})
+                history = {name: getattr(outcome, name) for name in _HISTORY}
+                checkpoint.save(kept, model, optimizer, history, setting, run)
             tell(step + 1)
         _score(outcome, model, setting, corpus)
     return outcome

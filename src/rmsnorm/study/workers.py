@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from . import plan
+from .checkpoint import Refused
 from .corpus import Corpus
 from .folder import Folder
 from .plan import Run
@@ -39,6 +40,7 @@ def carry_out(folder: Folder, arms: list[str], corpus: Corpus, jobs: int, done: 
 
     Raises:
         OSError: something can't be written.
+        Refused: a checkpoint can't be used.
         Lost: a worker was killed.
     """
 
@@ -118,7 +120,7 @@ def _serve(connection: Connection, folder: Folder, corpus: Corpus) -> None:
             run = connection.recv()
             try:
                 connection.send(train(folder.setting, run, corpus, folder.checkpoint(run), tell))
-            except OSError as error:
+            except (OSError, Refused) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
                 connection.send(error)

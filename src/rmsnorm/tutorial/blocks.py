@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -25,6 +26,7 @@ from .texts import Texts
 _CHINESE, _STOPS = r"[\u3000-\u9fff\uff00-\uffef]", r"[\u2014\u201c\u201d\u3001\u3002\uff00-\uff1f]"
 _BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n|\n(?={_STOPS})")
 """A line break inside Chinese, or beside its punctuation, which browsers would show as a space."""
+_QUOTED = re.compile(r"\{([\w.]+)\}")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -36,6 +38,17 @@ def prose(text: str) -> str:
 def line(text: str) -> str:
     """Markdown of one line, without a paragraph around it."""
     return markdown.markdown(_BREAK.sub("", text)).removeprefix("<p>").removesuffix("</p>")
+
+
+def said(panel: Panel, text: Texts, key: str) -> str:
+    """One of the panel's texts; where it quotes a number, that number is computed, once."""
+    words = text[f"{panel.name}.{key}"]
+    return _QUOTED.sub(lambda name: number(_quoted(panel.name)[name[1]], text), words)
+
+
+@cache
+def _quoted(panel: str) -> Mapping[str, Number]:
+    return PANELS[panel].quoted()
 
 
 def head(text: Texts, note: str) -> str:
@@ -58,7 +71,7 @@ def opening(panel: Panel, text: Texts) -> str:
     formulas = "".join(f'<img src="{plots.address(plots.formula(tex))}" alt="{escape(tex)}">' for tex in panel.formula)
     return (
         f'{over}<h2 id="rn-{panel.name}"><span class="rn-count">{number}</span>'
-        f"{escape(text[f'{panel.name}.title'])}</h2>{prose(text[f'{panel.name}.lead'])}"
+        f"{escape(text[f'{panel.name}.title'])}</h2>{prose(said(panel, text, 'lead'))}"
         f'<p class="rn-formula">{formulas}</p>'
     )
 
@@ -67,7 +80,7 @@ def question(panel: Panel, text: Texts, options: str) -> str:
     """The question, with the ``options`` to choose from as HTML."""
     return (
         f'<div class="rn-question" role="group"><p class="rn-label">{escape(text["page.predict"])}</p>'
-        f"{prose(text[f'{panel.name}.question'])}{options}</div>"
+        f"{prose(said(panel, text, 'question'))}{options}</div>"
     )
 
 
@@ -92,7 +105,7 @@ def answer(panel: Panel, text: Texts, predicted: str | None) -> str:
     option = text[f"{panel.name}.option.{panel.right}"]
     return (
         f'<div class="rn-answer {"rn-right" if right else "rn-wrong"}"><p class="rn-label">'
-        f"{'✓' if right else '✗'} {escape(verdict)} {line(option)}</p>{prose(text[f'{panel.name}.answer'])}</div>"
+        f"{'✓' if right else '✗'} {escape(verdict)} {line(option)}</p>{prose(said(panel, text, 'answer'))}</div>"
     )
 
 
@@ -124,7 +137,7 @@ def beside(left: str, right: str) -> str:
 
 def figure(panel: Panel, text: Texts, image: bytes) -> str:
     """A drawing with its caption, which says in words what is drawn."""
-    caption = text[f"{panel.name}.caption"]
+    caption = said(panel, text, "caption")
     return (
         f'<figure class="rn-figure"><img src="{plots.address(image)}" alt="{escape(caption)}">'
         f"<figcaption>{line(caption)}</figcaption></figure>"

@@ -50,7 +50,13 @@ def register(app: "typer.Typer") -> "typer.Typer":
             with Console(stderr=True).status("") as status:
                 pages = static.pages(lambda title: status.update(f"Measuring: {title}"))
             for name, page in pages.items():
-                export.replace(export_to / name, page)
+                try:
+                    export.replace(export_to / name, page)
+                except OSError as error:
+                    reason = (error.strerror or str(error)).lower()
+                    refuse(
+                        f"{export_to / name} can't be written: {reason}; free some room, or choose another directory"
+                    )
                 typer.echo(export_to / name)
             return
 

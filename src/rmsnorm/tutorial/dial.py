@@ -98,6 +98,11 @@ def draw(seen: Dial) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """The angle, in degrees, at mean 0."""
+    return {"upright": turn(shift=0, spread=1).numbers["theta"]}
+
+
 PANEL = Panel(
     name="dial",
     formula=(
@@ -113,4 +118,5 @@ PANEL = Panel(
     measure=turn,
     draw=draw,
     code=(turn,),
+    quoted=quoted,
 )

@@ -104,6 +104,13 @@ def draw(seen: Gradient) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """The angle between dx and h, in degrees, where eps is largest and x small."""
+    seen = differentiate(size=0.1, eps=EPSILONS[-1])
+    cosine = torch.cosine_similarity(seen.dx, seen.incoming, dim=0)
+    return {"size": seen.rms, "eps": seen.eps, "degrees": math.degrees(cosine.acos().item())}
+
+
 PANEL = Panel(
     name="gradient",
     formula=(
@@ -116,4 +123,5 @@ PANEL = Panel(
     measure=differentiate,
     draw=draw,
     code=(gradient_at, differentiate),
+    quoted=quoted,
 )

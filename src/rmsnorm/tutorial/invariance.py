@@ -139,6 +139,11 @@ def draw(seen: Board) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """Where the line between both signs is."""
+    return {"threshold": HOLDS_BELOW}
+
+
 PANEL = Panel(
     name="invariance",
     formula=(r"\mathrm{rms}(\alpha x)=\alpha\,\mathrm{rms}(x)", r"a=Wx,\qquad y=\mathrm{norm}(a)"),
@@ -148,4 +153,5 @@ PANEL = Panel(
     measure=board,
     draw=draw,
     code=(batch_norm, weight_norm, layer_norm, rms_norm, p_rms_norm, board),
+    quoted=quoted,
 )

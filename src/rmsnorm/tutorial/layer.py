@@ -18,9 +18,12 @@ from .ulp import errors
 
 EPS = 1e-5
 ROWS, COLS = 64, 512
+SIZES = (0.01, 0.1, 1, 10, 100, 300, 1000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BY_HAND = (0.1, 0.1, 0.2, 0.3)
 """The tutorial's own example."""
+LOST = 1000
+"""Ulps: a zero where float16 has a number is off by 1024 to 2048."""
 
 
 def ten_lines(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class Versions:
     """What the versions of the layer did with the same input."""
 
     worst: dict[str, float]
-    """The largest error of any output in ulps; infinite where an output is not even finite, or the row is lost."""
+    """The largest error of any output in ulps; above LOST where a row is lost, infinite where one isn't even finite."""
     kept: dict[str, float]
     """Bytes kept for backward ÷ bytes of the input."""
     promoted: str
@@ -117,12 +120,12 @@ def draw(seen: Versions) -> Figure:
     """Above, the worst error of each version; below, what each keeps for backward."""
     figure, (above, below) = plots.axes(4.4, 2, 1)
     names, colours = list(seen.worst), list(COLOURS.values())
-    finite = [min(error, 1e6) for error in seen.worst.values()]
-    above.barh(names, finite, color=colours, height=0.6)
+    shown = [1e6 if error > LOST else error for error in seen.worst.values()]
+    above.barh(names, shown, color=colours, height=0.6)
     for place, error in enumerate(seen.worst.values()):
-        lost = error > 1e5
+        lost = error > LOST
         above.text(
-            min(max(finite[place], 0.1), 2e4) * 1.15,
+            min(max(shown[place], 0.1), 2e4) * 1.15,
             place,
             "lost" if lost else f"{error:.3g}",
             va="center",
@@ -142,16 +145,24 @@ def draw(seen: Versions) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """The ten lines' error as the controls start, and the first size at which float16 loses rows."""
+    ten = compare(**PANEL.start()).numbers["worst.ten"]
+    overflow = next(size for size in SIZES if compare(size, "float16").worst["no .float()"] > LOST)
+    return {"outputs": ROWS * COLS, "ten": ten, "overflow": overflow}
+
+
 PANEL = Panel(
     name="layer",
     formula=(r"y_i=\dfrac{x_i}{\sqrt{\dfrac{1}{n}\sum_j x_j^2+\epsilon}}\;w_i",),
     options=("none", "mistake", "ten", "both"),
     right="both",
     controls={
-        "size": Slider((0.01, 0.1, 1, 10, 100, 300, 1000), 1),
+        "size": Slider(SIZES, 1),
         "dtype": Choice(tuple(DTYPES), "bfloat16"),
     },
     measure=compare,
     draw=draw,
     code=(without_float, ten_lines, ours, compare),
+    quoted=quoted,
 )

@@ -1,7 +1,8 @@
 """The only file that knows what a panel is: a question, controls, a measurement, a drawing, and the code that ran.
 
-A panel holds no prose. What it says is in en.md and zh.md under its name; what it shows is computed by ``measure`` from
-the values of its controls, and the code beside the plot is the source of the functions that computed it.
+A panel holds no prose. What it says is in en.md and zh.md under its name, with ``{name}`` where it says a number that
+``quoted`` computes; what it shows is computed by ``measure`` from the values of its controls, and the code beside the
+plot is the source of the functions that computed it.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class Panel:
     """Takes what ``measure`` returned. No words but English ones on the axes: fonts with Chinese may be missing."""
     code: tuple[Callable[..., Any], ...]
     """Shown beside the plot."""
+    quoted: Callable[[], Mapping[str, Number]] = field(default=dict, kw_only=True)
+    """The numbers that the panel's texts say, whatever the controls are at; takes a second at most."""
     slow: bool = field(default=False, kw_only=True)
     """Takes seconds, so that the reader starts it."""
 

@@ -115,10 +115,35 @@ def draw(seen: Rounded) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """Where float16's squares and sums end, bfloat16's digits, and what the two orders do as the controls start."""
+    half, bfloat16 = torch.finfo(torch.float16), torch.finfo(torch.bfloat16)
+    whole = torch.arange(1000)
+    first = int(whole[whole.half().square().isinf()].min())
+    start = round_twice(**PANEL.start())
+    little = int(next(size for size, error in zip(SIZES, start.sums["float16"], strict=True) if math.isinf(error)))
+    return {
+        "largest": int(half.max),
+        "bits": 1 - round(math.log2(bfloat16.eps)),
+        "count": COLS,
+        "outputs": COLS * ROWS,
+        "last": first - 1,
+        "fits": (first - 1) ** 2,
+        "rounded": int(torch.tensor(first - 1).half().square()),
+        "first": first,
+        "square": first**2,
+        "little": little,
+        "total": COLS * little**2,
+        "off": f"{start.sums['bfloat16'][SIZES.index(first)]:.0%}",
+        "llama": start.errors["llama"].max().item(),
+        "differ": f"{start.differ:.0%}",
+    }
+
+
 PANEL = Panel(
     name="precision",
     formula=(
-        r"\mathrm{fp16}:\ 256^2=65536>65504",
+        r"\frac{1}{n}\sum_j x_j^2",
         r"\mathrm{round}(\hat{x}\,w)\ \neq\ \mathrm{round}(\mathrm{round}(\hat{x})\,w)",
     ),
     options=("65504", "1000", "256", "16"),
@@ -127,4 +152,5 @@ PANEL = Panel(
     measure=round_twice,
     draw=draw,
     code=(sum_error, round_twice),
+    quoted=quoted,
 )

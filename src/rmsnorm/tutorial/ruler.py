@@ -110,6 +110,11 @@ def draw(seen: Moved) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """What moves elsewhere in BatchNorm, as the controls start."""
+    return {"moved": change_one_token(**PANEL.start()).numbers["elsewhere.BatchNorm"]}
+
+
 PANEL = Panel(
     name="ruler",
     formula=(
@@ -126,4 +131,5 @@ PANEL = Panel(
     measure=change_one_token,
     draw=draw,
     code=(batch_norm, layer_norm, rms_norm, change_one_token),
+    quoted=quoted,
 )

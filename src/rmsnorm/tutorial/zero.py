@@ -87,6 +87,22 @@ def draw(seen: Small) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """At the eps that the control starts with; and what float16 makes of a smaller one."""
+    eps, tiny = PANEL.start()["eps"], 1e-8
+    half = torch.finfo(torch.float16)
+    knee = shrink(eps**0.5, eps)
+    return {
+        "eps": eps,
+        "knee": knee.size,
+        "left": knee.here,
+        "gradient": knee.zero_gradient,
+        "smallest": half.smallest_normal * half.eps,
+        "tiny": tiny,
+        "half": shrink(knee.size, tiny).eps_in_half,
+    }
+
+
 PANEL = Panel(
     name="zero",
     formula=(
@@ -99,4 +115,5 @@ PANEL = Panel(
     measure=shrink,
     draw=draw,
     code=(rms, shrink),
+    quoted=quoted,
 )
