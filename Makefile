@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained scaling study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -68,6 +68,9 @@ models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), 
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code prints, in both languages
 	$(BIN)/python docs/figures
 	$(BIN)/python tests/pages.py docs/explained.md docs/explained.zh.md
+
+scaling: $(NATIVE) ## write the tables of docs/scaling.md: bytes on the wire, by formula and counted on 2 and 4 ranks; a minute
+	PYTHONPATH=tests $(BIN)/python tests/distributed/scaling.py
 
 study: $(NATIVE) ## train small LLaMAs with each norm, half an hour on two cores; writes docs/study/ and its block in the README
 	$(BIN)/rmsnorm study --resume --out rmsnorm-study

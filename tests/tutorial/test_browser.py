@@ -174,6 +174,42 @@ def test_a_dial_moves_a_number(chromium, url, language):
     assert fetched(chromium) == {"127.0.0.1"}
 
 
+FOCUSED = """
+let e = document.activeElement;
+while (e.shadowRoot && e.shadowRoot.activeElement) e = e.shadowRoot.activeElement;
+return e.getAttribute('role')"""
+
+
+def test_the_keyboard_is_enough(chromium, url):
+    """From the top, without a mouse: predict, change one's mind, turn the first dial, go back."""
+    resize(chromium, WIDTHS["wide"])
+    open_app(chromium, url, "en")
+
+    def press(key: str) -> None:
+        webdriver.ActionChains(chromium).send_keys(key).perform()
+
+    def go_to(role: str, *, times: int) -> None:
+        """Presses Tab until so many elements of this role have had the focus."""
+        for _ in range(40):
+            press(Keys.TAB)
+            times -= chromium.execute_script(FOCUSED) == role
+            if not times:
+                return
+        pytest.fail(f"no {role} can be reached by Tab")
+
+    go_to("radio", times=2)  # the language, then the first question
+    press(Keys.ARROW_UP)  # the last one
+    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, ".rn-answer.rn-wrong"), "the answer to open")
+    press(Keys.ARROW_DOWN)  # the first one
+    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, ".rn-answer.rn-right"), "another verdict")
+    assert number(chromium, "ruler.past") == "12"
+    go_to("slider", times=1)
+    press(Keys.HOME)  # no change of the token
+    wait(chromium, lambda: number(chromium, "ruler.past") == "0", "nothing to move")
+    webdriver.ActionChains(chromium).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    assert chromium.execute_script(FOCUSED) == "radio"
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_is_cut_off(chromium, url, language, width):

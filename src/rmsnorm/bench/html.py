@@ -16,14 +16,14 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 72rem; margin: 0 auto;
   padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; }
 p, li { max-width: 46rem; } .dim { color: #666; font-size: .875rem; }
 img { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide img { min-width: 42rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 1px solid #999; font-weight: 600; }
+thead th { border-bottom: 1px solid #999; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tr.case th { padding-top: .7rem; text-align: left; }
 tr.ours td { background: #fdf1e8; }
 """
@@ -134,7 +134,8 @@ def table(titles: Iterable[str], rows: Iterable[str]) -> str:
 
 def image(content: bytes, text: str, kind: str = "svg+xml") -> str:
     """A picture inside the page, and what it shows in words."""
-    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+    address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<div class="wide"><img alt="{escape(text)}" src="{address}"></div>'
 
 
 def _list(items: Iterable[str]) -> str:

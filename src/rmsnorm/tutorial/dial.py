@@ -93,6 +93,7 @@ def draw(seen: Dial) -> Figure:
         ha="left" if side > 0 else "right",
         va="center",
         color=plots.COLOURS["LayerNorm"],
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # the half circle passes behind it
     )
     dial.set(xlim=(-1.75, 1.75), ylim=(-0.25, 1.08), xticks=[], yticks=[], aspect="equal")
     return figure

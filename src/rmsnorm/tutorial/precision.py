@@ -143,7 +143,7 @@ def quoted() -> dict[str, Number]:
 PANEL = Panel(
     name="precision",
     formula=(
-        r"\frac{1}{n}\sum_j x_j^2",
+        r"\dfrac{1}{n}\sum_j x_j^2",
         r"\mathrm{round}(\hat{x}\,w)\ \neq\ \mathrm{round}(\mathrm{round}(\hat{x})\,w)",
     ),
     options=("65504", "1000", "256", "16"),

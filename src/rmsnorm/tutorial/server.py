@@ -60,7 +60,8 @@ class _Server(uvicorn.Server):
 
 def serve(listening: socket.socket, ready: Callable[[], object]) -> NoReturn:
     """Serves until Ctrl-C, which ends the process; calls ``ready``, in a thread of its own, once a browser may come."""
-    app = marimo.create_asgi_app(quiet=True).with_app(path="", root=str(NOTEBOOK)).build()
+    keys = f"<script>{NOTEBOOK.with_name('keys.js').read_text('utf-8')}</script>"
+    app = marimo.create_asgi_app(quiet=True, html_head=keys).with_app(path="", root=str(NOTEBOOK)).build()
     # An open page keeps its connection: without a limit, Ctrl-C would wait until the last tab is closed.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
     with suppress(KeyboardInterrupt):

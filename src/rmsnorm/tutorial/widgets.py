@@ -47,7 +47,7 @@ def _dial(panel: Panel, key: str, control: Control, text: Texts) -> Any:
     if isinstance(control, Choice):
         options = {blocks.option(panel, key, option, text): option for option in control.options}
         return mo.ui.radio(options, value=blocks.option(panel, key, control.start, text), inline=True)
-    return mo.ui.text_area(value=text[f"{panel.name}.{key}.start"], rows=2, max_length=1000, full_width=True)
+    return mo.ui.text_area(value=text[f"{panel.name}.{key}.start"], rows=3, max_length=1000, full_width=True)
 
 
 def button(name: str, code: str) -> Any:
