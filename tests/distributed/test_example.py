@@ -29,7 +29,7 @@ def test_two_ranks_under_torchrun():
     losses = [(float(sharded), float(alone)) for sharded, alone in LOSSES.findall(ended.stdout)]
     assert len(losses) == 12
     assert max(abs(sharded - alone) for sharded, alone in losses) <= BOUND
-    assert losses[0][0] - losses[-1][0] > 2.0, "it learns"
+    assert losses[0][0] - losses[-1][0] > 1.0, "it learns"
     assert "collectives of the 5 norms, forward and backward: none" in ended.stdout
     assert "Warning" not in ended.stderr
 
@@ -56,7 +56,7 @@ def test_four_ranks(ranks):
     [
         (["--heads", "8"], "--heads 8: 3 ranks can't share it evenly"),
         (["--heads", "7"], "--heads 7: it must divide 64"),
-        (["--steps", "0"], "--steps 0: the bound on the losses holds from 1 to 40 steps"),
+        (["--steps", "0"], "--steps 0: the bound on the losses holds from 1 to 20 steps"),
     ],
 )
 def test_bad_input_is_one_line(options, words, monkeypatch, capsys):
