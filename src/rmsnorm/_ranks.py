@@ -110,7 +110,11 @@ def rms_norm(
         mean, wide = _Mean(rows), x.to(rows.dtype)
         normalised = reference.rms_norm(wide, None, dims, eps, 0.0, False, mean)[0]
         output = reference.apply_gain(normalised, x, w, offset, round_first)
-        return ((output, wide.to(x.dtype)) if keep else (output,)), mean.total
+        if not keep:
+            return (output,), mean.total
+        # With gradients the input as computed with, so that the two outputs' are added before they round; without,
+        # as in _Normalised.forward, the input itself: it is kept for backward, and would be there twice.
+        return (output, wide.to(x.dtype) if torch.is_grad_enabled() else x), mean.total
 
     outputs = _normalise(formula, _doubt_squares(eps), _rows(parts, input), input, weight)
     return outputs if keep else outputs[0]

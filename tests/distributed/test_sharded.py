@@ -206,3 +206,35 @@ def test_mean_hides_variance(ranks):
     for output, found in filter(None, ranks.run(normalise, rmsnorm.layer_norm, x, grad, {"eps": 1e-5})):
         assert error(output, y.detach(), y.detach().abs().amax(-1, keepdim=True)) <= 2.0
         assert error(found, dx, dx.abs().amax(-1, keepdim=True)) <= 2.0
+
+
+def kept(name: str) -> tuple[int, int] | None:
+    """On a rank: bytes that are kept for the backward of columns cut in two, beside arguments and outputs; the rows."""
+    form, tensors, _ = problem(name, (64, 70), torch.bfloat16)
+    placed = [[Shard(1)]] * form.alike + [[WHOLE]] * form.weights
+    here = mesh(2)
+    args = [
+        distribute_tensor(t, here, p, src_data_rank=None).requires_grad_() for t, p in zip(tensors, placed, strict=True)
+    ]
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = form(*args)
+    if here.get_coordinate() is None:
+        return None
+    known = {t.to_local().untyped_storage().data_ptr() for t in (*args, *outputs)}
+    return sum(size for pointer, size in storages.items() if pointer not in known), tensors[0].shape[0]
+
+
+@pytest.mark.parametrize("name", ["rms", "add", "layer", "gated"])
+def test_kept_for_backward(ranks, name):
+    """An fp64 number per row, of LayerNorm two, and the part of each weight that belongs to these columns."""
+    form = FORMS[name]
+    for size, rows in filter(None, ranks.run(kept, name)):
+        numbers = 2 if form.norm is rmsnorm.layer_norm else 1
+        assert size == rows * 8 * numbers + form.weights * 35 * 2
