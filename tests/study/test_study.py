@@ -74,12 +74,13 @@ def test_killed_and_resumed_is_unbroken(unbroken: Path, tmp_path: Path, monkeypa
     def checkpoints() -> list[Path]:
         return list(folder.glob("checkpoints/*.safetensors"))
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGSTOP)  # so that the checkpoint which is seen is there when it is killed
         if len(outcomes(folder)) >= 3 and checkpoints():
-            break
-        process.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGSTOP)  # so that what is seen now is there when it is killed
+            if checkpoints():
+                break
+            process.send_signal(signal.SIGCONT)
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL

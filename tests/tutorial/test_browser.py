@@ -251,25 +251,30 @@ def test_a_real_model_reads_the_sentence(chromium, url):
     assert fetched(chromium) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_the_static_page_moves_too(chromium, tmp_path_factory, monkeypatch, language):
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The folder of the static pages, with few frames and no model."""
+
     def none():
         raise loading.Unusable("no model here")
 
     folder = tmp_path_factory.mktemp("pages")
-    with monkeypatch.context() as quick:
+    with pytest.MonkeyPatch.context() as quick:
         quick.setattr(static, "MOST_FRAMES", 3)
         quick.setattr(cost, "SECONDS", 0.01)
         quick.setattr(depth, "model", none)
-        quick.setattr(texts, "LANGUAGES", {language: ""})
-        quick.setattr(static, "LANGUAGES", {language: ""})
         for name, page in static.pages().items():
             (folder / name).write_text(page, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_static_page_moves_too(chromium, pages, language):
     chromium.get("about:blank")  # away from the app, which talks to its server
     fetched(chromium)
     for width in WIDTHS.values():
         resize(chromium, width)
-        chromium.get((folder / f"{language}.html").as_uri())
+        chromium.get((pages / f"{language}.html").as_uri())
         fits(chromium)
         keep(chromium, f"static-{language}-{width}")
     before = number(chromium, "dial.mean")

@@ -109,9 +109,8 @@ def answer(panel: Panel, text: Texts, predicted: str | None) -> str:
     )
 
 
-def seen(panel: Panel, text: Texts, values: Mapping[str, Any], result: Seen) -> str:
+def seen(panel: Panel, text: Texts, values: Mapping[str, Any], result: Seen, image: bytes) -> str:
     """Plot and numbers, for these values of the controls; a frame of the static page."""
-    image = plots.svg(panel.draw, result)
     return settings(panel, text, values) + figure(panel, text, image) + numbers(panel, text, result)
 
 

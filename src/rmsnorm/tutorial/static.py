@@ -13,7 +13,7 @@ from typing import Any
 
 from ..bench import console
 from ..models import loading
-from . import blocks
+from . import blocks, plots
 from .chapters import PANELS
 from .panel import Choice, Panel, Seen, Sentence, Slider
 from .texts import LANGUAGES, Texts, load
@@ -21,8 +21,8 @@ from .texts import LANGUAGES, Texts, load
 MOST_FRAMES = 7
 """Per panel; a frame is 50 to 120 KB."""
 
-Frame = tuple[dict[str, Any], Seen | str]
-"""The controls' values, and what was seen, or why nothing was."""
+Frame = tuple[dict[str, Any], tuple[Seen, bytes] | str]
+"""The controls' values, and what was seen with its drawing, which both languages share, or why nothing was."""
 
 
 def pages(progress: Callable[[str], None] = lambda title: None) -> dict[str, str]:
@@ -62,9 +62,11 @@ def frames(panel: Panel, text: Texts) -> Iterator[Frame]:
     for stop in stops(panel):
         values = {**panel.start(), **said, first: stop}
         try:
-            yield values, panel.measure(**values)
+            result = panel.measure(**values)
         except loading.Unusable as reason:
             yield values, str(reason)
+        else:
+            yield values, (result, plots.svg(panel.draw, result))
 
 
 def _page(text: Texts, recorded: dict[str, list[Frame]]) -> str:
@@ -91,7 +93,7 @@ def _section(panel: Panel, text: Texts, recorded: list[Frame]) -> str:
     begin = next(place for place, (values, _) in enumerate(recorded) if values[first] == start)
     kept = "".join(
         f'<div class="rn-frame" data-shown="{escape(shown[place])}"{" hidden" * (place != begin)}>'
-        f"{blocks.prose(seen) if isinstance(seen, str) else blocks.seen(panel, text, values, seen)}</div>"
+        f"{blocks.prose(seen) if isinstance(seen, str) else blocks.seen(panel, text, values, *seen)}</div>"
         for place, (values, seen) in enumerate(recorded)
     )
     guesses = "".join(

@@ -11,7 +11,7 @@ from typing import Any
 import marimo as mo
 
 from ..models import loading
-from . import blocks
+from . import blocks, plots
 from .chapters import PANELS
 from .panel import Choice, Control, Panel, Sentence, Slider
 from .texts import LANGUAGES, Texts, load
@@ -76,7 +76,8 @@ def show(name: str, code: str, dials: Any, button: Any = None) -> Any:
     if button is None or button.value:
         with mo.status.spinner(title=text["page.busy"], remove_on_exit=True):
             try:
-                left = blocks.seen(panel, text, dials.value, panel.measure(**dials.value))
+                result = panel.measure(**dials.value)
+                left = blocks.seen(panel, text, dials.value, result, plots.svg(panel.draw, result))
             except loading.Unusable as reason:
                 left = blocks.prose(str(reason))
     else:
