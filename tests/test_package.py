@@ -147,3 +147,12 @@ def test_docstring_examples(documented):
     result = doctest.testmod(documented, extraglobs={"torch": torch, **names})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.xdist_group("house")
+def test_groups_of_tests_hold(request):
+    """Tests of a group share what takes memory or minutes. pytest 9.2 with xdist 3.8 drops them without a word
+    (https://github.com/pytest-dev/pytest-xdist/issues/1386), as xdist says a test's group by its name."""
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("not on several processes, grouped")
+    assert request.node.nodeid.endswith("@house")
