@@ -91,7 +91,7 @@ RMSNORM_INLINE Sums sum_columns(int64_t columns, Add&& add) {
   Sums sum;
   const auto body = [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); };
   int64_t j = 0;
-  for (; columns - j > Sums::kBlock; j += Sums::kBlock) {
+  for (; __builtin_expect(columns - j > Sums::kBlock, 0); j += Sums::kBlock) {
     for_whole_columns<T, Sums::kUnroll>(j, j + Sums::kBlock, body);
     sum.end_block();
   }
@@ -143,6 +143,7 @@ class Rstds {
  public:
   RMSNORM_INLINE void set(int64_t i, const Sum<T>& sum) { sum_[i] = fold(sum.total); }
   RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
+    for (int64_t i = count; i % (kBytes / 8) != 0; ++i) sum_[i] = DoubleReg{};  // the last register is full
     for (int64_t i = 0; i < count; i += kBytes / 8) {
       const DoubleReg sum = reduce_each(sum_ + i), v = sum / (double)columns + eps, r = 1.0 / root(v);
       const HalfFloatReg high = narrow(r);
@@ -157,7 +158,7 @@ class Rstds {
   RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i)}; }
 
  private:
-  DoubleReg sum_[kBlockRows];  // of its rows, and of whatever fills the last register
+  DoubleReg sum_[kBlockRows];  // each still in several lanes
   float high_[kBlockRows], low_[kBlockRows];
   int64_t safe_[kBlockRows];
 };
