@@ -65,7 +65,7 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
         if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
         sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
       });
-  norm.set_means(sums, (double)b.columns);
+  norm.set_means(value_of(sums), (double)b.columns);
 }
 
 // Both passes over `Rows` rows, which share what is loaded and stored per column: the gain and the weight's gradient
@@ -128,7 +128,6 @@ void backward(const Backward& b, const BackwardRows& rows) {
       backward_rows<2, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
     }
   }
-  if (stream) finish_streaming();
 }
 
 template <class Norm, bool NeedInput, bool NeedWeight, bool Add>

@@ -101,6 +101,7 @@ RMSNORM_INLINE void for_columns(int64_t columns, Body&& body) {
   constexpr int64_t step = kStep<Row>;
   int64_t j = 0;
   for (; j + 2 * step <= columns; j += 2 * step) body(Full<Row>{j}), body(Full<Row>{j + step});
+  if (__builtin_expect(j == columns, 1)) return;
   if (j + step <= columns) body(Full<Row>{j}), j += step;
   if (j < columns) body(Tail<Row>{j, columns - j});
 }
@@ -110,20 +111,29 @@ struct Index {
   static constexpr int value = U;
 };
 
-// Calls body(span, Index<u>) over columns [begin, end), u cycling through 0..Unroll-1: independent accumulators. A
-// column's lane and accumulator follow from its index, whatever the width of a vector: of 64 lanes (Unroll · step), the
-// last columns, fewer than 32, take the second half; of 32 or 16, those that come next.
+// Calls body(span, Index<u>) over columns from `begin` on, u cycling through 0..Unroll-1: independent accumulators.
+// Returns the first column that is left, where fewer than Unroll vectors are.
+template <class Row, int Unroll, class Body>
+RMSNORM_INLINE int64_t for_whole_columns(int64_t begin, int64_t end, Body&& body) {
+  constexpr int64_t step = kStep<Row>;
+  int64_t j = begin;
+  for (; j + Unroll * step <= end; j += Unroll * step) {
+    body(Full<Row>{j}, Index<0>{});
+    if constexpr (Unroll > 1) body(Full<Row>{j + step}, Index<1>{});
+    if constexpr (Unroll > 2) body(Full<Row>{j + 2 * step}, Index<2>{}), body(Full<Row>{j + 3 * step}, Index<3>{});
+  }
+  return j;
+}
+
+// The same to the end. A column's lane and accumulator follow from its index, whatever the width of a vector: of 64
+// lanes (Unroll · step), the last columns, fewer than 32, take the second half; of 32 or 16, those that come next.
 template <class Row, int Unroll, class Body>
 RMSNORM_INLINE void for_columns(int64_t begin, int64_t end, Body&& body) {
   constexpr int64_t step = kStep<Row>;
   constexpr int lanes = Unroll * (int)step;
   static_assert(lanes == 16 || lanes == 32 || lanes == 64);
-  int64_t j = begin;
-  for (; j + lanes <= end; j += lanes) {
-    body(Full<Row>{j}, Index<0>{});
-    if constexpr (Unroll > 1) body(Full<Row>{j + step}, Index<1>{});
-    if constexpr (Unroll > 2) body(Full<Row>{j + 2 * step}, Index<2>{}), body(Full<Row>{j + 3 * step}, Index<3>{});
-  }
+  int64_t j = for_whole_columns<Row, Unroll>(begin, end, body);
+  if (__builtin_expect(j == end, 1)) return;
   if constexpr (lanes == 64) {
     if (j + 32 <= end) {
       body(Full<Row>{j}, Index<0>{});

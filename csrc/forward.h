@@ -66,55 +66,58 @@ class Plain {
 };
 
 template <class Form>
-RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block) {
+RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block, int64_t columns) {
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
-  const auto adder = Norm::adder((const T*)rows.input[r], f.columns);
+  const auto adder = Norm::adder((const T*)rows.input[r], columns);
   const typename Form::Loader load(f, rows, r, in_block);
-  return sum_columns<T, typename Norm::Sums>(
-      f.columns,
-      [&](auto& sum, auto span, int u) __attribute__((always_inline)) { adder.add(sum, u, load(span), span); });
+  return sum_columns<T, typename Norm::Sums>(columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
+    adder.add(sum, u, load(span), span);
+  });
+}
+
+template <class Form, bool Stream>
+RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const typename Form::Norm::Block& found,
+                               int64_t begin, int64_t end, int64_t columns) {
+  using Norm = typename Form::Norm;
+  using T = typename Norm::Element;
+  const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
+    ((Scalar<T>*)rows.rstd)[r] = row.high;
+    if constexpr (Norm::kBias) rows.mean[r] = row.mean;
+  };
+  if (rows.rstd)
+    for (int64_t r = begin; r < end; ++r) keep(r, found[r - begin]);
+  for (int64_t r = begin; r < end; ++r) {
+    if (__builtin_expect(!found.safe(r - begin), 0)) {
+      typename Norm::Row rescued = found[r - begin];
+      Form::rescue(f, rows, r, rescued);
+      if (rows.rstd) keep(r, rescued);
+      continue;
+    }
+    const typename Norm::Row row = found[r - begin];  // no reference to it leaves: it would be written to memory
+    auto* out = (typename Form::Out*)rows.output[r];
+    const Form part(f, rows, r, r - begin, row);
+    const char* next = (const char*)rows.input[r] + rows.next * (end - begin);
+    for_columns<T>(columns, [&](auto span) __attribute__((always_inline)) {
+      if constexpr (Stream) prefetch_part<T, 3>(next, span), stream_to(span, out, part(span));
+      else span.store_to(out, part(span));
+    });
+  }
 }
 
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
-  using Norm = typename Form::Norm;
-  using T = typename Norm::Element;
-  using Out = typename Form::Out;
-  const int64_t block = block_rows(f.input, f.columns);
-  const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
-    if (rows.rstd) ((Scalar<T>*)rows.rstd)[r] = row.high;
-    if constexpr (Norm::kBias)
-      if (rows.mean) rows.mean[r] = row.mean;
-  };
+  const int64_t columns = f.columns, block = block_rows(f.input, columns);
+  bool stream = kStreams && rows.stream;
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
-    typename Norm::Block found;
-    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin));
-    found.find_rows(Form::rows_of(rows) + begin, end - begin, f.columns, f.eps);
-    for (int64_t r = begin; r < end; ++r) {
-      if (__builtin_expect(!found.safe(r - begin), 0)) {
-        typename Norm::Row rescued = found[r - begin];
-        Form::rescue(f, rows, r, rescued);
-        keep(r, rescued);
-        continue;
-      }
-      const typename Norm::Row row = found[r - begin];  // no reference to it leaves: it would be written to memory
-      keep(r, row);
-      Out* out = (Out*)rows.output[r];
-      const Form part(f, rows, r, r - begin, row);
-      if (kStreams && rows.stream && can_stream(out)) {
-        const char* next = (const char*)rows.input[r] + rows.next * block;
-        for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) {
-          prefetch_part<T, 3>(next, span);
-          stream_to(span, out, part(span));
-        });
-      } else {
-        for_columns<T>(f.columns, [&](auto span) __attribute__((always_inline)) { span.store_to(out, part(span)); });
-      }
-    }
+    typename Form::Norm::Block found;
+    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin, columns));
+    found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
+    if (stream) store_rows<Form, kStreams>(f, rows, found, begin, end, columns);
+    else store_rows<Form, false>(f, rows, found, begin, end, columns);
   }
-  if (kStreams && rows.stream) finish_streaming();
 }
 
 template <class T, class Out>

@@ -35,10 +35,10 @@ RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& ro
   V minus_mean = {};
   if (b.need_input || (First && b.need_gate)) {
     const Double2 sum =
-        sum_columns<T, Sum<T>>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
+        value_of(sum_columns<T, Sum<T>>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
           const GatedPart<T, First> part(rows, r, activate, scale, span);
           sum.add(u, part.h, part.normalised);
-        });
+        }));
     minus_mean = splat<T>((Scalar<T>)(-sum.high / (double)b.columns));
   }
   auto* dw = (Scalar<T>*)rows.grad_weight[r];

@@ -54,7 +54,7 @@ struct Forward {
 // Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
 // L1 beside the gain and the output (512x4096 fp32 on a Zen 5: 1.5 times memcpy; one row's sum and another's store in
 // one loop, 1.8).
-constexpr int64_t kBlockRows = 16;
+constexpr int64_t kBlockRows = kBatch;
 inline int64_t block_rows(Type type, int64_t columns) {
   const int64_t most = 16384 / (columns > 0 ? columns * size_of(type) : 1);
   return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;

@@ -28,8 +28,8 @@ struct Moments {  // half types
     add(u, d, d);
   }
   RMSNORM_INLINE static D sum_of(const Vector<T> (&parts)[kUnroll]) {
-    if constexpr (kUnroll == 1) return widen(fold(parts[0]));
-    else return widen(parts[0] + parts[1]);
+    if constexpr (kUnroll == 1) return widen_for(T{}, parts[0]);
+    else return widen_for(T{}, parts[0] + parts[1]);
   }
   RMSNORM_INLINE void end_block() {
     total_first = total_first + sum_of(first);
@@ -87,7 +87,7 @@ struct TwoSums {
 
 template <class T>
 RMSNORM_INLINE TwoSums value_of(const Moments<T>& sums) {
-  return {{reduce_for<T>(sums.total_first), 0.0}, {reduce_for<T>(sums.total_second), 0.0}};
+  return {{reduce(fold(sums.total_first)), 0.0}, {reduce(fold(sums.total_second)), 0.0}};
 }
 template <>
 RMSNORM_INLINE TwoSums value_of(const Moments<double>& sums) {
@@ -134,9 +134,9 @@ struct Layer {
 
   __attribute__((noinline)) static TwoSums sum_around(Scalar<T> mean, const T* x, int64_t columns) {
     const Shift around = {splat<T>(mean)};
-    return sum_columns<T, Sums>(columns, [&](Sums& sums, auto span, int u) __attribute__((always_inline)) {
+    return value_of(sum_columns<T, Sums>(columns, [&](Sums& sums, auto span, int u) __attribute__((always_inline)) {
       around.add(sums, u, span.load_from(x), span);
-    });
+    }));
   }
 
   RMSNORM_INLINE static Row row(TwoSums sums, const T* x, int64_t columns, double eps) {
@@ -162,7 +162,7 @@ struct Layer {
   }
   class Block {
    public:
-    RMSNORM_INLINE void set(int64_t i, const TwoSums& sums) { sums_[i] = sums; }
+    RMSNORM_INLINE void set(int64_t i, const Sums& sums) { sums_[i] = value_of(sums); }
     RMSNORM_INLINE void find_rows(const void* const* x, int64_t count, int64_t columns, double eps) {
       for (int64_t i = 0; i < count; ++i) row_[i] = row(sums_[i], (const T*)x[i], columns, eps);
     }

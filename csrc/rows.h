@@ -114,6 +114,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
     if (f.gain.count > 1 || row == begin) take_weight(f.gain, row, rows.count, rows.gain);
     kernel(f, rows);
   }
+  if (rows.stream) finish_streaming();
 }
 
 enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kXGate, kGradGate, kBackwardOperands };
@@ -161,6 +162,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
       for (int64_t k = 0; k < grad_rows(b); ++k)
         target.flush(b.input, partial + k * grad_stride(b), total + k * b.columns, b.columns, done <= flush);
   }
+  if (rows.stream) finish_streaming();
 }
 
 }  // namespace rmsnorm

@@ -244,7 +244,7 @@ RMSNORM_INLINE V add_exact_product(const V& a, const V& b, const V& c) {
 #endif
 }
 
-// ---- load, store, reduce ----------------------------------------------------------------------------------------
+// ---- load, store, root ------------------------------------------------------------------------------------------
 
 RMSNORM_INLINE F load(const float* p) {
   F r;
@@ -263,25 +263,6 @@ RMSNORM_INLINE void store(float* p, const F& x) {
 }
 RMSNORM_INLINE void store(double* p, const D& x) {
   for (int i = 0; i < kDoubleRegs; ++i) store_register(p + i * (kBytes / 8), x.v[i]);
-}
-
-// The sum of the lanes, always as ((i, i + n/2), i + n/4, ...).
-template <int N>
-RMSNORM_INLINE double reduce(Pack<N, DoubleReg> x) {
-  for (int half = N / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x.v[i] = x.v[i] + x.v[i + half];
-#if defined(RMSNORM_AVX512)
-  const __m256d four =
-      _mm256_add_pd(_mm512_castpd512_pd256((__m512d)x.v[0]), _mm512_extractf64x4_pd((__m512d)x.v[0], 1));
-#elif defined(__AVX2__)
-  const __m256d four = (__m256d)x.v[0];
-#endif
-#if defined(__AVX2__)
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-#else
-  const auto two = x.v[0];
-#endif
-  return two[0] + two[1];
 }
 
 RMSNORM_INLINE DoubleReg root(DoubleReg x) {

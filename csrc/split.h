@@ -61,10 +61,10 @@ RMSNORM_INLINE void store_split(float* p, const Split& x) {
   store_register(p, __builtin_shuffle(x.v[0], x.v[1], first));
   store_register(p + 16, __builtin_shuffle(x.v[0], x.v[1], first + 8));
 }
-// The first sixteen columns plus the last sixteen: the even ones, then the odd ones.
-RMSNORM_INLINE F fold(const Split& x) {
-  const BitsReg lower = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-  return {{__builtin_shuffle(x.v[0], x.v[1], lower) + __builtin_shuffle(x.v[0], x.v[1], lower + 8)}};
+// The first sixteen columns plus the last sixteen, in columns' order.
+RMSNORM_INLINE D widen_for(bf16, const Split& x) {
+  const BitsReg first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  return widen(F{{__builtin_shuffle(x.v[0], x.v[1], first) + __builtin_shuffle(x.v[0], x.v[1], first + 8)}});
 }
 #else
 RMSNORM_INLINE Split load_split(const float* p) {
@@ -77,36 +77,21 @@ RMSNORM_INLINE void store_split(float* p, const Split& x) {
   _mm256_storeu2_m128(p + 8, p, low);
   _mm256_storeu2_m128(p + 12, p + 4, high);
 }
+// In columns' order.
+RMSNORM_INLINE D widen_for(bf16, const Split& x) {
+  const FloatReg low = (FloatReg)_mm256_unpacklo_ps((__m256)x.v[0], (__m256)x.v[1]);
+  const FloatReg high = (FloatReg)_mm256_unpackhi_ps((__m256)x.v[0], (__m256)x.v[1]);
+  return {{widen(lower(low)), widen(lower(high)), widen(upper(low)), widen(upper(high))}};
+}
 #endif
 #else
 template <class Row>
 constexpr bool kSplit = false;
 #endif
 
-RMSNORM_INLINE const F& fold(const F& x) { return x; }  // sixteen lanes have nothing to fold
-
-// Sixteen sums of a row of this type, added as reduce() adds columns' lanes: the even ones and the odd ones side by
-// side, and those two at last.
 template <class Row>
-RMSNORM_INLINE double reduce_for(const D& x) {
-#if defined(__AVX2__)
-  if constexpr (kSplit<Row>) {
-#if defined(RMSNORM_AVX512)
-    const auto half = [](DoubleReg lanes) {
-      return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)lanes), _mm512_extractf64x4_pd((__m512d)lanes, 1));
-    };
-    const __m256d even = half(x.v[0]), odd = half(x.v[1]);
-#else
-    const __m256d even = (__m256d)(x.v[0] + x.v[1]), odd = (__m256d)(x.v[2] + x.v[3]);
-#endif
-    const __m256d four =
-        _mm256_add_pd(_mm256_permute2f128_pd(even, odd, 0x20), _mm256_permute2f128_pd(even, odd, 0x31));
-    const __m128d a = _mm256_castpd256_pd128(four), b = _mm256_extractf128_pd(four, 1);
-    const __m128d two = _mm_add_pd(_mm_unpacklo_pd(a, b), _mm_unpackhi_pd(a, b));
-    return two[0] + two[1];
-  }
-#endif
-  return reduce(x);
+RMSNORM_INLINE D widen_for(Row, const F& x) {
+  return widen(x);
 }
 
 // Where a column is in raw scratch.

@@ -21,8 +21,8 @@ struct Sum {  // half types
   RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) { part[u] = fma(a, b, part[u]); }
   RMSNORM_INLINE void add_square(int u, const Vector<T>& x) { part[u] = add_exact_product(x, x, part[u]); }
   RMSNORM_INLINE void end_block() {
-    if constexpr (kUnroll == 2) total = total + widen(fold(part[0]) + fold(part[1]));
-    else total = total + widen((part[0] + part[1]) + (part[2] + part[3]));
+    if constexpr (kUnroll == 2) total = total + widen_for(T{}, part[0] + part[1]);
+    else total = total + widen_for(T{}, (part[0] + part[2]) + (part[1] + part[3]));
     for (auto& p : part) p = Vector<T>{};
   }
 };
@@ -71,13 +71,13 @@ RMSNORM_INLINE Double2 two_sum(double a, double b) {
 
 template <class T>
 RMSNORM_INLINE Double2 value_of(const Sum<T>& sum) {
-  return {reduce_for<T>(sum.total), 0.0};
+  return {reduce(fold(sum.total)), 0.0};
 }
 template <>
 RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
   double lanes[kLanes];
   store(lanes, sum.total);
-  Double2 value = {lanes[0], reduce(sum.lost)};
+  Double2 value = {lanes[0], reduce(fold(sum.lost))};
   for (int i = 1; i < kLanes; ++i) {
     const Double2 next = two_sum(value.high, lanes[i]);
     value = {next.high, value.low + next.low};
@@ -85,19 +85,19 @@ RMSNORM_INLINE Double2 value_of(const Sum<double>& sum) {
   return two_sum(value.high, value.low);
 }
 
-// Runs add(sum, span, u) over all columns and returns the value of the sum.
+// Runs add(sum, span, u) over all columns and returns the sum: value_of() it, or set() it in a block of rows.
 template <class T, class Sums, class Add>
-RMSNORM_INLINE auto sum_columns(int64_t columns, Add&& add) {
+RMSNORM_INLINE Sums sum_columns(int64_t columns, Add&& add) {
   Sums sum;
-  int64_t begin = 0;
-  do {  // at least once, so that an empty row sums to zero
-    const int64_t end = columns - begin > Sums::kBlock ? begin + Sums::kBlock : columns;
-    for_columns<T, Sums::kUnroll>(begin, end,
-                                  [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); });
+  const auto body = [&](auto span, auto u) __attribute__((always_inline)) { add(sum, span, u.value); };
+  int64_t j = 0;
+  for (; __builtin_expect(columns - j > Sums::kBlock, 0); j += Sums::kBlock) {
+    for_whole_columns<T, Sums::kUnroll>(j, j + Sums::kBlock, body);
     sum.end_block();
-    begin = end;
-  } while (begin < columns);
-  return value_of(sum);
+  }
+  for_columns<T, Sums::kUnroll>(j, columns, body);
+  sum.end_block();
+  return sum;
 }
 
 // 1/rms of a row as high + low, and whether a plain kernel may use it.
@@ -136,18 +136,16 @@ RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double ep
   }
 }
 
-// Most rows whose sums are found before the first of them is stored.
-constexpr int64_t kBlockRows = 16;
-
 // rstd_from() for the rows of a block: for fp32 and half types a register of rows at a time, as two divisions and a
 // root take 40 cycles one after the other, and a row of 128 columns no more.
 template <class T>
 class Rstds {
  public:
-  RMSNORM_INLINE void set(int64_t i, Double2 sum) { sum_[i] = sum.high; }
+  RMSNORM_INLINE void set(int64_t i, const Sum<T>& sum) { sum_[i] = fold(sum.total); }
   RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
+    for (int64_t i = count; i % (kBytes / 8) != 0; ++i) sum_[i] = DoubleReg{};  // the last register is full
     for (int64_t i = 0; i < count; i += kBytes / 8) {
-      const DoubleReg sum = load_register<DoubleReg>(sum_ + i), v = sum / (double)columns + eps, r = 1.0 / root(v);
+      const DoubleReg sum = reduce_each(sum_ + i), v = sum / (double)columns + eps, r = 1.0 / root(v);
       const HalfFloatReg high = narrow(r);
       store_register(high_ + i, high);
       store_register(low_ + i, narrow(r - widen(high)));
@@ -160,14 +158,14 @@ class Rstds {
   RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i)}; }
 
  private:
-  double sum_[kBlockRows] = {};
+  DoubleReg sum_[kBlockRows];  // each still in several lanes
   float high_[kBlockRows], low_[kBlockRows];
   int64_t safe_[kBlockRows];
 };
 template <>
 class Rstds<double> {
  public:
-  RMSNORM_INLINE void set(int64_t i, Double2 sum) { sum_[i] = sum; }
+  RMSNORM_INLINE void set(int64_t i, const Sum<double>& sum) { sum_[i] = value_of(sum); }
   RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
     for (int64_t i = 0; i < count; ++i) row_[i] = rstd_from<double>(sum_[i], columns, eps);
   }

@@ -10,12 +10,9 @@ constexpr bool kStreams = true;
 RMSNORM_INLINE void stream_32_bytes(char* p, const char* from) {
   _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)from));
 }
-// Must come between the last row and whatever tells another thread that it is there.
-RMSNORM_INLINE void finish_streaming() { _mm_sfence(); }
 #else
 constexpr bool kStreams = false;
 RMSNORM_INLINE void stream_32_bytes(char*, const char*) {}
-RMSNORM_INLINE void finish_streaming() {}
 #endif
 
 // Whether a row can be streamed: its vectors must be aligned. Rows that aren't take plain stores.

@@ -25,6 +25,8 @@ namespace {
 
 #include "simd.h"
 
+#include "reduce.h"
+
 #include "half.h"
 
 #include "split.h"

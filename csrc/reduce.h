@@ -1,0 +1,41 @@
+// The only file that adds the lanes of a register: always as ((i, i + n/2), i + n/4, ...), for one row or for several.
+#pragma once
+
+// Halves of the pack, down to one register.
+template <int N>
+RMSNORM_INLINE DoubleReg fold(Pack<N, DoubleReg> x) {
+  for (int half = N / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x.v[i] = x.v[i] + x.v[i + half];
+  return x.v[0];
+}
+RMSNORM_INLINE double reduce(DoubleReg x) {
+#if defined(RMSNORM_AVX512)
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1));
+#elif defined(__AVX2__)
+  const __m256d four = (__m256d)x;
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+#else
+  const auto two = x;
+#endif
+  return two[0] + two[1];
+}
+
+// reduce() of as many registers as one has lanes, each a row's: they are transposed on the way, so that one addition is
+// a step for several rows.
+RMSNORM_INLINE DoubleReg reduce_each(const DoubleReg* x) {
+  const auto halves = [](DoubleReg a, DoubleReg b, WideBitsReg lower, int64_t distance) {
+    return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + distance);
+  };
+#if defined(RMSNORM_AVX512)
+  const auto two = [&](int i) { return halves(x[i], x[i + 2], WideBitsReg{0, 1, 2, 3, 8, 9, 10, 11}, 4); };
+  const auto four = [&](int i) { return halves(two(i), two(i + 4), WideBitsReg{0, 1, 4, 5, 8, 9, 12, 13}, 2); };
+  return halves(four(0), four(1), WideBitsReg{0, 8, 2, 10, 4, 12, 6, 14}, 1);
+#elif defined(__AVX2__)
+  const auto two = [&](int i) { return halves(x[i], x[i + 2], WideBitsReg{0, 1, 4, 5}, 2); };
+  return halves(two(0), two(1), WideBitsReg{0, 4, 2, 6}, 1);
+#else
+  return halves(x[0], x[1], WideBitsReg{0, 2}, 1);
+#endif
+}
