@@ -31,7 +31,7 @@ inline bool is_large(int64_t bytes) { return bytes >= large_bytes().load(std::me
 inline bool overflows_caches(int64_t bytes) { return is_large(bytes / 3 * 4); }
 
 // Must come between the last row written past the caches and whatever tells another thread that it is there. Once for
-// all rows of a thread: after each batch it costs a quarter of 32768x128 fp32.
+// all rows of a thread: after each batch it costs up to a quarter of 32768x128 fp32.
 inline void finish_streaming() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();
