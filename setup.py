@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,9 +26,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # The baseline is the portable one: -O1, as -O2 takes twice as long to compile its emulated operations for the same
 # speed, and -O3 unrolls them into four times the code.
-TARGETS = {"baseline": ["-O1"]}
+TARGETS = {"baseline": ["-O1", "-fno-tree-pta"]}
 if platform.machine() in ("x86_64", "AMD64"):
-    TARGETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    TARGETS |= {"avx2": [*AVX2, "-fno-tree-pta"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
 class BuildNative(build_ext):
@@ -35,9 +36,10 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # no Python version in the name
 
     def build_extension(self, ext: Extension) -> None:
-        import torch  # only a native build needs it
-
-        root, build = Path(torch.__file__).parent, Path(self.build_temp)
+        torch = find_spec("torch")  # found, not imported, which takes two seconds; only a native build needs it
+        if torch is None or torch.origin is None:
+            raise ModuleNotFoundError("torch is not installed: pip install torch==2.13.0")
+        root, build = Path(torch.origin).parent, Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
         boundary = [*common, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(root / "include")]

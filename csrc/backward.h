@@ -58,14 +58,14 @@ RMSNORM_INLINE void prefetch_both(const BackwardRows& rows, int64_t r, int64_t a
 template <bool Stream, class Norm, bool HasGain>
 RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int64_t r, Norm& norm) {
   using T = typename Norm::Element;
-  const auto sums =
-      sum_columns<T, typename Norm::Sums>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-        if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
-        auto h = span.load_from((const T*)rows.grad[r]);
-        if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
-        sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
-      });
-  norm.set_means(value_of(sums), (double)b.columns);
+  typename Norm::Sums sum;
+  sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
+    if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
+    auto h = span.load_from((const T*)rows.grad[r]);
+    if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
+    sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
+  });
+  norm.set_means(value_of(sum), (double)b.columns);
 }
 
 // Both passes over `Rows` rows, which share what is loaded and stored per column: the gain and the weight's gradient

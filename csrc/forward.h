@@ -66,14 +66,16 @@ class Plain {
 };
 
 template <class Form>
-RMSNORM_INLINE auto sum_row(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block, int64_t columns) {
+RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r, typename Form::Norm::Block& found,
+                            int64_t in_block, int64_t columns) {
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto adder = Norm::adder((const T*)rows.input[r], columns);
   const typename Form::Loader load(f, rows, r, in_block);
-  return sum_columns<T, typename Norm::Sums>(columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-    adder.add(sum, u, load(span), span);
-  });
+  typename Norm::Sums sum;
+  sum_columns<T>(sum, columns,
+                 [&](auto span, int u) __attribute__((always_inline)) { adder.add(sum, u, load(span), span); });
+  found.set(in_block, sum);
 }
 
 template <class Form, bool Stream>
@@ -113,7 +115,7 @@ void forward(const Forward& f, const ForwardRows& rows) {
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Form::Norm::Block found;
-    for (int64_t r = begin; r < end; ++r) found.set(r - begin, sum_row<Form>(f, rows, r, r - begin, columns));
+    for (int64_t r = begin; r < end; ++r) sum_row<Form>(f, rows, r, found, r - begin, columns);
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
     if (stream) store_rows<Form, kStreams>(f, rows, found, begin, end, columns);
     else store_rows<Form, false>(f, rows, found, begin, end, columns);

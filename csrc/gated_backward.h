@@ -34,12 +34,12 @@ RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& ro
   const typename GatedPart<T, First>::Activate activate(b.gate == Gate::silu);
   V minus_mean = {};
   if (b.need_input || (First && b.need_gate)) {
-    const Double2 sum =
-        value_of(sum_columns<T, Sum<T>>(b.columns, [&](auto& sum, auto span, int u) __attribute__((always_inline)) {
-          const GatedPart<T, First> part(rows, r, activate, scale, span);
-          sum.add(u, part.h, part.normalised);
-        }));
-    minus_mean = splat<T>((Scalar<T>)(-sum.high / (double)b.columns));
+    Sum<T> sum;
+    sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
+      const GatedPart<T, First> part(rows, r, activate, scale, span);
+      sum.add(u, part.h, part.normalised);
+    });
+    minus_mean = splat<T>((Scalar<T>)(-value_of(sum).high / (double)b.columns));
   }
   auto* dw = (Scalar<T>*)rows.grad_weight[r];
   for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {

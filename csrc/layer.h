@@ -134,9 +134,11 @@ struct Layer {
 
   __attribute__((noinline)) static TwoSums sum_around(Scalar<T> mean, const T* x, int64_t columns) {
     const Shift around = {splat<T>(mean)};
-    return value_of(sum_columns<T, Sums>(columns, [&](Sums& sums, auto span, int u) __attribute__((always_inline)) {
+    Sums sums;
+    sum_columns<T>(sums, columns, [&](auto span, int u) __attribute__((always_inline)) {
       around.add(sums, u, span.load_from(x), span);
-    }));
+    });
+    return value_of(sums);
   }
 
   RMSNORM_INLINE static Row row(TwoSums sums, const T* x, int64_t columns, double eps) {
@@ -163,7 +165,7 @@ struct Layer {
   class Block {
    public:
     RMSNORM_INLINE void set(int64_t i, const Sums& sums) { sums_[i] = value_of(sums); }
-    RMSNORM_INLINE void find_rows(const void* const* x, int64_t count, int64_t columns, double eps) {
+    __attribute__((noinline)) void find_rows(const void* const* x, int64_t count, int64_t columns, double eps) {
       for (int64_t i = 0; i < count; ++i) row_[i] = row(sums_[i], (const T*)x[i], columns, eps);
     }
     RMSNORM_INLINE bool safe(int64_t i) const { return row_[i].safe; }
