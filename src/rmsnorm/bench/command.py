@@ -18,7 +18,7 @@ from .results import Report, Result, verdict
 
 SECONDS_PER_RACE = 1.5
 FILES = {"--json": (".json",), "--csv": (".csv",), "--report": (".html", ".png")}
-AGAINST = ", ".join((*contenders.GROUPS, *(one.name for one in contenders.TORCH + contenders.PEERS)))
+AGAINST = ", ".join(contenders.CHOICES)
 
 Threads = Annotated[str, typer.Option(help="Thread counts, separated by commas; each gets a process of its own.")]
 Seconds = Annotated[float, typer.Option(min=0.001, help="For each race; at least 7 rounds are run.")]

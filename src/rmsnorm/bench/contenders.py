@@ -161,6 +161,8 @@ OURS = Contender(
 )
 # Two tensors over the same bus as everybody's, into memory that was written before.
 FLOOR = Contender("copy_", dict.fromkeys(("forward", "warm", "backward", "add", "recorded"), _copy), is_rms_norm=False)
+# The same into a fresh output: what that costs whoever makes one.
+FRESH_FLOOR = Contender("torch.neg", {"forward": lambda p: partial(torch.neg, p.x)}, is_rms_norm=False)
 
 _fused_add = compiled(_torch_add_rms_norm, lambda p: (p.x, p.residual, p.weight))["forward"]
 TORCH = (
@@ -178,10 +180,10 @@ PEERS = (
     Contender("mlx", peers.MLX, may_fail=True, around=unbound, own_threads=True),
 )
 GROUPS = {"torch": TORCH, "peers": PEERS, "all": TORCH + PEERS}
+CHOICES = GROUPS | {one.name: (one,) for one in (*TORCH, *PEERS, FRESH_FLOOR)}
 
 # For the performance contract (bars.py) alone.
 REFERENCES = (
-    Contender("torch.neg", {"forward": lambda p: partial(torch.neg, p.x)}, is_rms_norm=False),
     Contender(
         "F.layer_norm, no bias", of(lambda p: F.layer_norm, lambda p: (p.x, p.shape, p.weight, None, EPS)), False
     ),
@@ -190,7 +192,7 @@ REFERENCES = (
     Contender("nn.RMSNorm", of_layer(nn.RMSNorm)),
     Contender("nn.RMSNorm, installed", of_layer(nn.RMSNorm), around=installed),
 )
-BY_NAME = {one.name: one for one in (OURS, *TORCH, *PEERS, FLOOR, *REFERENCES)}
+BY_NAME = {one.name: one for one in (OURS, *TORCH, *PEERS, FLOOR, FRESH_FLOOR, *REFERENCES)}
 
 # Inside one compiled graph: our operator, which Inductor calls, against Inductor's own code for the formula, which it
 # can fuse with its neighbours. Each form has the add before, and the multiply after, in the graph or not.
@@ -213,9 +215,8 @@ def named(names: str) -> list[Contender]:
         ValueError: a name that nobody has; lists those that somebody has.
     """
     chosen = [OURS]
-    known = GROUPS | {one.name: (one,) for one in TORCH + PEERS}
     for name in filter(None, names.split(",")):
-        if name not in known:
-            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-        chosen += known[name]
+        if name not in CHOICES:
+            raise ValueError(f"{name!r} is not one of {', '.join(CHOICES)}")
+        chosen += CHOICES[name]
     return list({one.name: one for one in (*chosen, FLOOR)}.values())
