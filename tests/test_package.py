@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "_vmap": {"_ops", "reference"},
     "_autograd": {"_ops", "_vmap", "reference"},
     "_gpu": {"_launch", "_ops", "reference"},
-    "_launch": {"_triton", "reference"},
+    "_launch": {"_triton", "_triton_backward", "reference"},
     "_triton": set(),
+    "_triton_backward": {"_triton"},
     "_onnx": {"reference"},
     "functional": {"_autograd", "_everyday", "_onnx", "_ops", "reference"},
     "_everyday": {"_autograd", "_dtensor", "_ops"},  # the latter when a DTensor arrives
@@ -112,7 +113,7 @@ def test_every_file_says_what_it_is_for(path):
     [
         ("ctypes", ["_native"]),
         ("environ.get", ["_gpu", "_native", "study/workers"]),
-        ("import triton", ["_triton"]),
+        ("import triton", ["_triton", "_triton_backward"]),
         ("library.define", ["_gated_ops", "_install", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
         ("autograd.Function", ["_autograd", "_dtensor", "_everyday", "_gated", "_layer_norm", "_ranks"]),

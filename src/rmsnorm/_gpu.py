@@ -9,8 +9,8 @@ what Triton can't serve: no Triton, no such device, empty, …      torch if it 
 ================================================================  ====================================
 
 Either way the same is kept for backward: x, the weight, one fp32 (fp64) per row. torch goes first where it can because
-nobody has timed ours yet (docs/gpu.md). ROCm answers to CUDA's name; other devices (MPS, …) have the definition.
-Triton is imported by the first call that needs it.
+a call of ours takes 58 µs of Python and torch's 10, though less of the device's time (docs/gpu.md). ROCm answers to
+CUDA's name; other devices (MPS, …) have the definition. Triton is imported by the first call that needs it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def rms_norm(
 def rms_norm_out(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
 ) -> None:
-    into = out if out.is_contiguous() else None
+    into = out if out.is_contiguous() and out.data_ptr() % 16 == 0 else None  # the order of a sum: see _launch._matrix
     output, _ = rms_norm_forward(input, weight, dims, eps, offset, round_first, keep=False, out=into)
     if output is not out:
         out.copy_(output)

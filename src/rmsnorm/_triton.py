@@ -1,13 +1,13 @@
-"""The only file in Triton: the kernels for GPUs.
+"""The only file with the forward kernel for GPUs, in Triton; _triton_backward.py shares its rules and its loads.
 
-    y = x · r · (OFFSET + weight)        r = 1 / sqrt(mean(x²) + eps)        dx = r · (h - x̂ · mean(h · x̂))
+    y = x · r · (OFFSET + weight)        r = 1 / sqrt(mean(x²) + eps)
 
-A program owns one row, a tile of narrow ones, or in backward a chunk of tiles, and looks at no other's. Rows that fit
-into registers are read once; wider ones are read again, BLOCK by BLOCK. Statistics are fp32 (fp64 for fp64) over a
-block, and fp64 for the few numbers that there are per row. Nothing may be contracted (``enable_fp_fusion=False``):
-where a fused multiply-add is meant, it is written. A weight of several rows is one grid dimension more.
+A program owns one row, or a tile of narrow ones, and looks at no other's. Rows that fit into registers are read once;
+wider ones are read again, BLOCK by BLOCK. Statistics are fp32 (fp64 for fp64) over a block, and fp64 for the few
+numbers that there are per row. Nothing may be contracted (``enable_fp_fusion=False``): where a fused multiply-add is
+meant, it is written. A weight of several rows is one grid dimension more.
 
-A strided matrix comes as ``(pointer, stride of rows, stride of columns)``; one without strides is contiguous.
+A matrix whose rows may be apart comes as ``(pointer, stride of rows)``; one without a stride is contiguous.
 """
 
 import triton
@@ -15,16 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(matrix, row, column, here, wide: tl.constexpr):
-    return tl.load(matrix[0] + row * matrix[1] + column * matrix[2], here, 0.0).to(wide)
+def _load(matrix, row, column, here):
+    return tl.load(matrix[0] + row * matrix[1] + column, here, 0.0)
 
 
 @triton.jit
 def _load_sum(x, residual, row, column, here, wide: tl.constexpr):
     """x, or x + residual rounded to its type; in the accumulation type."""
-    tile = _load(x, row, column, here, wide)
+    tile = _load(x, row, column, here).to(wide)
     if residual is not None:
-        tile = (tile + _load(residual, row, column, here, wide)).to(x[0].dtype.element_ty).to(wide)
+        tile = (tile + _load(residual, row, column, here).to(wide)).to(x[0].dtype.element_ty).to(wide)
     return tile
 
 
@@ -119,7 +119,7 @@ def _output(x, r, scale, gain, kind: tl.constexpr, ROUND_FIRST: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward(
     x, residual, weight, y, sum, rstd, rows, columns, part: tl.float64, eps: tl.float64,
     OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
@@ -162,86 +162,3 @@ def forward(
             tl.store(y + row * columns + column, _output(block, scaled_r, scale, gain, kind, ROUND_FIRST), here)
     else:
         tl.store(y + row * columns + first, _output(tile, scaled_r, scale, gain, kind, ROUND_FIRST), here)
-
-
-@triton.jit
-def backward(
-    grad, grad_sum, x, rstd, weight, dx, partial, rows, columns, chunk, part: tl.float64,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """dx of a chunk of rows, and a row of partial sums of dW: fp32 over STEPS tiles, then the type of ``partial``."""
-    kind: tl.constexpr = x[0].dtype.element_ty
-    wide: tl.constexpr = tl.float64 if kind == tl.float64 else tl.float32
-    begin = tl.program_id(0).to(tl.int64) * chunk
-    end = tl.minimum(begin + chunk, rows)
-    column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
-    gain = _gain(weight, column, columns, OFFSET, wide)
-    for first in range(begin, end, ROWS * STEPS):
-        dw = tl.zeros([ROWS, BLOCK], wide)
-        for step in range(first, tl.minimum(first + ROWS * STEPS, end), ROWS):
-            row = step + tl.arange(0, ROWS)
-            inside = row < end
-            row = row * tl.num_programs(1) + tl.program_id(1)
-            r = tl.load(rstd + row, inside, 0.0)[:, None]
-            row, here = row[:, None], inside[:, None] & (column < columns)
-            h = _load(grad, row, column, here, wide)
-            x_hat = _load(x, row, column, here, wide) * r
-            if partial is not None:
-                dw += h * x_hat
-            if dx is not None:
-                if gain is not None:
-                    h = h * gain
-                mean = (tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part).to(wide)
-                tile = r * (h - x_hat * mean)
-                if grad_sum is not None:
-                    tile += _load(grad_sum, row, column, here, wide)
-                tl.store(dx + row * columns + column, tile, here)
-        if partial is not None:
-            place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * columns + column
-            dw_sum = tl.sum(dw, 0, keep_dims=True).to(partial.dtype.element_ty)
-            if first > begin:
-                dw_sum += tl.load(partial + place, column < columns, 0.0)
-            tl.store(partial + place, dw_sum, column < columns)
-
-
-@triton.jit
-def backward_wide(
-    grad, grad_sum, x, rstd, weight, dx, columns, part: tl.float64, OFFSET: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dx of one row that doesn't fit into registers."""
-    wide: tl.constexpr = tl.float64 if x[0].dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    r = tl.load(rstd + row)
-    mean = tl.zeros([1, 1], tl.float64)
-    for start in range(0, columns, BLOCK):
-        column = start + first
-        h = _load(grad, row, column, column < columns, wide)
-        gain = _gain(weight, column, columns, OFFSET, wide)
-        if gain is not None:
-            h = h * gain
-        x_hat = _load(x, row, column, column < columns, wide) * r
-        mean += tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part
-    for start in range(0, columns, BLOCK):
-        column = start + first
-        h = _load(grad, row, column, column < columns, wide)
-        gain = _gain(weight, column, columns, OFFSET, wide)
-        if gain is not None:
-            h = h * gain
-        tile = r * (h - _load(x, row, column, column < columns, wide) * r * mean.to(wide))
-        if grad_sum is not None:
-            tile += _load(grad_sum, row, column, column < columns, wide)
-        tl.store(dx + row * columns + column, tile, column < columns)
-
-
-@triton.jit
-def fold(partial, dw, count, columns, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """dW: its partial sums, added up in fp64 and in one order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros([DEPTH, BLOCK], tl.float64)
-    for first in range(0, count, DEPTH):
-        row = (first + tl.arange(0, DEPTH)[:, None]).to(tl.int64)
-        here = (row < count) & (column < columns)
-        total += tl.load(partial + row * columns + column, here, 0.0).to(tl.float64)
-    wide: tl.constexpr = tl.float64 if dw.dtype.element_ty == tl.float64 else tl.float32
-    tl.store(dw + column, tl.sum(total, 0, keep_dims=True).to(wide), column < columns)

@@ -1,8 +1,10 @@
-"""Fixtures for Triton's two ways to work without a GPU, which exclude each other in one process.
+"""Fixtures for the ways to run the GPU's kernels, of which one process has one.
 
-With TRITON_INTERPRET=1 (`make test` starts such a process) kernels run in Triton's interpreter, on numpy. Then the
-operators have to be without C++ (RMSNORM_NATIVE=0), so that the GPU's route can be registered for CPU tensors, and the
-whole corridor is that of a GPU, from the public function to the launch. Without it, kernels are compiled, for any GPU.
+With TRITON_INTERPRET=1 (`make test` starts such a process) kernels run in Triton's interpreter, on numpy. With
+RMSNORM_TEST_DEVICE=cuda (or xpu) they run on a GPU, and test_values.py carries each launch there; test_device.py is
+for tensors that live there. In both cases the operators have to be without C++ (RMSNORM_NATIVE=0), so that the GPU's
+route can be registered for CPU tensors, and the whole corridor is that of a GPU, from the public function to the
+launch. With neither, kernels are compiled, for any GPU.
 """
 
 from __future__ import annotations
@@ -11,21 +13,30 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from carried import DEVICE, carried
 
-from rmsnorm import _gpu, _native
+from rmsnorm import _gpu, _launch, _native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = (
-    ["test_bench_device.py", "test_compiled.py", "test_route.py"] if INTERPRETED else ["test_interpreted.py"]
-)
-
+VALUES, COMPILED = ["test_values.py"], ["test_bench_device.py", "test_compiled.py", "test_route.py"]
 if INTERPRETED:
+    collect_ignore = [*COMPILED, "test_device.py"]
+elif DEVICE:
+    collect_ignore = [*COMPILED, "test_interpreter.py"]
+else:
+    collect_ignore = [*VALUES, "test_interpreter.py", "test_device.py"]
+
+if INTERPRETED or DEVICE:
     if not _native.why_not():
-        raise RuntimeError("TRITON_INTERPRET=1 needs RMSNORM_NATIVE=0: the C++ kernels hold the place of CPU tensors")
+        raise RuntimeError("these tests need RMSNORM_NATIVE=0: the C++ kernels hold the place of CPU tensors")
+    _gpu.register("CPU")
+if INTERPRETED:
     import hardware
 
     hardware.correct_interpreter()
-    _gpu.register("CPU")
+elif DEVICE:
+    torch.use_deterministic_algorithms(True)  # which fills what is empty with NaN
 
 
 @pytest.fixture
@@ -33,5 +44,7 @@ def on_triton(monkeypatch):
     """CPU tensors take a GPU's route, to Triton wherever it has a kernel."""
     monkeypatch.setattr(_gpu, "runs_triton", lambda device: True)
     monkeypatch.setattr(_gpu, "choice", lambda: "triton")
+    for launch in (_launch.forward, _launch.backward) if DEVICE else ():
+        monkeypatch.setattr(_launch, launch.__name__, carried(launch))
     with np.errstate(all="ignore"):  # numpy warns of the overflows that a GPU makes silently
         yield

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from rmsnorm import _launch, _triton
+from rmsnorm import _launch, _triton, _triton_backward
 from rmsnorm.bench.pages import replace_block
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
         found.append(_read(kernel.__name__, constants, warps * threads_of, one.asm))
 
     monkeypatch.setattr(_launch, "_launch", collect)
-    for kernel in (_triton.forward, _triton.backward, _triton.backward_wide, _triton.fold):
+    for kernel in (_triton.forward, _triton_backward.backward, _triton_backward.backward_wide, _triton_backward.fold):
         kernel.device_caches.clear()
     with tempfile.TemporaryDirectory() as cache:
         monkeypatch.setenv("TRITON_CACHE_DIR", cache)

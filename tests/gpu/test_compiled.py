@@ -7,11 +7,13 @@ The arguments are those of real launches, the compilers those of Triton's wheel;
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import offline
 import pytest
 import torch
 from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all
+from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
 from rmsnorm import _launch
 
@@ -24,9 +26,9 @@ def share(one: Compiled, rows: int, itemsize: int) -> int:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_floor(name, dtype, monkeypatch):
-    """In bytes a thread: the tiles and the weight in pieces of 16 (a weight of 1024 half numbers is 8 for each of AMD's
-    256 threads), and 4 for the 1/rms of each row. The partial sums of dW are fp32: written, and read where there are
-    more than 32 tiles."""
+    """In bytes a thread: the tiles and the weight in pieces of 16 (up to 2048 half numbers may be 8 for each of AMD's
+    threads), and 4 for the 1/rms of each row; backward's code has them twice, for the first tile and for the next one.
+    The partial sums of dW are fp32: written, and read where there are more than 32 tiles."""
     with compiling(TARGETS[name], monkeypatch) as found:
         for columns in WIDTHS:
             found.clear()
@@ -36,15 +38,16 @@ def test_the_floor(name, dtype, monkeypatch):
             held = columns <= _launch.WIDEST["backward"]
             for one, tensors in zip(found[: 2 + held], (1, 2, 2), strict=False):
                 rows = one.constants["ROWS"]
-                reads = tensors * share(one, rows, dtype.itemsize) + share(one, 1, dtype.itemsize)
+                written = 2 if one.kernel == "backward" else 1
+                reads = written * tensors * share(one, rows, dtype.itemsize) + share(one, 1, dtype.itemsize)
                 writes = (1 if one.kernel == "backward" else tensors) * share(one, rows, dtype.itemsize)
                 partial = share(one, 1, 4) if one.kernel == "backward" else 0
                 what = f"{one.kernel}, {tensors} inputs of {columns} columns: {one.loads}, {one.stores}"
                 assert sum(size for size in one.loads if size > 4) == reads + partial, what
                 assert sum(size for size in one.stores if size > 4) == writes + partial, what
-                assert {*one.loads} - {4} <= ({16, 8} if name == "gfx942" and columns == 1024 else {16}), what
+                assert {*one.loads} - {4} <= ({16, 8} if name == "gfx942" and columns <= 2048 else {16}), what
                 assert {*one.stores} - {4} == {16}, what
-                assert one.loads.count(4) <= (rows if one.kernel == "backward" else 0), what
+                assert one.loads.count(4) <= (2 * rows if one.kernel == "backward" else 0), what
                 assert one.stores.count(4) <= (one is found[0]), what
 
 
@@ -62,18 +65,34 @@ def test_every_option_compiles(name, monkeypatch):
     assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
 
 
+@pytest.mark.parametrize("columns", [1, 3, 129, 1032, 4096])
+def test_layouts_share_one_code(columns, monkeypatch):
+    """The compiler's vectors, and with them the order of a sum, follow from strides and addresses: whatever they are,
+    each kernel has one code. Seen on an H200 before there was this test: other bits for a row whose neighbours were
+    144 elements away instead of 129, or whose columns were apart."""
+    weight = torch.zeros(columns + 1, dtype=torch.bfloat16)
+    with compiling(TARGETS["sm_90"], monkeypatch) as found:
+        for rows, layout, grad_layout, w in product((1, 30), LAYOUTS, GRADS, (weight[1:], weight[:-1])):
+            if "contiguous" in (layout, grad_layout):
+                x = torch.zeros(rows, columns, dtype=torch.bfloat16)
+                x, grad = alike(lay_out(x, layout), lay_out_grad(x, grad_layout))
+                _, _, rstd = _launch.forward(x, None, w, 1, 1e-5, 0.0, False, True)
+                _launch.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
+    assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 3
+
+
 def test_multiplications_and_additions_stay_apart(monkeypatch):
     """The exact sums of fp32 need each rounding where it is written: no contraction, and none of PTX's flushing of
     subnormals but in the first guess of 1/rms, which is of normal numbers."""
-    with compiling(TARGETS["sm_90"], monkeypatch) as found:
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        with compiling(TARGETS["sm_90"], monkeypatch) as found:
             launch_all(4096, dtype)
-    for one in found:
-        fused = re.findall(r"\bfma\.\S+", one.assembly)
-        both = one.kernel == "forward" and one.assembly.count("ld.global.v4.b32") in (8, 12)  # fp32
-        assert set(fused) == ({"fma.rn.f32"} if both else set()), one.kernel
-        flushed = set(re.findall(r"\S+\.ftz\S*", one.assembly))
-        assert flushed <= {"rsqrt.approx.ftz.f32"}, one.kernel
+        for one in found:
+            fused = re.findall(r"\bfma\.\S+", one.assembly)
+            exact = one.kernel == "forward" and dtype is torch.float32
+            assert set(fused) == ({"fma.rn.f32"} if exact else set()), one.kernel
+            flushed = set(re.findall(r"\S+\.ftz\S*", one.assembly))
+            assert flushed <= {"rsqrt.approx.ftz.f32"}, one.kernel
 
 
 def test_the_reader_sees_spills(monkeypatch):
