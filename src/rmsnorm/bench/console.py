@@ -185,12 +185,15 @@ def mebibytes(size: int) -> str:
 
 
 def _cpu_model() -> str:
+    """The name, and what tells two generations apart that a virtual machine calls the same."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    family, model = said.get("cpu family"), said.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _huge_pages() -> str:
