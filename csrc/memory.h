@@ -50,7 +50,7 @@ inline int64_t first_cache_bytes() {
   return bytes;
 }
 
-// The second.
+// The second cache of a core.
 inline int64_t second_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t cache = 0;

@@ -39,8 +39,9 @@ RMSNORM_INLINE void prefetch_part(const char* row, Span span) {
   for (int k = 0; k < step; k += 64) __builtin_prefetch(row + byte + k, 0, Level);
 }
 
-// Asks for half a row while a whole one is walked along, for the cache behind L1; most lines twice, as a CPU that has
-// too many under way forgets the first time.
+// Asks for half a row while a whole one is walked along, for the cache behind L1: one half while a row is summed, the
+// other while it is stored, so that memory never rests. Each line is asked for twice; once is a tenth slower (8192x4096
+// fp32 on a Zen 4: 9.9 ms, not 8.8), perhaps as a CPU with too many under way drops some.
 template <class T, class Span>
 RMSNORM_INLINE void prefetch_half(const char* half, Span span) {
   const int64_t byte = span.j * (int64_t)sizeof(T) / 2;
