@@ -50,8 +50,8 @@ struct LayerBackward {
 // Asks for columns of the row that lies `ahead` rows further on.
 template <class T, class Span>
 RMSNORM_INLINE void prefetch_both(const BackwardRows& rows, int64_t r, int64_t ahead, Span span) {
-  prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead, span);
-  prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead, span);
+  prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead + 4096, span);
+  prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead + 4096, span);
 }
 
 // The first pass.

@@ -10,6 +10,7 @@ struct Full {
   RMSNORM_INLINE auto load_from(const T* row) const {
     return load_for<Row>(row + j);
   }
+  RMSNORM_INLINE D load_wide_from(const float* row) const { return load_wide(row + j); }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
     store_for<Row>(row + j, x);
@@ -67,6 +68,7 @@ struct Tail {
     copy_few(lanes, row + j, count);
     return load_for<Row>(lanes);
   }
+  RMSNORM_INLINE D load_wide_from(const float* row) const { return widen(load_from(row)); }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
     T lanes[kStep<Row>];

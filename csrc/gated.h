@@ -53,6 +53,7 @@ class Gated {
  public:
   using Norm = std::conditional_t<First, GatedRms<T>, Rms<T>>;
   using Out = Out_;
+  static constexpr bool kAsks = false;
 
   // The load step.
   class Loader {

@@ -73,7 +73,9 @@ struct ForwardRows {
   double* mean;    // the same, for LayerNorm
   bool stream;     // output is larger than the caches: its stores should go past them
   bool keep_gain;  // a row, its output and its gain fit in L1, if only just
+  bool ask;        // rows to come are asked for into L2, as L1 has no room for them
   int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
+  int64_t next_output;  // the same, of the output
 };
 
 struct Backward {

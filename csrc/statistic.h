@@ -35,10 +35,8 @@ struct Sum<float> {
   D total;
 
   RMSNORM_INLINE void add(int u, const F& a, const F& b) { part[u] = add_exact_product(widen(a), widen(b), part[u]); }
-  RMSNORM_INLINE void add_square(int u, const F& x) {
-    const D wide = widen(x);
-    part[u] = add_exact_product(wide, wide, part[u]);
-  }
+  RMSNORM_INLINE void add_square(int u, const D& x) { part[u] = add_exact_product(x, x, part[u]); }
+  RMSNORM_INLINE void add_square(int u, const F& x) { add_square(u, widen(x)); }
   RMSNORM_INLINE void end_block() { total = part[0] + part[1]; }
 };
 
@@ -191,8 +189,8 @@ struct Rms {
   using Sums = Sum<T>;
   using Row = Rstd<Scalar<T>>;
   struct Square {
-    template <class Span>
-    RMSNORM_INLINE void add(Sums& sums, int u, const Vector<T>& x, Span) const {
+    template <class V, class Span>
+    RMSNORM_INLINE void add(Sums& sums, int u, const V& x, Span) const {
       sums.add_square(u, x);
     }
   };

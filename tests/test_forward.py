@@ -275,6 +275,18 @@ def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_
         assert same_bits(y, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_target, everything_is_large, dtype):
+    """Rows to come are asked for then, where a call outgrows L2 or is streamed."""
+    rows, columns = 33, 43712  # more than a third of any L1 in two bytes, more than any L2 in four
+    x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
+    expected = torch.stack([rms_norm(row, columns, w, EPS) for row in x])
+    assert same_bits(rms_norm(x, columns, w, EPS), expected)
+    everything_is_large()
+    assert same_bits(rms_norm(x, columns, w, EPS), expected)
+    assert same_bits(rms_norm(x[::2], columns, w, EPS), expected[::2])
+
+
 def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
     assert 8 * 2**20 <= _native.large_bytes() <= 32 * 2**20
     everything_is_large()
