@@ -27,6 +27,11 @@ Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, d
   return output;
 }
 
+Tensor rms_norm_weighted(Tensor input, Tensor weight, double eps) {
+  const int64_t dims = weight.dim();
+  return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, false);
+}
+
 // Whether rows may be written while others are still to be read: nothing shared, or the very same elements.
 bool may_write(const Tensor& out, const Tensor& read) {
   const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
@@ -102,6 +107,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_weighted", TORCH_BOX(&rms_norm_weighted));
   m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));

@@ -18,16 +18,16 @@ using torch::headeronly::ScalarType;
 // Work below this many elements stays on the calling thread: waking another costs as much as 30,000 elements.
 constexpr int64_t kGrain = 32768;
 
+// Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 2.
 inline Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default:
-      STD_TORCH_CHECK(false,
-                      "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
-  }
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  if (code == aoti_torch_dtype_float32()) return Type::f32;
+  if (code == aoti_torch_dtype_bfloat16()) return Type::bf16;
+  if (code == aoti_torch_dtype_float16()) return Type::f16;
+  STD_TORCH_CHECK(code == aoti_torch_dtype_float64(),
+                  "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
+  return Type::f64;
 }
 
 inline ScalarType scalar_of(Type type) {
@@ -64,9 +64,10 @@ inline Tensor none(Type type) {
 
 // What both directions need to know of the shape.
 struct Shape {
-  int64_t outer;    // outer dimensions
+  int64_t dims;     // that are normalised over
+  int64_t outer;    // the others
   int64_t columns;  // elements of a row
-  Shape(const Tensor& input, int64_t dims) : columns(1) {
+  Shape(const Tensor& input, int64_t dims) : dims(dims), columns(1) {
     const auto sizes = input.sizes();
     outer = static_cast<int64_t>(sizes.size()) - dims;
     STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
@@ -89,11 +90,20 @@ inline Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
   return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
 }
 
+// The same of what there may be. Not an undefined Tensor if there is nothing: that is two blocks of the heap.
+inline OptionalTensor with_plain_rows(const Tensor* tensor, int64_t outer) {
+  if (!tensor) return std::nullopt;
+  return with_plain_rows(*tensor, outer);
+}
+
+inline const Tensor* address(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
 // The normalised dimensions, or more of the last ones.
 inline void check_weight(const Tensor& weight, const Tensor& input, const Shape& shape) {
-  const int64_t before = input.dim() - weight.dim();
-  bool same = weight.is_cpu() && before >= 0 && before <= shape.outer;
-  for (int64_t d = 0; same && d < weight.dim(); ++d) same = weight.size(d) == input.size(before + d);
+  const auto sizes = weight.sizes(), whole = input.sizes();  // one call each, where size(d) is one for each d
+  const int64_t before = static_cast<int64_t>(whole.size()) - static_cast<int64_t>(sizes.size());
+  const bool same = weight.is_cpu() && before >= 0 && before <= shape.outer &&
+                    std::equal(sizes.begin(), sizes.end(), whole.begin() + before);
   STD_TORCH_CHECK(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
 }
 
@@ -138,19 +148,20 @@ class Gain {
     const Type input = type_of(x);
     const int64_t columns = shape.columns;
     check_weight(*weight, x, shape);
-    plain_ = with_plain_rows(*weight, 0);
-    type = type_of(plain_);
+    const Tensor& plain = plain_.emplace(with_plain_rows(*weight, 0));
+    type = type_of(plain);
     STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
                     "rmsnorm: no native kernel for a float64 weight and a narrower input");
-    rows.data = static_cast<char*>(plain_.data_ptr());
+    rows.data = static_cast<char*>(plain.data_ptr());
     rows.stride = columns * size_of(type);
-    const int64_t spanned = weight->dim() - (x.dim() - shape.outer);
-    for (int64_t d = 0; d < spanned; ++d) rows.count *= std::max<int64_t>(weight->size(d), 1);
+    const auto sizes = weight->sizes();
+    const int64_t spanned = static_cast<int64_t>(sizes.size()) - shape.dims;
+    for (int64_t d = 0; d < spanned; ++d) rows.count *= std::max<int64_t>(sizes[d], 1);
     const bool own_order = use == kBackward && size_of(input) == 2;
     if (offset == 0.0 && !own_order && (type == wide(input) || (type == input && use == kForward))) return;
     const int64_t stride = padded(columns) * size_of(wide(input));
     formed_.reset(new char[rows.count * stride]);
-    for (int64_t row = 0; row < rows.count && plain_.numel(); ++row)  // one of no rows has no data to read
+    for (int64_t row = 0; row < rows.count && plain.numel(); ++row)  // one of no rows has no data to read
       target->make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset, wide(input),
                         formed_.get() + row * stride, columns);
     type = wide(input);
@@ -169,7 +180,7 @@ class Gain {
   const Target* target = &current_target();  // the gain is in its order: no other may read it
 
  private:
-  Tensor plain_;
+  OptionalTensor plain_;
   std::unique_ptr<char[]> formed_;
 };
 
@@ -194,12 +205,12 @@ inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
 inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean) {
   const Tensor x = with_plain_rows(input, shape.outer);
-  const Tensor second = other ? with_plain_rows(*other, shape.outer) : Tensor();
+  const OptionalTensor second = with_plain_rows(other, shape.outer);
   const bool gated = f.gate != Gate::none;
   f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output), f.add = other && !gated;
   f.gain_type = gain.type, f.gain = gain.rows;
   const auto operands = operands_of<kForwardOperands>(
-      x, shape.outer, {&x, &output, f.add ? &second : nullptr, sum, gated ? &second : nullptr});
+      x, shape.outer, {&x, &output, f.add ? address(second) : nullptr, sum, gated ? address(second) : nullptr});
   char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
   double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
   const Target& target = *gain.target;
@@ -218,14 +229,13 @@ inline void run_backward(const Target& target, Backward b, const Tensor& grad, c
   b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input, b.need_gate = grad_gate;
   if (!b.need_input && !b.need_gate && !b.need_weight) return;
   const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
-  const Tensor ds = b.add ? with_plain_rows(*grad_sum, shape.outer) : Tensor(), r = with_plain_rows(rstd, 0);
-  const Tensor m = mean ? with_plain_rows(*mean, 0) : Tensor();
-  const Tensor g = gate ? with_plain_rows(*gate, shape.outer) : Tensor();
+  const Tensor r = with_plain_rows(rstd, 0);
+  const OptionalTensor ds = with_plain_rows(b.add ? grad_sum : nullptr, shape.outer);
+  const OptionalTensor m = with_plain_rows(mean, 0), g = with_plain_rows(gate, shape.outer);
   const auto operands = operands_of<kBackwardOperands>(
-      x, shape.outer,
-      {&x, &dy, b.need_input ? &grad_input : nullptr, b.add ? &ds : nullptr, gate ? &g : nullptr, grad_gate});
+      x, shape.outer, {&x, &dy, b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
   const char* statistic = static_cast<const char*>(r.data_ptr());
-  const double* means = mean ? static_cast<const double*>(m.data_ptr()) : nullptr;
+  const double* means = m ? static_cast<const double*>(m->data_ptr()) : nullptr;
   const int64_t grain = grain_rows(shape.columns);
   if (!b.need_weight) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {

@@ -76,6 +76,8 @@ def operator_samples() -> dict[str, tuple[object, ...]]:
             tail = f"{case}, offset {offset}"
             for name in ("rms_norm", "rms_norm_forward"):
                 samples[f"{name}, {tail}"] = (name, x, *options)
+            if weight is not None and not offset:
+                samples[f"rms_norm_weighted, {case}"] = ("rms_norm_weighted", x, weight, EPS)
             samples[f"rms_norm_out, {tail}"] = ("rms_norm_out", x, *options, torch.empty(x.shape, dtype=wide))
             for name in ("add_rms_norm", "add_rms_norm_forward"):
                 samples[f"{name}, {tail}"] = (name, x, grad, *options)

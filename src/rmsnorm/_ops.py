@@ -154,6 +154,16 @@ for _name, _schema in _SCHEMAS.items():
     library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
 
+
+def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(input, weight, weight.dim(), eps)
+
+
+# The everyday call of _everyday.py: each argument of an operator takes 0.1 µs on its way from Python, given or not. All
+# but the CPU's kernel see `rms_norm`.
+library.define("rms_norm_weighted(Tensor input, Tensor weight, float eps) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+library.impl("rms_norm_weighted", _rms_norm_weighted, "CompositeImplicitAutograd")
+
 # LayerNorm's: CPU only, as torch has the operator for all else, and nothing but _layer_norm.py calls them.
 library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")
 library.define(
@@ -169,7 +179,8 @@ library.define(
 _native.load()
 native = bool(_native.cpu_targets())
 
-rms_norm = torch.ops.rmsnorm.rms_norm.default
+rms_norm: torch._ops.OpOverload = torch.ops.rmsnorm.rms_norm.default
+rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
 rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
 rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default

@@ -13,6 +13,7 @@ from . import _autograd, _everyday, _onnx, _ops, reference
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
+_weighted = _everyday.weighted
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -73,10 +74,15 @@ def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waite
                     assert out is not None
                     into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
                     return out
+                plain = not offset and casting_mode == "torch"
+                if way is _weighted:
+                    if plain:
+                        return way(input, weight, eps)  # 0.3 µs less
+                    way = _ops.rms_norm._op
                 return (
-                    way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
-                    if offset or casting_mode != "torch"
-                    else way(input, weight, len(shape), eps)  # 0.3 µs less
+                    way(input, weight, len(shape), eps)
+                    if plain
+                    else way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
                 )
             except (RuntimeError, KeyError):
                 pass

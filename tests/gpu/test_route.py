@@ -30,6 +30,23 @@ def test_the_dispatchers_table(operator):
         assert default(f"rmsnorm::{operator}", key), key
 
 
+def test_the_everyday_call_is_rms_norm_elsewhere():
+    """The operator with fewer arguments has a kernel for the CPU alone; on each other device it becomes `rms_norm`."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has("rmsnorm::rms_norm_weighted", "CompositeImplicitAutograd")
+    assert not any(has("rmsnorm::rms_norm_weighted", key) for key in (*OURS, "MPS", "Meta"))
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, kinds, arguments=(), options=None):
+            seen.append(operator)
+            return operator(*arguments, **options or {})
+
+    with Mode():
+        _ops.rms_norm_weighted(torch.empty(3, 5, 8, device="meta"), torch.empty(5, 8, device="meta"), EPS)
+    assert _ops.rms_norm in seen
+
+
 def test_the_definition_serves_other_devices():
     """meta has shapes and no numbers; forced on CPU, the default kernels are right (see ``target`` in conftest.py for
     all their axes)."""
