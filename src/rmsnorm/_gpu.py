@@ -9,7 +9,7 @@ what Triton can't serve: no Triton, no such device, empty, …      torch if it 
 ================================================================  ====================================
 
 Either way the same is kept for backward: x, the weight, one fp32 (fp64) per row. torch goes first where it can because
-a call of ours takes 58 µs of Python and torch's 10, though less of the device's time (docs/gpu.md). ROCm answers to
+a call of ours takes 52 µs of Python and torch's 9, though less of the device's time (docs/gpu.md). ROCm answers to
 CUDA's name; other devices (MPS, …) have the definition. Triton is imported by the first call that needs it.
 """
 

@@ -27,7 +27,7 @@ def backward(
     """dx of a chunk of rows, and a row of partial sums of dW: fp32 over STEPS tiles, then the type of ``partial``.
 
     While a tile is worked on, the next one is on its way, as few programs share a multiprocessor: on an H200 that takes
-    bfloat16 rows of 4096 from 2.1 to 1.8 times the time of a copy; the bytes are 1.5. But for fp32 rows of 8192: it
+    bfloat16 rows of 4096 from 2.1 to 1.7 times the time of a copy; the bytes are 1.5. But for fp32 rows of 8192: it
     brings nothing there, and on a B200 they would spill.
     """
     kind: tl.constexpr = x[0].dtype.element_ty
