@@ -10,16 +10,21 @@
 
 namespace rmsnorm {
 
+// What the system says of a core's cache of that level, in bytes, within bounds: it may say 0, or -1 for not knowing.
+inline int64_t cache_bytes(int level, int64_t least, int64_t most) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)  // glibc knows all three names, other systems none
+  constexpr int names[] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
+  return std::clamp<int64_t>(sysconf(names[level - 1]), least, most);
+#else
+  (void)level, (void)most;
+  return least;  // what 0 comes to
+#endif
+}
+
 // Outputs from this size on, in bytes: a last-level cache, as by then nothing of the input is left in it when the
 // output is written, and nothing of the output when it is read. Tests set it to 1.
 inline std::atomic<int64_t>& large_bytes() {
-  static std::atomic<int64_t> bytes{[] {
-    int64_t cache = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or -1 where it isn't told
-#endif
-    return std::clamp<int64_t>(cache, int64_t{8} << 20, int64_t{32} << 20);
-  }()};
+  static std::atomic<int64_t> bytes{cache_bytes(3, int64_t{8} << 20, int64_t{32} << 20)};
   return bytes;
 }
 
@@ -40,25 +45,13 @@ inline void finish_streaming() {
 
 // The first data cache of a core.
 inline int64_t first_cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t cache = 0;
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // 0 or -1 where it isn't told
-#endif
-    return std::clamp<int64_t>(cache, int64_t{32} << 10, int64_t{128} << 10);
-  }();
+  static const int64_t bytes = cache_bytes(1, int64_t{32} << 10, int64_t{128} << 10);
   return bytes;
 }
 
 // The second cache of a core.
 inline int64_t second_cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t cache = 0;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where it isn't told
-#endif
-    return std::clamp<int64_t>(cache, int64_t{256} << 10, int64_t{4} << 20);
-  }();
+  static const int64_t bytes = cache_bytes(2, int64_t{256} << 10, int64_t{4} << 20);
   return bytes;
 }
 
