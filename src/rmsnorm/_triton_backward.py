@@ -19,6 +19,23 @@ def _place(step, end, column, columns, ROWS: tl.constexpr):
     return row * tl.num_programs(1) + tl.program_id(1), row < end, here
 
 
+@triton.jit
+def _operands(grad, x, rstd, step, end, column, columns, ROWS: tl.constexpr):
+    """What is read of the tile that begins at ``step``: 1/rms of each row, the gradient, and x."""
+    row, inside, here = _place(step, end, column, columns, ROWS)
+    return tl.load(rstd + row, inside, 0.0), _load(grad, row, column, here), _load(x, row, column, here)
+
+
+@triton.jit
+def _graded(grad, weight, row, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
+    """h, for a block of a row."""
+    h = _load(grad, row, column, column < columns).to(wide)
+    gain = _gain(weight, column, columns, OFFSET, wide)
+    if gain is not None:
+        h = h * gain
+    return h
+
+
 @triton.jit(do_not_specialize=["rows", "chunk"])
 def backward(
     grad, grad_sum, x, rstd, weight, dx, partial, rows, columns, chunk, part: tl.float64,
@@ -37,17 +54,13 @@ def backward(
     end = tl.minimum(begin + chunk, rows)
     column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
     gain = _gain(weight, column, columns, OFFSET, wide)
-    row, inside, here = _place(begin, end, column, columns, ROWS)
-    next_r = tl.load(rstd + row, inside, 0.0)
-    next_h, next_x = _load(grad, row, column, here), _load(x, row, column, here)
+    next_r, next_h, next_x = _operands(grad, x, rstd, begin, end, column, columns, ROWS)
     for first in range(begin, end, ROWS * STEPS):
         dw = tl.zeros([ROWS, BLOCK], wide)
         for step in range(first, tl.minimum(first + ROWS * STEPS, end), ROWS):
             r, h, x_hat = next_r, next_h.to(wide), next_x.to(wide) * next_r
-            row, inside, here = _place(step + ROWS, end, column, columns, ROWS)
             if AHEAD:
-                next_r = tl.load(rstd + row, inside, 0.0)
-                next_h, next_x = _load(grad, row, column, here), _load(x, row, column, here)
+                next_r, next_h, next_x = _operands(grad, x, rstd, step + ROWS, end, column, columns, ROWS)
             if partial is not None:
                 dw += h * x_hat
             if dx is not None:
@@ -55,13 +68,12 @@ def backward(
                     h = h * gain
                 mean = (tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part).to(wide)
                 tile = r * (h - x_hat * mean)
-                this, inside, there = _place(step, end, column, columns, ROWS)
+                row, _, here = _place(step, end, column, columns, ROWS)
                 if grad_sum is not None:
-                    tile += _load(grad_sum, this, column, there).to(wide)
-                tl.store(dx + this * columns + column, tile, there)
+                    tile += _load(grad_sum, row, column, here).to(wide)
+                tl.store(dx + row * columns + column, tile, here)
             if not AHEAD:
-                next_r = tl.load(rstd + row, inside, 0.0)
-                next_h, next_x = _load(grad, row, column, here), _load(x, row, column, here)
+                next_r, next_h, next_x = _operands(grad, x, rstd, step + ROWS, end, column, columns, ROWS)
         if partial is not None:
             place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * columns + column
             dw_sum = tl.sum(dw, 0, keep_dims=True).to(partial.dtype.element_ty)
@@ -82,18 +94,12 @@ def backward_wide(
     mean = tl.zeros([1, 1], tl.float64)
     for start in range(0, columns, BLOCK):
         column = start + first
-        h = _load(grad, row, column, column < columns).to(wide)
-        gain = _gain(weight, column, columns, OFFSET, wide)
-        if gain is not None:
-            h = h * gain
+        h = _graded(grad, weight, row, column, columns, OFFSET, wide)
         x_hat = _load(x, row, column, column < columns).to(wide) * r
         mean += tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part
     for start in range(0, columns, BLOCK):
         column = start + first
-        h = _load(grad, row, column, column < columns).to(wide)
-        gain = _gain(weight, column, columns, OFFSET, wide)
-        if gain is not None:
-            h = h * gain
+        h = _graded(grad, weight, row, column, columns, OFFSET, wide)
         tile = r * (h - _load(x, row, column, column < columns).to(wide) * r * mean.to(wide))
         if grad_sum is not None:
             tile += _load(grad_sum, row, column, column < columns).to(wide)
