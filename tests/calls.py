@@ -19,3 +19,10 @@ def gradients(x: Tensor, weight: Tensor | None, grad: Tensor, **options: object)
     """[y, dx, dw]"""
     y, leaves = forward(x, weight, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def asked_for(x: Tensor, weight: Tensor, grad: Tensor, ask: tuple[bool, bool]) -> list[Tensor | None]:
+    """[dx, dw] as ``backward()`` leaves them, None for what isn't asked for."""
+    leaves = [t.clone().requires_grad_(one) for t, one in zip((x, weight), ask, strict=True)]
+    rms_norm(leaves[0], x.shape[-1], leaves[1], EPS).backward(grad)
+    return [leaf.grad for leaf in leaves]

@@ -13,7 +13,7 @@ from . import _autograd, _everyday, _onnx, _ops, reference
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
-_weighted = _everyday.weighted
+_weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -78,7 +78,7 @@ def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waite
                 if way is _weighted:
                     if plain:
                         return way(input, weight, eps)  # 0.3 µs less
-                    way = _ops.rms_norm._op
+                    way = _unweighted
                 return (
                     way(input, weight, len(shape), eps)
                     if plain
