@@ -21,15 +21,14 @@ struct Full {
     return store_back_for<Row>(row + j, x);
   }
   RMSNORM_INLINE Vector<Row> load_raw(const Scalar<Row>* row) const {
-    Vector<Row> x;
+    using Register = typename Vector<Row>::Register;
     constexpr int64_t lanes = kBytes / (int64_t)sizeof(Scalar<Row>);
-    int64_t k = j;
-    for (auto& v : x.v) v = load_register<std::remove_reference_t<decltype(v)>>(row + k), k += lanes;
-    return x;
+    return Vector<Row>::of([&](int i)
+                               __attribute__((always_inline)) { return load_register<Register>(row + j + i * lanes); });
   }
   RMSNORM_INLINE void store_raw(Scalar<Row>* row, const Vector<Row>& x) const {
-    int64_t k = j;
-    for (const auto& v : x.v) store_register(row + k, v), k += kBytes / (int64_t)sizeof(Scalar<Row>);
+    constexpr int64_t lanes = kBytes / (int64_t)sizeof(Scalar<Row>);
+    Vector<Row>::each([&](int i) __attribute__((always_inline)) { store_register(row + j + i * lanes, x.v[i]); });
   }
   template <class V>
   RMSNORM_INLINE const V& present(const V& x) const {
@@ -103,15 +102,20 @@ struct Tail {
   }
 };
 
-// Calls body(span) over the first `columns` columns.
-template <class Row, class Body>
+// Calls body(span) over the first `columns` columns. `Twice`: the compiler's last step is to write the loop's body
+// twice. Written twice here, it takes all steps with it, a fifth of the time to build; and stores past the caches are 7
+// % slower (8192x4096 fp32 on a Zen 4), others up to 6 % faster (256x128 fp32).
+template <class Row, bool Twice = false, class Body>
 RMSNORM_INLINE void for_columns(int64_t columns, Body&& body) {
   constexpr int64_t step = kStep<Row>;
   int64_t j = 0;
-  for (; j + 2 * step <= columns; j += 2 * step) body(Full<Row>{j}), body(Full<Row>{j + step});
-  if (__builtin_expect(j == columns, 1)) return;
-  if (j + step <= columns) body(Full<Row>{j}), j += step;
-  if (j < columns) body(Tail<Row>{j, columns - j});
+  if constexpr (Twice) {
+#pragma GCC unroll 2
+    for (; j + step <= columns; j += step) body(Full<Row>{j});
+  } else {
+    for (; j + step <= columns; j += step) body(Full<Row>{j});
+  }
+  if (__builtin_expect(j < columns, 0)) body(Tail<Row>{j, columns - j});
 }
 
 template <int U>

@@ -110,7 +110,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
     const char* next = (const char*)rows.input[r] + rows.next * (end - begin);
     const char* half = next + columns * (int64_t)sizeof(T) / 2;
     const char* next_out = (const char*)out + rows.next_output * (end - begin);
-    for_columns<T>(columns, [&](auto span) __attribute__((always_inline)) {
+    for_columns<T, !Stream>(columns, [&](auto span) __attribute__((always_inline)) {
       if constexpr (Ask) prefetch_half<T>(half, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(next + 4096, span);

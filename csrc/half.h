@@ -39,15 +39,17 @@ RMSNORM_INLINE BitsReg zero_extend(ShortReg x) {
 }
 
 // The sixteen lanes, each below 2^16, as sixteen shorts.
-RMSNORM_INLINE void store_shorts(uint16_t* to, const BitsReg (&bits)[kFloatRegs]) {
+using Bits = Pack<kFloatRegs, BitsReg>;
+RMSNORM_INLINE void store_shorts(uint16_t* to, const Bits& bits) {
 #if defined(RMSNORM_AVX512)
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits[0]));
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits.v[0]));
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)bits[0], (__m256i)bits[1]);
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits.v[0], (__m256i)bits.v[1]);
   _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
 #else
-  for (int i = 0; i < kFloatRegs; ++i)
-    store_register(to + i * (kBytes / 4), __builtin_convertvector(bits[i], ShortReg));
+  Bits::each([&](int i) __attribute__((always_inline)) {
+    store_register(to + i * (kBytes / 4), __builtin_convertvector(bits.v[i], ShortReg));
+  });
 #endif
 }
 
@@ -56,41 +58,34 @@ RMSNORM_INLINE ShortReg load_shorts(const void* p, int i) {
 }
 
 RMSNORM_INLINE F load(const bf16* p) {
-  F r;
-  for (int i = 0; i < kFloatRegs; ++i) r.v[i] = (FloatReg)(zero_extend(load_shorts(p, i)) << 16);
-  return r;
+  return F::of([&](int i) __attribute__((always_inline)) { return (FloatReg)(zero_extend(load_shorts(p, i)) << 16); });
 }
 
 RMSNORM_INLINE F load(const f16* p) {
-  F r;
-  for (int i = 0; i < kFloatRegs; ++i) {
+  return F::of([&](int i) __attribute__((always_inline)) {
     const ShortReg shorts = load_shorts(p, i);
 #if defined(RMSNORM_AVX512)
-    r.v[i] = (FloatReg)_mm512_cvtph_ps((__m256i)shorts);
+    return (FloatReg)_mm512_cvtph_ps((__m256i)shorts);
 #elif defined(__F16C__)
-    r.v[i] = (FloatReg)_mm256_cvtph_ps((__m128i)shorts);
+    return (FloatReg)_mm256_cvtph_ps((__m128i)shorts);
 #else
-    r.v[i] = from_f16_bits(zero_extend(shorts));
+    return from_f16_bits(zero_extend(shorts));
 #endif
-  }
-  return r;
+  });
 }
 
 RMSNORM_INLINE void store(bf16* p, const F& x) {
-  BitsReg bits[kFloatRegs];
-  for (int i = 0; i < kFloatRegs; ++i) bits[i] = bf16_bits(x.v[i]);
-  store_shorts(&p->bits, bits);
+  store_shorts(&p->bits, Bits::of([&](int i) __attribute__((always_inline)) { return bf16_bits(x.v[i]); }));
 }
 
 RMSNORM_INLINE void store(f16* p, const F& x) {
 #if defined(RMSNORM_AVX512)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
-  for (int i = 0; i < kFloatRegs; ++i)
+  F::each([&](int i) __attribute__((always_inline)) {
     _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)x.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  });
 #else
-  BitsReg bits[kFloatRegs];
-  for (int i = 0; i < kFloatRegs; ++i) bits[i] = f16_bits(x.v[i]);
-  store_shorts(&p->bits, bits);
+  store_shorts(&p->bits, Bits::of([&](int i) __attribute__((always_inline)) { return f16_bits(x.v[i]); }));
 #endif
 }

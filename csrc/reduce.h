@@ -3,10 +3,11 @@
 
 // Halves of the pack, down to one register.
 template <int N>
-RMSNORM_INLINE DoubleReg fold(Pack<N, DoubleReg> x) {
-  for (int half = N / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x.v[i] = x.v[i] + x.v[i + half];
-  return x.v[0];
+RMSNORM_INLINE DoubleReg fold(const Pack<N, DoubleReg>& x) {
+  if constexpr (N == 1) return x.v[0];
+  else
+    return fold(
+        Pack<N / 2, DoubleReg>::of([&](int i) __attribute__((always_inline)) { return x.v[i] + x.v[i + N / 2]; }));
 }
 RMSNORM_INLINE double reduce(DoubleReg x) {
 #if defined(RMSNORM_AVX512)

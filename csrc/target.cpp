@@ -4,6 +4,7 @@
 // wide CPU can be merged by the linker with its twin for a narrow one (tests/test_native.py looks for such symbols).
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
