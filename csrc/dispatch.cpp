@@ -11,16 +11,26 @@ namespace rmsnorm {
 extern const Target target_baseline;
 #if defined(__x86_64__)
 extern const Target target_avx2, target_avx512, target_avx512bf16;
+
+// A Zen 4 takes 512 bits in two halves, and converts them one after the other. So it has these targets' kernels, each
+// where it is the faster: AVX2 takes 0.88 of the time for fp32 in L2, and 0.73 for fp16 (16x4096), in bits the same.
+static ForwardKernel forward_on_zen4(const Forward& f) {
+  const bool narrow = (f.input == Type::f32 || f.input == Type::f16) && !f.layer && f.gate == Gate::none;
+  return (narrow ? target_avx2 : target_avx512bf16).forward(f);
+}
 #endif
 
 const Target* const* available_targets() {
-  static const Target* list[5] = {};
+  static const Target* list[6] = {};
   static const bool filled = [] {
     int count = 0;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static Target zen4 = target_avx512bf16;
+    zen4.name = "zen4", zen4.forward = &forward_on_zen4;
+    if (avx512 && __builtin_cpu_is("amdfam19h")) list[count++] = &zen4;
     if (avx512 && __builtin_cpu_supports("avx512bf16")) list[count++] = &target_avx512bf16;
     else if (avx512) list[count++] = &target_avx512;
     if (avx2) list[count++] = &target_avx2;

@@ -9,10 +9,11 @@ class Plain {
  public:
   using Norm = Norm_;
   using Out = Out_;
-  // Asking for rows to come is a kernel of its own; if all forms had it, the library would be 27 % larger, not 4 %.
-  static constexpr bool kAsks = kStreams && !Add && !Norm::kBias;
+  // Asking for rows to come is a kernel of its own. LayerNorm of half types has more to compute, and lost 7 % by it.
+  static constexpr bool kAsks = kStreams && !(Norm::kBias && sizeof(T) == 2), kAdds = Add;
 
   // The load step: one vector of the row that is normalised. A sum is rounded and kept on the way.
+  template <bool Ask>
   class Loader {
    public:
     RMSNORM_INLINE Loader(const Forward&, const ForwardRows& rows, int64_t r, int64_t)
@@ -37,7 +38,8 @@ class Plain {
     }
 
    private:
-    static constexpr bool kKeepsGain = std::is_same_v<T, float> && std::is_same_v<Gain, T> && !Add && !Norm::kBias;
+    static constexpr bool kKeepsGain =
+        std::is_same_v<T, float> && std::is_same_v<Gain, T> && !Add && !Norm::kBias && !Ask;
     const T *x_, *residual_;
     T* sum_;
     const void* soon_;
@@ -76,11 +78,13 @@ RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto adder = Norm::adder((const T*)rows.input[r], columns);
-  const typename Form::Loader load(f, rows, r, in_block);
+  const typename Form::template Loader<Ask> load(f, rows, r, in_block);
   const char* next = (const char*)rows.input[r] + rows.next * block;
+  const char* next_residual = (const char*)rows.residual[r] + rows.next_residual * block;
   typename Norm::Sums sum;
   sum_columns<T>(sum, columns, [&](auto span, int u) __attribute__((always_inline)) {
     if constexpr (Ask) prefetch_half<T>(next, span);
+    if constexpr (Ask && Form::kAdds) prefetch_half<T>(next_residual, span);
     adder.add(sum, u, load(span), span);
   });
   found.set(in_block, sum);
@@ -97,6 +101,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
   };
   if (rows.rstd)
     for (int64_t r = begin; r < end; ++r) keep(r, found[r - begin]);
+  const int64_t half_row = columns * (int64_t)sizeof(T) / 2;
   for (int64_t r = begin; r < end; ++r) {
     if (__builtin_expect(!found.safe(r - begin), 0)) {
       typename Norm::Row rescued = found[r - begin];
@@ -107,13 +112,14 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
     const typename Norm::Row row = found[r - begin];  // no reference to it leaves: it would be written to memory
     auto* out = (typename Form::Out*)rows.output[r];
     const Form part(f, rows, r, r - begin, row);
-    const char* next = (const char*)rows.input[r] + rows.next * (end - begin);
-    const char* half = next + columns * (int64_t)sizeof(T) / 2;
+    const char* half = (const char*)rows.input[r] + rows.next * (end - begin) + half_row;
+    const char* half_residual = (const char*)rows.residual[r] + rows.next_residual * (end - begin) + half_row;
     const char* next_out = (const char*)out + rows.next_output * (end - begin);
     for_columns<T, !Stream>(columns, [&](auto span) __attribute__((always_inline)) {
       if constexpr (Ask) prefetch_half<T>(half, span);
+      if constexpr (Ask && Form::kAdds) prefetch_half<T>(half_residual, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
-      if constexpr (Stream && !Ask) prefetch_part<T, 3>(next + 4096, span);
+      if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
       if constexpr (Stream) stream_to(span, out, part(span));
       else span.store_to(out, part(span));
     });

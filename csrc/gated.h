@@ -53,9 +53,10 @@ class Gated {
  public:
   using Norm = std::conditional_t<First, GatedRms<T>, Rms<T>>;
   using Out = Out_;
-  static constexpr bool kAsks = false;
+  static constexpr bool kAsks = false, kAdds = false;
 
   // The load step.
+  template <bool>
   class Loader {
    public:
     RMSNORM_INLINE Loader(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block)

@@ -96,13 +96,13 @@ inline int64_t scratch_bytes(const Forward& f) {
 }
 
 // Whether rows to come are asked for into L2: where L1 has no room for them beside those at hand and what is written or
-// multiplied with them, and there is something to wait for. On a Zen 4 (L1 32 KiB), 1 thread, 8192x4096 fp32 then takes
-// 0.86 of a copy and not 1.32, 512x4096 1.6 and not 2.1; half types out of L3 wait for arithmetic (32768x128 bf16 lost
-// 8 %). With 48 KiB, rows of up to 16 KiB go on as they were measured on a Zen 5.
-inline bool should_ask(const Forward& f, int64_t rows, bool stream) {
-  const int64_t size = size_of(f.input), row = f.columns * size;
-  if (3 * block_rows(f.input, f.columns) * row <= first_cache_bytes()) return false;
-  return stream || (size >= 4 && rows * (row + f.columns * size_of(f.output)) > second_cache_bytes());
+// multiplied with them, and there is something to wait for: memory, or a last cache that one thread's share half fills.
+// On a Zen 4 (L1 32 KiB), 1 thread, 8192x4096 fp32 then takes 0.86 of a copy and not 1.32, 640x4096 1.3 and not 1.5;
+// with 2 threads, and a last cache less full, asking costs 6 %. Half types out of that cache wait for arithmetic
+// (32768x128 bf16 lost 8 %). With 48 KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
+inline bool should_ask(const Forward& f, int64_t share, bool stream) {
+  if (3 * block_rows(f.input, f.columns) * f.columns * size_of(f.input) <= first_cache_bytes()) return false;
+  return stream || (size_of(f.input) >= 4 && is_large(2 * share));
 }
 
 // `rstd` and `mean` have one value per row, or are null; `scratch` has scratch_bytes().
@@ -113,11 +113,13 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   ForwardRows rows = {};
   rows.scratch = scratch;
   const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
-  rows.stream = overflows_caches(operands.rows * f.columns * (read + size_of(f.output)));
+  const int64_t bytes = f.columns * (read + size_of(f.output));
+  rows.stream = overflows_caches(operands.rows * bytes);
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
-  rows.ask = should_ask(f, operands.rows, rows.stream);
+  rows.ask = should_ask(f, (end - begin) * bytes, rows.stream);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   rows.next_output = operands.dims > 0 ? operands.stride[kOutput][operands.dims - 1] : 0;
+  rows.next_residual = operands.dims > 0 ? operands.stride[kResidual][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
     rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;

@@ -43,7 +43,7 @@ def restored_target():
     before = _native.cpu_target()
     yield
     if before is not None:
-        _native.set_cpu_target(next(name for name in _native.KNOWN_TARGETS if before.startswith(name)))
+        _native.set_cpu_target(before)
 
 
 def _use(name: str) -> None:
@@ -76,9 +76,9 @@ def target(request, restored_target, monkeypatch):
 
 @pytest.fixture
 def everything_is_large():
-    """A call that makes every tensor larger than the caches, as those from 6 to 24 MiB on are."""
+    """A call that makes every tensor, or those of so many bytes, larger than the caches, as those above 24 MiB are."""
     before = _native.large_bytes()
-    yield lambda: _native.set_large_bytes(1)
+    yield lambda least=1: _native.set_large_bytes(least)
     _native.set_large_bytes(before)
 
 

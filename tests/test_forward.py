@@ -35,7 +35,7 @@ from oracle import (
     weights,
 )
 
-from rmsnorm import _native, add_rms_norm, rms_norm
+from rmsnorm import _native, add_rms_norm, layer_norm, rms_norm
 
 OFFSETS = (0.0, 1.0, 0.5)
 NATIVE = bool(_native.cpu_targets())
@@ -277,14 +277,28 @@ def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_target, everything_is_large, dtype):
-    """Rows to come are asked for then, where a call outgrows L2 or is streamed."""
-    rows, columns = 33, 43712  # more than a third of any L1 in two bytes, more than any L2 in four
+    """Rows to come are asked for then, where a thread's share fills half of the last cache, or is streamed."""
+    rows, columns = 33, 43712  # more than a third of any L1 in two bytes
     x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
-    expected = torch.stack([rms_norm(row, columns, w, EPS) for row in x])
-    assert same_bits(rms_norm(x, columns, w, EPS), expected)
-    everything_is_large()
-    assert same_bits(rms_norm(x, columns, w, EPS), expected)
-    assert same_bits(rms_norm(x[::2], columns, w, EPS), expected[::2])
+
+    def results(x, other):
+        return (
+            rms_norm(x, columns, w, EPS),
+            layer_norm(x, columns, w, w, EPS),
+            *add_rms_norm(x, other, columns, w, EPS),
+        )
+
+    expected = [torch.cat(of_rows) for of_rows in zip(*map(results, x.split(1), x.flip(0).split(1)), strict=True)]
+    for least in (
+        x.nbytes * 7,
+        x.nbytes * 7 // 2,
+        1,
+    ):  # add asks at the first, and streams at the next, where norms ask
+        everything_is_large(least)
+        for y, of_rows in zip(results(x, x.flip(0)), expected, strict=True):
+            assert same_bits(y, of_rows)
+        for y, of_rows in zip(results(x[::2], x.flip(0)[::2]), expected, strict=True):
+            assert same_bits(y, of_rows[::2])
 
 
 def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
