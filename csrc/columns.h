@@ -63,22 +63,24 @@ struct Tail {
   int64_t count;
   template <class T>
   RMSNORM_INLINE auto load_from(const T* row) const {
-#if defined(RMSNORM_SPLIT_FEW)
-    if constexpr (kSplit<Row> && std::is_same_v<T, bf16>) return load_few(row + j, count);
-#endif
-    T lanes[kStep<Row>] = {};
-    copy_few(lanes, row + j, count);
-    return load_for<Row>(lanes);
+    if constexpr (kMasked<Row, T>) {
+      return load_few(row + j, count);
+    } else {
+      T lanes[kStep<Row>] = {};
+      copy_few(lanes, row + j, count);
+      return load_for<Row>(lanes);
+    }
   }
   RMSNORM_INLINE D load_wide_from(const float* row) const { return widen(load_from(row)); }
   template <class T, class V>
   RMSNORM_INLINE void store_to(T* row, const V& x) const {
-#if defined(RMSNORM_SPLIT_FEW)
-    if constexpr (kSplit<Row> && std::is_same_v<T, bf16>) return store_few(row + j, x, count);
-#endif
-    T lanes[kStep<Row>];
-    store_for<Row>(lanes, x);
-    copy_few(row + j, lanes, count);
+    if constexpr (kMasked<Row, T>) {
+      store_few(row + j, x, count);
+    } else {
+      T lanes[kStep<Row>];
+      store_for<Row>(lanes, x);
+      copy_few(row + j, lanes, count);
+    }
   }
   template <class T, class V>
   RMSNORM_INLINE V store_back(T* row, const V& x) const {

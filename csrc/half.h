@@ -89,3 +89,13 @@ RMSNORM_INLINE void store(f16* p, const F& x) {
   store_shorts(&p->bits, Bits::of([&](int i) __attribute__((always_inline)) { return f16_bits(x.v[i]); }));
 #endif
 }
+
+#if defined(RMSNORM_AVX512)
+RMSNORM_INLINE F load_few(const f16* p, int64_t count) {
+  return {{(FloatReg)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p))}};
+}
+RMSNORM_INLINE void store_few(f16* p, const F& x, int64_t count) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1, _mm512_cvtps_ph((__m512)x.v[0], nearest));
+}
+#endif

@@ -48,6 +48,13 @@ bool may_write(const Tensor& out, const Tensor& read) {
 
 void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first,
                   Tensor out) {
+  const auto sizes = out.sizes(), whole = input.sizes(), strides = out.strides();
+  bool fits = out.is_cpu() && type_of(out) == output_type(type_of(input), weight, round_first) &&
+              std::equal(sizes.begin(), sizes.end(), whole.begin(), whole.end());
+  for (size_t d = 0; fits && d < sizes.size(); ++d) fits = strides[d] != 0 || sizes[d] <= 1;
+  STD_TORCH_CHECK(fits,
+                  "rmsnorm: out must be on the CPU, of the shape of input and the dtype of the result, and must not "
+                  "be expanded; call rmsnorm.rms_norm, which says more");
   bool direct =
       has_plain_rows(out, input.dim() - dims) && may_write(out, input) && (!weight || may_write(out, *weight));
   if (direct || out.numel() == 0) {
@@ -55,6 +62,11 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
   } else {  // copy_ takes any strides
     torch::stable::copy_(out, rms_norm(input, weight, dims, eps, offset, round_first));
   }
+}
+
+void rms_norm_weighted_out(Tensor input, Tensor weight, double eps, Tensor out) {
+  const int64_t dims = weight.dim();
+  rms_norm_out(std::move(input), std::move(weight), dims, eps, 0.0, false, std::move(out));
 }
 
 }  // namespace
@@ -109,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_weighted", TORCH_BOX(&rms_norm_weighted));
   m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
+  m.impl("rms_norm_weighted_out", TORCH_BOX(&rms_norm_weighted_out));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));

@@ -272,6 +272,30 @@ RMSNORM_INLINE void store(double* p, const D& x) {
   D::each([&](int i) __attribute__((always_inline)) { store_register(p + i * (kBytes / 8), x.v[i]); });
 }
 
+#if defined(RMSNORM_AVX512)
+RMSNORM_INLINE F load_few(const float* p, int64_t count) {
+  return {{(FloatReg)_mm512_maskz_loadu_ps((1u << count) - 1, p)}};
+}
+RMSNORM_INLINE void store_few(float* p, const F& x, int64_t count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)x.v[0]);
+}
+#elif defined(__AVX2__)
+RMSNORM_INLINE __m256i first_lanes(int64_t count, int i) {
+  static constexpr int32_t ones_then_zeros[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)(ones_then_zeros + 16 - count + 8 * i));
+}
+RMSNORM_INLINE F load_few(const float* p, int64_t count) {
+  return F::of([&](int i) __attribute__((always_inline)) {
+    return (FloatReg)_mm256_maskload_ps(p + 8 * i, first_lanes(count, i));
+  });
+}
+RMSNORM_INLINE void store_few(float* p, const F& x, int64_t count) {
+  F::each([&](int i) __attribute__((always_inline)) {
+    _mm256_maskstore_ps(p + 8 * i, first_lanes(count, i), (__m256)x.v[i]);
+  });
+}
+#endif
+
 RMSNORM_INLINE DoubleReg root(DoubleReg x) {
 #if defined(RMSNORM_AVX512)
   return (DoubleReg)_mm512_sqrt_pd((__m512d)x);

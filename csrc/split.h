@@ -50,10 +50,7 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
 RMSNORM_INLINE Split load_split(const bf16* p) { return unpack(load_register<BitsReg>(p)); }
 RMSNORM_INLINE void store_split(bf16* p, const Split& x) { store_register(p, pack(x)); }
 
-#if defined(RMSNORM_AVX512) && !defined(RMSNORM_EMULATE_AVX512)
-// The last columns of a row, fewer than 32, without the stack: there a load waits until what was just written has left
-// for the cache, three times a row (512x80 on a Zen 4, 1 thread: 28 us by way of the stack, 8 without).
-#define RMSNORM_SPLIT_FEW
+#if defined(RMSNORM_AVX512)
 RMSNORM_INLINE Split load_few(const bf16* p, int64_t count) {
   return unpack((BitsReg)_mm512_maskz_loadu_epi16((1u << count) - 1, p));
 }
@@ -147,3 +144,17 @@ RMSNORM_INLINE Vector<T> round_to(const Vector<T>& x) {
   T stored[kStep<T>];
   return store_back_for<T>(stored, x);
 }
+
+// Whether load_few() and store_few() take the last columns of a row, by masks. By way of the stack a load waits until
+// what was just written has left for the cache, three times a row (512x80 bf16 on a Zen 4, 1 thread: 28 us, not 8).
+template <class Row, class T>
+constexpr bool kMasked =
+#if defined(RMSNORM_EMULATE_AVX512)
+    false;
+#elif defined(RMSNORM_AVX512)
+    std::is_same_v<T, bf16> ? kSplit<Row> : !kSplit<Row> && sizeof(T) < 8;
+#elif defined(__AVX2__)
+    std::is_same_v<T, float> && !kSplit<Row>;
+#else
+    false;
+#endif

@@ -78,6 +78,8 @@ def operator_samples() -> dict[str, tuple[object, ...]]:
                 samples[f"{name}, {tail}"] = (name, x, *options)
             if weight is not None and not offset:
                 samples[f"rms_norm_weighted, {case}"] = ("rms_norm_weighted", x, weight, EPS)
+                into = x, weight, EPS, torch.empty(x.shape, dtype=x.dtype)
+                samples[f"rms_norm_weighted_out, {case}"] = ("rms_norm_weighted_out", *into)
             samples[f"rms_norm_out, {tail}"] = ("rms_norm_out", x, *options, torch.empty(x.shape, dtype=wide))
             for name in ("add_rms_norm", "add_rms_norm_forward"):
                 samples[f"{name}, {tail}"] = (name, x, grad, *options)

@@ -2,13 +2,14 @@
 
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _native, add_rms_norm, rms_norm
+from rmsnorm import _native, _ops, add_rms_norm, rms_norm
 
 X = torch.ones(2, 3, 5)
 
@@ -58,10 +59,26 @@ def test_unknown_casting_mode(call):
 )
 def test_out_that_does_not_fit(out, message):
     before = out.detach().clone()
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        rms_norm(X, 5, out=out)
+    for weight in (None, torch.ones(5)):  # operators of their own
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            rms_norm(X, 5, weight, out=out)
     if out.device.type == "cpu":
         assert torch.equal(out.detach().view(torch.uint8), before.view(torch.uint8)), "out was written to"
+
+
+@pytest.mark.parametrize(
+    "out", [torch.ones(2, 5), torch.ones(2, 3, 5).double(), torch.ones(5).expand(2, 3, 5)], ids=str
+)
+def test_the_operator_checks_out_itself(out):
+    """An everyday call leaves that to it, and it writes nowhere but where a result belongs."""
+    if not _native.cpu_targets():
+        pytest.skip("the definition writes with copy_, which converts")
+    for operator, arguments in ((_ops.rms_norm_out, (1, 1e-6, 0.0, False)), (_ops.rms_norm_weighted_out, (1e-6,))):
+        with pytest.raises(
+            RuntimeError, match="out must be on the CPU, of the shape of input and the dtype of the result"
+        ):
+            operator(2 * X, torch.ones(5), *arguments, out)
+    assert (out == 1).all()
 
 
 @pytest.mark.parametrize("which", ["input", "weight"])
@@ -76,9 +93,9 @@ def test_out_with_gradients(which):
 
 def test_out_that_overlaps(target):
     """An ``out`` that is its own neighbour is refused; one that overlaps the input is refused or right, as in torch."""
-    for place in (torch.zeros(5), torch.zeros(1)):
+    for place, weight in product((torch.zeros(5), torch.zeros(1)), (None, torch.ones(5))):
         with pytest.raises(RuntimeError, match=r"single memory location|overlap"):
-            rms_norm(X, 5, out=place.expand(2, 3, 5))
+            rms_norm(X, 5, weight, out=place.expand(2, 3, 5))
     for shift in (1, 5):
         buffer = torch.linspace(-3, 2, 30 + shift)
         x, out = buffer[:-shift].view(6, 5), buffer[shift:].view(6, 5)

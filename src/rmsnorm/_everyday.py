@@ -24,17 +24,19 @@ _Call = Callable[..., Any]
 _plain: _Call | None = _ops.rms_norm._op if _ops.native else None
 weighted: _Call = _ops.rms_norm_weighted._op
 _forward: _Call = _ops.rms_norm_forward._op
-_into: _Call = _ops.rms_norm_out._op
+into: _Call = _ops.rms_norm_out._op
+weighted_into: _Call = _ops.rms_norm_weighted_out._op
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def short_way(input: Tensor, weight: Tensor | None) -> _Call | None:
+def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:
     """What serves an everyday call, or None if more has to be asked first.
 
     Everyday: plain tensors, native kernels, no compiler, no transform. The callable takes the arguments of the operator
     ``rms_norm`` and raises RuntimeError for those that no kernel has. ``weighted`` instead means that there is a weight
-    and nothing to record: it takes ``(input, weight, eps)``, where the other arguments say nothing.
+    and nothing to record: it takes ``(input, weight, eps)``, where the other arguments say nothing. With ``out`` the
+    operators are ``into`` and ``weighted_into``, which check it as they do the others.
     """
     if (
         is_dynamo_compiling()
@@ -45,23 +47,10 @@ def short_way(input: Tensor, weight: Tensor | None) -> _Call | None:
     ):
         return None
     if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-        return _recorded
+        return _recorded if out is None else None
+    if out is not None and (type(out) is not Tensor or out.requires_grad or out.device != input.device):
+        return None
     return _plain if weight is None else weighted
-
-
-def short_way_into(way: _Call, out: Tensor, input: Tensor, weight: Tensor | None) -> _Call | None:
-    """The same for a call with ``out``, given what :func:`short_way` returned; 1.5 µs less than the checks."""
-    plain = (
-        way is not _recorded
-        and type(out) is Tensor
-        and out.dtype is input.dtype
-        and out.shape == input.shape
-        and out.device == input.device
-        and out.is_contiguous()
-        and (weight is None or weight.dtype is input.dtype)
-        and not out.requires_grad
-    )
-    return _into if plain else None
 
 
 def distributed(*tensors: Tensor | None) -> ModuleType | None:

@@ -159,10 +159,18 @@ def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(input, weight, weight.dim(), eps)
 
 
-# The everyday call of _everyday.py: each argument of an operator takes 0.1 µs on its way from Python, given or not. All
-# but the CPU's kernel see `rms_norm`.
-library.define("rms_norm_weighted(Tensor input, Tensor weight, float eps) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-library.impl("rms_norm_weighted", _rms_norm_weighted, "CompositeImplicitAutograd")
+def _rms_norm_weighted_out(input: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    rms_norm_out(input, weight, weight.dim(), eps, 0.0, False, out)
+
+
+# The everyday calls of _everyday.py: each argument of an operator takes 0.1 µs on its way from Python, given or not.
+# All but the CPU's kernels see `rms_norm` and `rms_norm_out`.
+for _name, _schema in {
+    "rms_norm_weighted": "(Tensor input, Tensor weight, float eps) -> Tensor",
+    "rms_norm_weighted_out": "(Tensor input, Tensor weight, float eps, Tensor(a!) out) -> ()",
+}.items():
+    library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
 # LayerNorm's: CPU only, as torch has the operator for all else, and nothing but _layer_norm.py calls them.
 library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")
@@ -182,6 +190,7 @@ native = bool(_native.cpu_targets())
 rms_norm: torch._ops.OpOverload = torch.ops.rmsnorm.rms_norm.default
 rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
+rms_norm_weighted_out = torch.ops.rmsnorm.rms_norm_weighted_out.default
 rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
 rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default
 add_rms_norm = torch.ops.rmsnorm.add_rms_norm.default

@@ -14,10 +14,11 @@ _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
+_into, _weighted_into = _everyday.into, _everyday.weighted_into
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waited for
+def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would have waited for
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
@@ -62,19 +63,19 @@ def rms_norm(  # noqa: PLR0911 - each way out is one the caller would have waite
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    way = _everyday.short_way(input, weight)
-    into = way and out is not None and _everyday.short_way_into(way, out, input, weight)
-    if way and (out is None or into):
+    if way := _everyday.short_way(input, weight, out):
         shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
         if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
             if eps is None:
                 eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
             try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-                if into:
-                    assert out is not None
-                    into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
-                    return out
                 plain = not offset and casting_mode == "torch"
+                if out is not None:
+                    if plain and way is _weighted:
+                        _weighted_into(input, weight, eps, out)
+                    else:
+                        _into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
+                    return out
                 if way is _weighted:
                     if plain:
                         return way(input, weight, eps)  # 0.3 µs less

@@ -31,10 +31,11 @@ def test_the_dispatchers_table(operator):
 
 
 def test_the_everyday_call_is_rms_norm_elsewhere():
-    """The operator with fewer arguments has a kernel for the CPU alone; on each other device it becomes `rms_norm`."""
+    """Operators with fewer arguments have a kernel for the CPU alone; on each other device they become `rms_norm`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert has("rmsnorm::rms_norm_weighted", "CompositeImplicitAutograd")
-    assert not any(has("rmsnorm::rms_norm_weighted", key) for key in (*OURS, "MPS", "Meta"))
+    for name in ("rmsnorm::rms_norm_weighted", "rmsnorm::rms_norm_weighted_out"):
+        assert has(name, "CompositeImplicitAutograd")
+        assert not any(has(name, key) for key in (*OURS, "MPS", "Meta"))
     seen = []
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
@@ -43,8 +44,11 @@ def test_the_everyday_call_is_rms_norm_elsewhere():
             return operator(*arguments, **options or {})
 
     with Mode():
-        _ops.rms_norm_weighted(torch.empty(3, 5, 8, device="meta"), torch.empty(5, 8, device="meta"), EPS)
+        x, weight = torch.empty(3, 5, 8, device="meta"), torch.empty(5, 8, device="meta")
+        _ops.rms_norm_weighted(x, weight, EPS)
+        _ops.rms_norm_weighted_out(x, weight, EPS, torch.empty_like(x))
     assert _ops.rms_norm in seen
+    assert _ops.rms_norm_out in seen
 
 
 def test_the_definition_serves_other_devices():
