@@ -53,7 +53,7 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
               std::equal(sizes.begin(), sizes.end(), whole.begin(), whole.end());
   for (size_t d = 0; fits && d < sizes.size(); ++d) fits = strides[d] != 0 || sizes[d] <= 1;
   STD_TORCH_CHECK(fits,
-                  "rmsnorm: out must be on the CPU, of the shape of input and the dtype of the result, and must not "
+                  "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not "
                   "be expanded; call rmsnorm.rms_norm, which says more");
   bool direct =
       has_plain_rows(out, input.dim() - dims) && may_write(out, input) && (!weight || may_write(out, *weight));

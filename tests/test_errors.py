@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _native, _ops, add_rms_norm, rms_norm
+from rmsnorm import _gpu, _native, _ops, add_rms_norm, rms_norm
 
 X = torch.ones(2, 3, 5)
 
@@ -67,16 +67,20 @@ def test_out_that_does_not_fit(out, message):
 
 
 @pytest.mark.parametrize(
-    "out", [torch.ones(2, 5), torch.ones(2, 3, 5).double(), torch.ones(5).expand(2, 3, 5)], ids=str
+    "out",
+    [torch.ones(2, 5), torch.ones(2, 3, 5).double(), torch.ones(5).expand(2, 3, 5)],
+    ids=["shape", "dtype", "expanded"],
 )
-def test_the_operator_checks_out_itself(out):
-    """An everyday call leaves that to it, and it writes nowhere but where a result belongs."""
-    if not _native.cpu_targets():
-        pytest.skip("the definition writes with copy_, which converts")
-    for operator, arguments in ((_ops.rms_norm_out, (1, 1e-6, 0.0, False)), (_ops.rms_norm_weighted_out, (1e-6,))):
-        with pytest.raises(
-            RuntimeError, match="out must be on the CPU, of the shape of input and the dtype of the result"
-        ):
+def test_operators_check_out_themselves(out):
+    """An everyday call leaves that to them, and they write nowhere but where a result belongs."""
+    whole = 1, 1e-6, 0.0, False
+    for operator, arguments in (
+        (_ops.rms_norm_out, whole),
+        (_ops.rms_norm_weighted_out, (1e-6,)),
+        (_ops._rms_norm_out, whole),  # other devices' default
+        (_gpu.rms_norm_out, whole),
+    ):
+        with pytest.raises(RuntimeError, match="out must be on the device of input, of its shape and the dtype of the"):
             operator(2 * X, torch.ones(5), *arguments, out)
     assert (out == 1).all()
 

@@ -124,6 +124,7 @@ def rms_norm(
 def rms_norm_out(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
 ) -> None:
+    _ops.check_out(out, input, weight, round_first)
     into = out if out.is_contiguous() and out.data_ptr() % 16 == 0 else None  # the order of a sum: see _launch._matrix
     output, _ = rms_norm_forward(input, weight, dims, eps, offset, round_first, keep=False, out=into)
     if output is not out:

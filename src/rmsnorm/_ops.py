@@ -39,6 +39,17 @@ def _check(input: Tensor, weight: Tensor | None, dims: int) -> None:
         raise RuntimeError("rmsnorm: input and weight don't fit, or are of no floating type; call rmsnorm.rms_norm")
 
 
+def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+    """The same of where the result is to go."""
+    same = out.shape == input.shape and out.device == input.device
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True))
+    if not same or expanded or out.dtype is not reference.result_dtype(input, weight, round_first):
+        raise RuntimeError(
+            "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not be "
+            "expanded; call rmsnorm.rms_norm, which says more"
+        )
+
+
 def _rms_norm(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
 ) -> Tensor:
@@ -50,6 +61,7 @@ def _rms_norm(
 def _rms_norm_out(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
 ) -> None:
+    check_out(out, input, weight, round_first)
     out.copy_(_rms_norm(input, weight, dims, eps, offset, round_first))
 
 
