@@ -289,11 +289,8 @@ def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_t
         )
 
     expected = [torch.cat(of_rows) for of_rows in zip(*map(results, x.split(1), x.flip(0).split(1)), strict=True)]
-    for least in (
-        x.nbytes * 7,
-        x.nbytes * 7 // 2,
-        1,
-    ):  # add asks at the first, and streams at the next, where norms ask
+    # add asks at the first, and streams at the next, where norms ask
+    for least in (x.nbytes * 7, x.nbytes * 7 // 2, 1):
         everything_is_large(least)
         for y, of_rows in zip(results(x, x.flip(0)), expected, strict=True):
             assert same_bits(y, of_rows)

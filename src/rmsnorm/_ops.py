@@ -39,11 +39,15 @@ def _check(input: Tensor, weight: Tensor | None, dims: int) -> None:
         raise RuntimeError("rmsnorm: input and weight don't fit, or are of no floating type; call rmsnorm.rms_norm")
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are a single memory location, by a stride of 0."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
     """The same of where the result is to go."""
     same = out.shape == input.shape and out.device == input.device
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True))
-    if not same or expanded or out.dtype is not reference.result_dtype(input, weight, round_first):
+    if not same or is_expanded(out) or out.dtype is not reference.result_dtype(input, weight, round_first):
         raise RuntimeError(
             "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not be "
             "expanded; call rmsnorm.rms_norm, which says more"

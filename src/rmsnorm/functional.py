@@ -231,7 +231,7 @@ def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: b
             f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
             f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
         )
-    if 0 in out.stride() and any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+    if _ops.is_expanded(out):
         raise RuntimeError(
             f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
             "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
