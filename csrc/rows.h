@@ -95,14 +95,30 @@ inline int64_t scratch_bytes(const Forward& f) {
   return f.gate_first ? block_rows(f.input, f.columns) * padded(f.columns) * (size_of(f.input) == 2 ? 4 : 8) : 0;
 }
 
-// Whether rows to come are asked for into L2: where L1 has no room for them beside those at hand and what is written or
-// multiplied with them, and there is something to wait for: memory, or a last cache that one thread's share half fills.
-// On a Zen 4 (L1 32 KiB), 1 thread, 8192x4096 fp32 then takes 0.86 of a copy and not 1.32, 640x4096 1.3 and not 1.5;
-// with 2 threads, and a last cache less full, asking costs 6 %. Half types out of that cache wait for arithmetic
-// (32768x128 bf16 lost 8 %). With 48 KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
-inline bool should_ask(const Forward& f, int64_t share, bool stream) {
-  if (3 * block_rows(f.input, f.columns) * f.columns * size_of(f.input) <= first_cache_bytes()) return false;
-  return stream || (size_of(f.input) >= 4 && is_large(2 * share));
+// Whether L1 has no room for the rows to come beside those at hand and what is written or multiplied with them. With 48
+// KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
+inline bool fills_first_cache(const Forward& f) {
+  return 3 * block_rows(f.input, f.columns) * f.columns * size_of(f.input) > first_cache_bytes();
+}
+
+// Whether rows to come are asked for into L2: where there is something to wait for, memory, or a last cache that one
+// thread's share half fills. On a Zen 4 (L1 32 KiB), 1 thread, 8192x4096 fp32 then takes 0.86 of a copy and not 1.32,
+// 640x4096 1.3 and not 1.5; with 2 threads, and a last cache less full, asking costs 6 %. Half types out of that cache
+// wait for arithmetic (32768x128 bf16 lost 8 %).
+inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
+  return fills_first_cache(f) && (overflows_caches(bytes) || (size_of(f.input) >= 4 && is_large(2 * share)));
+}
+
+// Whether the output goes past the caches. A core complex of a Zen 4 writes 28.6 GB/s there, by one core or by several.
+// So several threads stay in the last cache if it holds all that they read and write, rows are asked for, and the gain
+// leaves room in L1 for the output: 32768x128 fp32 takes 396 to 468 us by two cores of a complex, and 600 to 630 past
+// the cache (by cores of two complexes 397 to 506, and 362 to 426), but 1024x4096 607 to 904, and 607 to 667. Who has
+// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add.
+inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
+  const bool only_norm = f.input == Type::f32 && !f.add && !f.layer && f.gate == Gate::none;
+  const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
+  const bool stay = share < bytes && only_norm && short_rows && fills_first_cache(f) && !is_large(bytes - 1);
+  return overflows_caches(bytes) && !stay;
 }
 
 // `rstd` and `mean` have one value per row, or are null; `scratch` has scratch_bytes().
@@ -114,9 +130,9 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   rows.scratch = scratch;
   const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
   const int64_t bytes = f.columns * (read + size_of(f.output));
-  rows.stream = overflows_caches(operands.rows * bytes);
+  rows.stream = should_stream(f, operands.rows * bytes, (end - begin) * bytes);
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
-  rows.ask = should_ask(f, (end - begin) * bytes, rows.stream);
+  rows.ask = should_ask(f, operands.rows * bytes, (end - begin) * bytes);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   rows.next_output = operands.dims > 0 ? operands.stride[kOutput][operands.dims - 1] : 0;
   rows.next_residual = operands.dims > 0 ? operands.stride[kResidual][operands.dims - 1] : 0;

@@ -298,6 +298,27 @@ def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_t
             assert same_bits(y, of_rows[::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_the_last_cache_with_the_bits_of_one(native_target, everything_is_large, threads, dtype):
+    """Short rows that just fit in it are not streamed by several threads, where L1 has no room for the rows to come."""
+    for columns, rows in product((1, 127, 128, 576, 1027), (1025, 2051)):
+        x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
+
+        def results(x=x, w=w, columns=columns):
+            yield rms_norm(x, columns, w, EPS)
+            yield layer_norm(x, columns, w, w, EPS)
+            yield from add_rms_norm(x, x.flip(0), columns, w, EPS)
+
+        threads(1)
+        everything_is_large(2**60)
+        expected = list(results())
+        threads(2)
+        for least in (x.nbytes * 2, x.nbytes * 4, 1):  # all that norms, and that add, read and write
+            everything_is_large(least)
+            for y, of_one in zip(results(), expected, strict=True):
+                assert same_bits(y, of_one)
+
+
 def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
     assert 8 * 2**20 <= _native.large_bytes() <= 32 * 2**20
     everything_is_large()
