@@ -16,7 +16,7 @@ struct Moments {  // half types
   static constexpr int kUnroll = 32 / kStep<T>;
   static constexpr int64_t kBlock = 2048;
   Vector<T> first[kUnroll] = {}, second[kUnroll] = {};
-  D total_first = {}, total_second = {};
+  Eight total_first = {}, total_second = {};
 
   RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) {
     first[u] = first[u] + a;
@@ -27,13 +27,9 @@ struct Moments {  // half types
     const Vector<T> d = span.present(x - shift);
     add(u, d, d);
   }
-  RMSNORM_INLINE static D sum_of(const Vector<T> (&parts)[kUnroll]) {
-    if constexpr (kUnroll == 1) return widen_for(T{}, parts[0]);
-    else return widen_for(T{}, parts[0] + parts[1]);
-  }
   RMSNORM_INLINE void end_block() {
-    total_first = total_first + sum_of(first);
-    total_second = total_second + sum_of(second);
+    total_first = total_first + widen_halves(halve<T>(first));
+    total_second = total_second + widen_halves(halve<T>(second));
     for (int u = 0; u < kUnroll; ++u) first[u] = second[u] = Vector<T>{};
   }
 };

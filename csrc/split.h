@@ -70,11 +70,6 @@ RMSNORM_INLINE void store_split(float* p, const Split& x) {
   store_register(p, __builtin_shuffle(x.v[0], x.v[1], first));
   store_register(p + 16, __builtin_shuffle(x.v[0], x.v[1], first + 8));
 }
-// The first sixteen columns plus the last sixteen, in columns' order.
-RMSNORM_INLINE D widen_for(bf16, const Split& x) {
-  const BitsReg first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  return widen(F{{__builtin_shuffle(x.v[0], x.v[1], first) + __builtin_shuffle(x.v[0], x.v[1], first + 8)}});
-}
 #else
 RMSNORM_INLINE Split load_split(const float* p) {
   const __m256 x = _mm256_loadu2_m128(p + 8, p), y = _mm256_loadu2_m128(p + 12, p + 4);
@@ -86,21 +81,27 @@ RMSNORM_INLINE void store_split(float* p, const Split& x) {
   _mm256_storeu2_m128(p + 8, p, low);
   _mm256_storeu2_m128(p + 12, p + 4, high);
 }
-// In columns' order.
-RMSNORM_INLINE D widen_for(bf16, const Split& x) {
-  const FloatReg low = (FloatReg)_mm256_unpacklo_ps((__m256)x.v[0], (__m256)x.v[1]);
-  const FloatReg high = (FloatReg)_mm256_unpackhi_ps((__m256)x.v[0], (__m256)x.v[1]);
-  return {{widen(lower(low)), widen(lower(high)), widen(upper(low)), widen(upper(high))}};
-}
 #endif
 #else
 template <class Row>
 constexpr bool kSplit = false;
 #endif
 
-template <class Row>
-RMSNORM_INLINE D widen_for(Row, const F& x) {
-  return widen(x);
+// 32 lanes, in one vector or two, to 16. Of bf16 each even column is added to the odd one beside it.
+template <class T>
+RMSNORM_INLINE F halve(const Vector<T> (&x)[32 / kStep<T>]) {
+  if constexpr (kSplit<T>) {
+    return F::of([&](int i) __attribute__((always_inline)) { return x[i].v[0] + x[i].v[1]; });
+#if !defined(__AVX2__)
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return F::of([&](int i) __attribute__((always_inline)) {
+      const FloatReg a = x[i / 2].v[i % 2 * 2], b = x[i / 2].v[i % 2 * 2 + 1];
+      return __builtin_shuffle(a, b, BitsReg{0, 2, 4, 6}) + __builtin_shuffle(a, b, BitsReg{1, 3, 5, 7});
+    });
+#endif
+  } else {
+    return x[0] + x[1];
+  }
 }
 
 // Where a column is in raw scratch.

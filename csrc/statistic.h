@@ -1,12 +1,12 @@
 // The only file that sums a row: how products are accumulated, and how a mean square becomes 1/rms.
 //
-//   input       products            summed in                            1/rms kept as
-//   bf16, f16   exact in fp32       fp32, 64 lanes, into fp64 each 4096  fp32
-//   f32         exact in fp64       fp64, 32 lanes                       fp32 pair high + low
-//   f64         fp64 and its error  fp64 with compensation, 16 lanes     fp64 pair high + low
+//   input       products            summed in                               1/rms kept as
+//   bf16, f16   exact in fp32       fp32, 64 lanes, 8 into fp64 each 4096   fp32
+//   f32         exact in fp64       fp64, 32 lanes                          fp32 pair high + low
+//   f64         fp64 and its error  fp64 with compensation, 16 lanes        fp64 pair high + low
 //
 // The order is fixed by the column alone. Errors of the sum, relative: bf16 and f16 at most 67·2⁻²⁴ in fp32 chains of
-// 64 additions, which is 0.004 ulp of f16 after the root; f32 below n·2⁻⁵³; f64 about 2⁻¹⁰⁴·n.
+// 64 additions and three halvings, which is 0.004 ulp of f16 after the root; f32 below n·2⁻⁵³; f64 about 2⁻¹⁰⁴·n.
 // The pair keeps x·r within 0.51 ulp, so that one more rounding, by the gain, stays below 1.6 ulp.
 #pragma once
 
@@ -16,13 +16,14 @@ struct Sum {  // half types
   static constexpr int kUnroll = 64 / kStep<T>;
   static constexpr int64_t kBlock = 4096;
   Vector<T> part[kUnroll] = {};
-  D total = {};
+  Eight total = {};
 
   RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) { part[u] = fma(a, b, part[u]); }
   RMSNORM_INLINE void add_square(int u, const Vector<T>& x) { part[u] = add_exact_product(x, x, part[u]); }
   RMSNORM_INLINE void end_block() {
-    if constexpr (kUnroll == 2) total = total + widen_for(T{}, part[0] + part[1]);
-    else total = total + widen_for(T{}, (part[0] + part[2]) + (part[1] + part[3]));
+    Vector<T> sums[kUnroll / 2];
+    for (int u = 0; u < kUnroll / 2; ++u) sums[u] = part[u] + part[u + kUnroll / 2];
+    total = total + widen_halves(halve<T>(sums));
     for (auto& p : part) p = Vector<T>{};
   }
 };
