@@ -53,7 +53,7 @@ class Gated {
  public:
   using Norm = std::conditional_t<First, GatedRms<T>, Rms<T>>;
   using Out = Out_;
-  static constexpr bool kAsks = false, kAdds = false;
+  static constexpr bool kAsks = false, kAsksInSum = false, kAdds = false;
 
   // The load step.
   template <bool>
