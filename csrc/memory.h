@@ -49,6 +49,12 @@ inline int64_t first_cache_bytes() {
   return bytes;
 }
 
+// The second.
+inline int64_t second_cache_bytes() {
+  static const int64_t bytes = cache_bytes(2, int64_t{256} << 10, int64_t{4} << 20);
+  return bytes;
+}
+
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
 // not, or the system keeps its huge pages for itself, the request does nothing.
