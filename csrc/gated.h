@@ -53,10 +53,10 @@ class Gated {
  public:
   using Norm = std::conditional_t<First, GatedRms<T>, Rms<T>>;
   using Out = Out_;
-  static constexpr bool kAsks = false, kAsksInSum = false, kAdds = false;
+  static constexpr bool kAsks = false, kAsksInSum = false, kAdds = false, kAddsAgain = false;
 
   // The load step.
-  template <bool>
+  template <bool, bool>
   class Loader {
    public:
     RMSNORM_INLINE Loader(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block)
