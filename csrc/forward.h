@@ -15,8 +15,8 @@ class Plain {
   // output's are: 4096x576 takes 0.91 of the time, 32768x128 with 2 threads 0.93. What adds is no faster by it.
   static constexpr bool kAsksInSum = std::is_same_v<T, float> && !Add;
   // A sum that goes past the caches isn't kept while it is summed up, but added again while it is normalised, as plain
-  // stores would read its lines first: 4096x4096 fp32 takes 0.92 of the time, 512x4096 0.7. Half types, which have more
-  // to compute, lose a tenth by it, and fp64 gains nothing.
+  // stores would read its lines first. Half types, which have more to compute, lose a tenth by it, and fp64 gains
+  // nothing.
   static constexpr bool kAddsAgain = kStreams && Add && std::is_same_v<T, float>;
 
   // The load step: one vector of the row that is normalised. A sum is rounded and kept on the way.
@@ -118,7 +118,7 @@ RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r
   found.set(in_block, sum);
 }
 
-template <class Form, bool Stream, bool Ask>
+template <class Form, bool Stream, bool Ask, bool Again>
 RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const typename Form::Norm::Block& found,
                                int64_t begin, int64_t end, int64_t columns) {
   using Norm = typename Form::Norm;
@@ -133,7 +133,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
   for (int64_t r = begin; r < end; ++r) {
     if (__builtin_expect(!found.safe(r - begin), 0)) {
       typename Norm::Row rescued = found[r - begin];
-      if constexpr (Stream && Form::kAddsAgain) Form::keep_sum(f, rows, r);
+      if constexpr (Again) Form::keep_sum(f, rows, r);
       Form::rescue(f, rows, r, rescued);
       if (rows.rstd) keep(r, rescued);
       continue;
@@ -149,7 +149,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
       if constexpr (Ask && Form::kAdds) prefetch_half<T>(half_residual, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
-      if constexpr (Stream && Form::kAddsAgain) stream_to(span, out, part.add_again(span));
+      if constexpr (Again) stream_to(span, out, part.add_again(span));
       else if constexpr (Stream) stream_to(span, out, part(span));
       else span.store_to(out, part(span));
     });
@@ -157,7 +157,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
 }
 
 template <class Form, bool Ask>
-RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, bool stream) {
+RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, bool stream, bool again) {
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
   const int64_t ask = (int64_t)sizeof(typename Form::Norm::Element) / (Form::kAsksInSum && !stream ? 1 : 2);
@@ -165,23 +165,27 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Form::Norm::Block found;
     for (int64_t r = begin; r < end; ++r) {
-      if (Form::kAddsAgain && stream)
+      if (Form::kAddsAgain && again)
         sum_row<Form, Ask, !Form::kAddsAgain>(f, rows, r, found, r - begin, block, columns, ask);
       else sum_row<Form, Ask, true>(f, rows, r, found, r - begin, block, columns, ask);
     }
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
-    if (stream) store_rows<Form, kStreams, Ask>(f, rows, found, begin, end, columns);
-    else store_rows<Form, false, Ask && kAsksInCache>(f, rows, found, begin, end, columns);
+    if (Form::kAddsAgain && again)
+      store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns);
+    else if (stream) store_rows<Form, kStreams, Ask, false>(f, rows, found, begin, end, columns);
+    else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns);
   }
 }
 
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
-  bool stream = kStreams && rows.stream;
-  for (int64_t r = 0; stream && r < rows.count; ++r)
-    stream = can_stream(rows.output[r]) && (!Form::kAddsAgain || can_stream(rows.sum[r]));
-  if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream);
-  else forward_batch<Form, false>(f, rows, stream);
+  bool stream = kStreams && rows.stream, again = Form::kAddsAgain && rows.add_again;
+  for (int64_t r = 0; stream && r < rows.count; ++r) {
+    stream = can_stream(rows.output[r]);
+    again = again && stream && can_stream(rows.sum[r]);
+  }
+  if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
+  else forward_batch<Form, false>(f, rows, stream, again);
 }
 
 template <class T, class Out>

@@ -72,6 +72,7 @@ struct ForwardRows {
   void* rstd;      // one wide(input) value per row of this batch, or null
   double* mean;    // the same, for LayerNorm
   bool stream;     // output is larger than the caches: its stores should go past them
+  bool add_again;  // and so should those of a sum; only if `stream`
   bool keep_gain;  // a row, its output and its gain fit in L1, if only just
   bool ask;        // rows to come are asked for into L2, as L1 has no room for them
   int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
