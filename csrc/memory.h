@@ -1,4 +1,5 @@
-// The only file that knows about memory larger than the caches: pages, and stores past the caches.
+// The only file that knows about caches and what is larger than they are: pages, stores past the caches, and when
+// forward asks for rows to come.
 #pragma once
 
 #include <sys/mman.h>
@@ -7,6 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+
+#include "kernel.h"
 
 namespace rmsnorm {
 
@@ -54,6 +57,40 @@ inline int64_t second_cache_bytes() {
   static const int64_t bytes = cache_bytes(2, int64_t{256} << 10, int64_t{4} << 20);
   return bytes;
 }
+
+// Whether L1 has no room for the rows to come beside those at hand and what is written or multiplied with them. With 48
+// KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
+inline bool fills_first_cache(const Forward& f) {
+  return 3 * block_rows(f.input, f.columns) * f.columns * size_of(f.input) > first_cache_bytes();
+}
+
+// fp32 that is only normalised: what waits for the caches most.
+inline bool is_plain(const Forward& f) { return f.input == Type::f32 && !f.add && !f.layer && f.gate == Gate::none; }
+
+// Whether rows to come are asked for into L2: where there is something to wait for. Always memory; for fp32 all that
+// lies beyond L2 (a thread's share of 2 MiB then takes 0.97 of the time, 4 MiB 0.85 to 0.96, 8 MiB 0.75 to 0.95; within
+// L2 1.03); for what computes or reads more, a last cache that the share half fills (640x4096 LayerNorm 0.95; less full
+// 1.05). Half types wait for arithmetic there (32768x128 bf16 1.08). All on a Zen 4 (L1 32 KiB), where 8192x4096 fp32,
+// 1 thread, takes 0.86 of a copy by it, and not 1.32.
+inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
+  const bool far = is_plain(f) ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
+  return fills_first_cache(f) && (far || overflows_caches(bytes));
+}
+
+// Whether the output goes past the caches. A core complex of a Zen 4 writes 28.6 GB/s there, by one core or by several.
+// So several threads stay in the last cache if it holds all that they read and write, rows are asked for, and the gain
+// leaves room in L1 for the output: 32768x128 fp32 takes 396 to 468 us by two cores of a complex, and 600 to 630 past
+// the cache (by cores of two complexes 397 to 506, and 362 to 426), but 1024x4096 607 to 904, and 607 to 667. Who has
+// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add.
+inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
+  const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
+  const bool stay = share < bytes && is_plain(f) && short_rows && fills_first_cache(f) && !is_large(bytes - 1);
+  return overflows_caches(bytes) && !stay;
+}
+
+// Whether add's sum goes there, too. 4096x4096 fp32 takes 0.92 of the time with it, by 1 thread or 2; 512x4096 by 1
+// thread 0.7, but by two cores of a complex 1.4, as it all fits in their cache.
+inline bool should_add_again(int64_t bytes, int64_t share) { return share == bytes || is_large(bytes - 1); }
 
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
