@@ -56,9 +56,8 @@ class Plain {
   // The store step: one vector of the output.
   RMSNORM_INLINE Plain(const Forward& f, const ForwardRows& rows, int64_t r, int64_t, const typename Norm::Row& row)
       : x_((const T*)rows_of(rows)[r]),
-        addend_((const T*)rows.input[r]),
-        residual_((const T*)rows.residual[r]),
         sum_((T*)rows.sum[r]),
+        add_(f, rows, r, 0),
         gain_((const Gain*)rows.gain[r]),
         bias_((const Gain*)f.bias),
         normalised_(row) {}
@@ -68,7 +67,7 @@ class Plain {
   }
   template <class Span>
   RMSNORM_INLINE Vector<T> add_again(Span span) const {
-    const Vector<T> x = span.load_from(addend_) + span.load_from(residual_);
+    const Vector<T> x = add_(span);
     stream_to(span, sum_, x);
     return from(span, x);
   }
@@ -93,8 +92,9 @@ class Plain {
   }
 
  private:
-  const T *x_, *addend_, *residual_;
+  const T* x_;
   T* sum_;
+  Loader<false, false> add_;
   const Gain *gain_, *bias_;
   typename Norm::Normaliser normalised_;
 };
@@ -111,8 +111,8 @@ RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r
   const char* next_residual = (const char*)rows.residual[r] + rows.next_residual * block;
   typename Norm::Sums sum;
   sum_columns<T>(sum, columns, [&](auto span, int u) __attribute__((always_inline)) {
-    if constexpr (Ask) prefetch_half<T>(next, span, ask);
-    if constexpr (Ask && Form::kAdds) prefetch_half<T>(next_residual, span, ask);
+    if constexpr (Ask) prefetch_ahead<T>(next, span, ask);
+    if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(next_residual, span, ask);
     adder.add(sum, u, load(span), span);
   });
   found.set(in_block, sum);
@@ -145,8 +145,8 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
     const char* half_residual = (const char*)rows.residual[r] + rows.next_residual * (end - begin) + half_row;
     const char* next_out = (const char*)out + rows.next_output * (end - begin);
     for_columns<T, !Stream>(columns, [&](auto span) __attribute__((always_inline)) {
-      if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_half<T>(half, span);
-      if constexpr (Ask && Form::kAdds) prefetch_half<T>(half_residual, span);
+      if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_ahead<T>(half, span);
+      if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(half_residual, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
       if constexpr (Again) stream_to(span, out, part.add_again(span));
@@ -165,13 +165,11 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Form::Norm::Block found;
     for (int64_t r = begin; r < end; ++r) {
-      if (Form::kAddsAgain && again)
-        sum_row<Form, Ask, !Form::kAddsAgain>(f, rows, r, found, r - begin, block, columns, ask);
+      if (again) sum_row<Form, Ask, !Form::kAddsAgain>(f, rows, r, found, r - begin, block, columns, ask);
       else sum_row<Form, Ask, true>(f, rows, r, found, r - begin, block, columns, ask);
     }
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
-    if (Form::kAddsAgain && again)
-      store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns);
+    if (again) store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns);
     else if (stream) store_rows<Form, kStreams, Ask, false>(f, rows, found, begin, end, columns);
     else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns);
   }

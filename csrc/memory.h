@@ -77,6 +77,9 @@ inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
   return fills_first_cache(f) && (far || overflows_caches(bytes));
 }
 
+// Whether several threads have `share` bytes each of what the last cache can just hold.
+inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
+
 // Whether the output goes past the caches. A core complex of a Zen 4 writes 28.6 GB/s there, by one core or by several.
 // So several threads stay in the last cache if it holds all that they read and write, rows are asked for, and the gain
 // leaves room in L1 for the output: 32768x128 fp32 takes 396 to 468 us by two cores of a complex, and 600 to 630 past
@@ -84,13 +87,13 @@ inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
 // more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add.
 inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
   const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
-  const bool stay = share < bytes && is_plain(f) && short_rows && fills_first_cache(f) && !is_large(bytes - 1);
+  const bool stay = share_a_cache(bytes, share) && is_plain(f) && short_rows && fills_first_cache(f);
   return overflows_caches(bytes) && !stay;
 }
 
 // Whether add's sum goes there, too. 4096x4096 fp32 takes 0.92 of the time with it, by 1 thread or 2; 512x4096 by 1
 // thread 0.7, but by two cores of a complex 1.4, as it all fits in their cache.
-inline bool should_add_again(int64_t bytes, int64_t share) { return share == bytes || is_large(bytes - 1); }
+inline bool should_add_again(int64_t bytes, int64_t share) { return !share_a_cache(bytes, share); }
 
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has

@@ -103,11 +103,12 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   ForwardRows rows = {};
   rows.scratch = scratch;
   const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
-  const int64_t bytes = f.columns * (read + size_of(f.output));
-  rows.stream = should_stream(f, operands.rows * bytes, (end - begin) * bytes);
-  rows.add_again = rows.stream && should_add_again(operands.rows * bytes, (end - begin) * bytes);
+  const int64_t row_bytes = f.columns * (read + size_of(f.output));
+  const int64_t bytes = operands.rows * row_bytes, share = (end - begin) * row_bytes;
+  rows.stream = should_stream(f, bytes, share);
+  rows.add_again = rows.stream && should_add_again(bytes, share);
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
-  rows.ask = should_ask(f, operands.rows * bytes, (end - begin) * bytes);
+  rows.ask = should_ask(f, bytes, share);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   rows.next_output = operands.dims > 0 ? operands.stride[kOutput][operands.dims - 1] : 0;
   rows.next_residual = operands.dims > 0 ? operands.stride[kResidual][operands.dims - 1] : 0;

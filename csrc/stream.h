@@ -46,14 +46,14 @@ RMSNORM_INLINE void prefetch_part(const char* row, Span span) {
   for (int k = 0; k < step; k += 64) __builtin_prefetch(row + byte + k, 0, Level);
 }
 
-// Asks for half a row while a whole one is walked along, for the cache behind L1: one half while a row is summed, the
-// other while it is stored, so that memory never rests. Each line is asked for twice; once is a tenth slower (8192x4096
-// fp32 on a Zen 4: 9.9 ms, not 8.8), perhaps as a CPU with too many under way drops some.
-// `ask` is what is asked for with each column, in bytes; a vector of fp32 may ask for a whole line.
+// Asks for a row to come while another is walked along, for the cache behind L1; `ask` bytes with each column. By
+// default that is half a row: one half while a row is summed, the other while it is stored, so that memory never rests.
+// Each line is asked for twice; once is a tenth slower (8192x4096 fp32 on a Zen 4: 9.9 ms, not 8.8), perhaps as a CPU
+// with too many under way drops some. A vector of fp32 may ask for a whole line.
 template <class T, class Span>
-RMSNORM_INLINE void prefetch_half(const char* half, Span span, int64_t ask = sizeof(T) / 2) {
+RMSNORM_INLINE void prefetch_ahead(const char* row, Span span, int64_t ask = sizeof(T) / 2) {
   const int64_t byte = span.j * ask;
   constexpr int step = kStep<T> * sizeof(T) / 2;
   if (step < 32 && byte % 32) return;
-  __builtin_prefetch(half + byte, 0, 2);
+  __builtin_prefetch(row + byte, 0, 2);
 }
