@@ -82,8 +82,8 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
   }
   S* dw = (S*)rows.grad_weight[first];
   S* db = dw + padded(b.columns);
-  for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
-    V gain, weight, bias;
+  for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
+    V gain, weight, bias, dx[Rows];
     if constexpr (NeedInput && HasGain) gain = span.load_raw((const S*)rows.gain[first]);
     if constexpr (NeedWeight) weight = span.load_raw(dw);
     if constexpr (NeedWeight && Norm::kBias) bias = span.load_raw(db);
@@ -94,17 +94,18 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
       if constexpr (NeedInput) {
         V h = dy;
         if constexpr (HasGain) h = h * gain;
-        V dx = norm[k].dx(h, normalised);
-        if constexpr (Add) dx = dx + span.load_from((const T*)rows.grad_sum[r]);
-        if constexpr (Stream) {
-          prefetch_both<T>(rows, r, Rows, span);
-          stream_to(span, (T*)rows.grad_input[r], dx);
-        } else {
-          span.store_to((T*)rows.grad_input[r], dx);
-        }
+        dx[k] = norm[k].dx(h, normalised);
+        if constexpr (Add) dx[k] = dx[k] + span.load_from((const T*)rows.grad_sum[r]);
+        if constexpr (Stream) prefetch_both<T>(rows, r, Rows, span);
       }
       if constexpr (NeedWeight) weight = fma(dy, normalised, weight);
       if constexpr (NeedWeight && Norm::kBias) bias = bias + dy;
+    }
+    // After all loads, as rows are often a multiple of 4 KiB apart (should_walk_back() says why that matters).
+    for (int k = 0; NeedInput && k < Rows; ++k) {
+      T* to = (T*)rows.grad_input[first + k];
+      if constexpr (Stream) stream_to(span, to, dx[k]);
+      else span.store_to(to, dx[k]);
     }
     if constexpr (NeedWeight) span.store_raw(dw, weight);
     if constexpr (NeedWeight && Norm::kBias) span.store_raw(db, bias);

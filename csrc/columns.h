@@ -104,20 +104,26 @@ struct Tail {
   }
 };
 
-// Calls body(span) over the first `columns` columns. `Twice`: the compiler's last step is to write the loop's body
+// Calls body(span) over the first `columns` columns, or `back` from the last whole vector on; those that fill none come
+// last in any case. `Twice`: the compiler's last step is to write the loop's body
 // twice. Written twice here, it takes all steps with it, a fifth of the time to build. On a Zen 4 it makes stores up to
 // 6 % faster (256x128 fp32), but those past the caches 7 % slower (8192x4096 fp32).
 template <class Row, bool Twice = false, class Body>
-RMSNORM_INLINE void for_columns(int64_t columns, Body&& body) {
+RMSNORM_INLINE void for_columns(int64_t columns, bool back, Body&& body) {
   constexpr int64_t step = kStep<Row>;
-  int64_t j = 0;
+  const int64_t whole = columns - columns % step, by = back ? -step : step;
+  int64_t j = back ? whole - step : 0;
   if constexpr (Twice) {
 #pragma GCC unroll 2
-    for (; j + step <= columns; j += step) body(Full<Row>{j});
+    for (int64_t left = whole; left > 0; left -= step, j += by) body(Full<Row>{j});
   } else {
-    for (; j + step <= columns; j += step) body(Full<Row>{j});
+    for (int64_t left = whole; left > 0; left -= step, j += by) body(Full<Row>{j});
   }
-  if (__builtin_expect(j < columns, 0)) body(Tail<Row>{j, columns - j});
+  if (__builtin_expect(whole < columns, 0)) body(Tail<Row>{whole, columns - whole});
+}
+template <class Row, class Body>
+RMSNORM_INLINE void for_columns(int64_t columns, Body&& body) {
+  for_columns<Row>(columns, false, body);
 }
 
 template <int U>

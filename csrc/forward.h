@@ -120,7 +120,7 @@ RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r
 
 template <class Form, bool Stream, bool Ask, bool Again>
 RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const typename Form::Norm::Block& found,
-                               int64_t begin, int64_t end, int64_t columns) {
+                               int64_t begin, int64_t end, int64_t columns, bool back) {
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
@@ -144,14 +144,17 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
     const char* half = (const char*)rows.input[r] + rows.next * (end - begin) + half_row;
     const char* half_residual = (const char*)rows.residual[r] + rows.next_residual * (end - begin) + half_row;
     const char* next_out = (const char*)out + rows.next_output * (end - begin);
-    for_columns<T, !Stream>(columns, [&](auto span) __attribute__((always_inline)) {
+    for_columns<T, !Stream>(columns, back, [&](auto span) __attribute__((always_inline)) {
       if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_ahead<T>(half, span);
       if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(half_residual, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
-      if constexpr (Again) stream_to(span, out, part.add_again(span));
-      else if constexpr (Stream) stream_to(span, out, part(span));
-      else span.store_to(out, part(span));
+      const auto y = [&]() __attribute__((always_inline)) {
+        if constexpr (Again) return part.add_again(span);
+        else return part(span);
+      }();
+      if constexpr (Stream) stream_to(span, out, y);
+      else span.store_to(out, y);
     });
   }
 }
@@ -160,6 +163,7 @@ template <class Form, bool Ask>
 RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, bool stream, bool again) {
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
+  const bool back = rows.back;
   const int64_t ask = (int64_t)sizeof(typename Form::Norm::Element) / (Form::kAsksInSum && !stream ? 1 : 2);
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
@@ -169,19 +173,18 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
       else sum_row<Form, Ask, true>(f, rows, r, found, r - begin, block, columns, ask);
     }
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
-    if (again) store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns);
-    else if (stream) store_rows<Form, kStreams, Ask, false>(f, rows, found, begin, end, columns);
-    else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns);
+    if (again && stream) store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns, back);
+    else if (again) store_rows<Form, false, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns, back);
+    else if (stream) store_rows<Form, kStreams, Ask, false>(f, rows, found, begin, end, columns, back);
+    else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns, back);
   }
 }
 
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
   bool stream = kStreams && rows.stream, again = Form::kAddsAgain && rows.add_again;
-  for (int64_t r = 0; stream && r < rows.count; ++r) {
-    stream = can_stream(rows.output[r]);
-    again = again && stream && can_stream(rows.sum[r]);
-  }
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
+  for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);
 }

@@ -42,7 +42,7 @@ RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& ro
     minus_mean = splat<T>((Scalar<T>)(-value_of(sum).high / (double)b.columns));
   }
   auto* dw = (Scalar<T>*)rows.grad_weight[r];
-  for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
+  for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
     const GatedPart<T, First> part(rows, r, activate, scale, span);
     const V dz = fma(part.normalised, minus_mean, part.h) * scale;
     if (b.need_input) span.store_to((T*)rows.grad_input[r], First ? dz * part.a : dz);

@@ -72,7 +72,8 @@ struct ForwardRows {
   void* rstd;      // one wide(input) value per row of this batch, or null
   double* mean;    // the same, for LayerNorm
   bool stream;     // output is larger than the caches: its stores should go past them
-  bool add_again;  // and so should those of a sum; only if `stream`
+  bool add_again;  // a sum's should, and it is added again for them
+  bool back;       // rows are stored from their end on
   bool keep_gain;  // a row, its output and its gain fit in L1, if only just
   bool ask;        // rows to come are asked for into L2, as L1 has no room for them
   int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
@@ -107,7 +108,7 @@ struct BackwardRows {
   // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it.
   void* grad_weight[kBatch];
   bool shared_weight;  // all rows have one
-  bool stream;         // as in forward
+  bool stream, back;   // as in forward
   int64_t next[2];     // as in forward, of input and grad
 };
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 
 #include "kernel.h"
 
@@ -84,16 +85,35 @@ inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes &
 // So several threads stay in the last cache if it holds all that they read and write, rows are asked for, and the gain
 // leaves room in L1 for the output: 32768x128 fp32 takes 396 to 468 us by two cores of a complex, and 600 to 630 past
 // the cache (by cores of two complexes 397 to 506, and 362 to 426), but 1024x4096 607 to 904, and 607 to 667. Who has
-// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add.
+// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add of half types. Of fp32 add's
+// two outputs one goes past it, the sum, as the other is what is read next.
 inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
   const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
-  const bool stay = share_a_cache(bytes, share) && is_plain(f) && short_rows && fills_first_cache(f);
-  return overflows_caches(bytes) && !stay;
+  const bool stay = f.add ? f.input == Type::f32 : is_plain(f) && short_rows && fills_first_cache(f);
+  return overflows_caches(bytes) && !(stay && share_a_cache(bytes, share));
 }
 
-// Whether add's sum goes there, too. 4096x4096 fp32 takes 0.92 of the time with it, by 1 thread or 2; 512x4096 by 1
-// thread 0.7, but by two cores of a complex 1.4, as it all fits in their cache.
-inline bool should_add_again(int64_t bytes, int64_t share) { return !share_a_cache(bytes, share); }
+// Whether add's sum goes there, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread or 2;
+// 512x4096 0.7 by 1 thread, and 0.93 by two cores of a complex (1.4 with the output past their cache, too).
+inline bool should_add_again(const Forward& f, int64_t bytes) {
+  return f.add && f.input == Type::f32 && overflows_caches(bytes);
+}
+
+// Whether rows should be stored from their end on. A load that follows a store to the same offset within 4 KiB waits
+// for it: at first a CPU compares twelve bits of their addresses. Tensors that are multiples of 4 KiB lie a line or a
+// few apart (64 to 256 bytes by glibc), so a store would meet the loads of columns soon to come; walking back there are
+// none. On a Zen 4, 64 bytes apart: 512x4096 bf16 takes 192 us, not 250 to 260, 1024x1024 bf16 98, not 159, dx and dw
+// of 512x4096 fp32 0.77 ms, not 1.0, of 3072x4096 bf16 3.3, not 5.6. From 512 bytes on it makes no difference.
+inline bool should_walk_back(std::initializer_list<const char*> loads, std::initializer_list<const char*> stores) {
+  int64_t ahead = 4096, behind = 4096;  // from a load to the nearest store, either way
+  for (const char* load : loads)
+    for (const char* store : stores)
+      if (load && store) {
+        ahead = std::min<int64_t>(ahead, (store - load - 1) & 4095);
+        behind = std::min<int64_t>(behind, (load - store - 1) & 4095);
+      }
+  return ahead < std::min<int64_t>(behind, 512);
+}
 
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
