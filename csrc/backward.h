@@ -148,8 +148,8 @@ BackwardKernel backward_of(const Backward& b) {
   }
   using Norm = RmsBackward<T>;
   if (!b.need_input) return &backward<Norm, false, false, true, false>;
-  if (b.need_weight)
-    return b.add ? backward_with_gain<Norm, true, true, true>(b) : backward_with_gain<Norm, true, true, false>(b);
+  if (b.need_weight)  // there is a gain then
+    return b.add ? &backward<Norm, true, true, true, true> : &backward<Norm, true, true, true, false>;
   return b.add ? backward_with_gain<Norm, true, false, true>(b) : backward_with_gain<Norm, true, false, false>(b);
 }
 

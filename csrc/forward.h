@@ -162,29 +162,32 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
 template <class Form, bool Ask>
 RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, bool stream, bool again) {
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
+  constexpr bool kAgain = Form::kAddsAgain;
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
-  const bool back = rows.back;
+  // Backwards, what wasn't asked for comes too late from memory: 8192x4096 bf16 takes 1.3 of the time.
+  const bool back = rows.back && (Ask || !stream);
   const int64_t ask = (int64_t)sizeof(typename Form::Norm::Element) / (Form::kAsksInSum && !stream ? 1 : 2);
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Form::Norm::Block found;
     for (int64_t r = begin; r < end; ++r) {
-      if (again) sum_row<Form, Ask, !Form::kAddsAgain>(f, rows, r, found, r - begin, block, columns, ask);
+      if (again) sum_row<Form, Ask, !kAgain>(f, rows, r, found, r - begin, block, columns, ask);
       else sum_row<Form, Ask, true>(f, rows, r, found, r - begin, block, columns, ask);
     }
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
-    if (again && stream) store_rows<Form, kStreams, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns, back);
-    else if (again) store_rows<Form, false, Ask, Form::kAddsAgain>(f, rows, found, begin, end, columns, back);
-    else if (stream) store_rows<Form, kStreams, Ask, false>(f, rows, found, begin, end, columns, back);
+    if (again && stream) store_rows<Form, kStreams, Ask, kAgain>(f, rows, found, begin, end, columns, back);
+    else if (again) store_rows<Form, false, Ask, kAgain>(f, rows, found, begin, end, columns, back);
+    else if (stream) store_rows<Form, kStreams && !kAgain, Ask, false>(f, rows, found, begin, end, columns, back);
     else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns, back);
   }
 }
 
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
-  bool stream = kStreams && rows.stream, again = Form::kAddsAgain && rows.add_again;
-  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
+  bool again = Form::kAddsAgain && rows.add_again;
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
+  bool stream = kStreams && rows.stream && again == Form::kAddsAgain;
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);
 }

@@ -131,7 +131,7 @@ struct Case {
   bool gate_first = false;
 };
 
-std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight) {
+std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight, bool back) {
   constexpr int64_t kRows = 7;
   const int64_t in = size_of(c.input), row_bytes = c.columns * in;
   const Bytes &x = make_rows(c.input, kRows, c.columns, 1), &residual = make_rows(c.input, kRows, c.columns, 2);
@@ -154,7 +154,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   ForwardRows rows = {};
   rows.mean = mean.data();
   rows.count = kRows;
-  rows.stream = need_input;  // the rows that happen to be aligned
+  rows.stream = need_input, rows.add_again = need_weight;  // the rows that happen to be aligned
+  rows.back = back;
   rows.rstd = rstd.data();
   Bytes scratch(scratch_bytes(f));
   rows.scratch = scratch.data();
@@ -167,21 +168,22 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
   Backward b = {};
-  b.columns = c.columns, b.eps = 1e-6, b.input = c.input, b.need_input = need_input, b.need_weight = need_weight;
+  b.columns = c.columns, b.eps = 1e-6, b.input = c.input, b.need_input = need_input;
+  b.need_weight = need_weight && (c.layer || c.gain != Type::none);  // only LayerNorm has a bias without a weight
   b.add = c.add && need_input, b.layer = c.layer, b.gate = c.gate, b.gate_first = c.gate_first;
   b.need_gate = c.gate != Gate::none && need_weight;
   if (c.gain != Type::none) b.gain.data = formed.data();
-  BackwardRows back = {};
-  back.mean = mean.data();
-  back.count = kRows;
-  back.rstd = rstd.data();
-  back.shared_weight = true;
-  back.stream = need_weight;
+  BackwardRows grads = {};
+  grads.mean = mean.data();
+  grads.count = kRows;
+  grads.rstd = rstd.data();
+  grads.shared_weight = true;
+  grads.stream = need_weight, grads.back = back;
   for (int64_t r = 0; r < kRows; ++r)
-    back.input[r] = input.at(r), back.grad[r] = grad.at(r), back.grad_sum[r] = other.at(r), back.gate[r] = other.at(r),
-    back.grad_gate[r] = dgate.at(r), back.grad_input[r] = dx.at(r), back.gain[r] = b.gain.data,
-    back.grad_weight[r] = partial.data();
-  target.backward(b)(b, back);
+    grads.input[r] = input.at(r), grads.grad[r] = grad.at(r), grads.grad_sum[r] = other.at(r),
+    grads.gate[r] = other.at(r), grads.grad_gate[r] = dgate.at(r), grads.grad_input[r] = dx.at(r),
+    grads.gain[r] = b.gain.data, grads.grad_weight[r] = partial.data();
+  target.backward(b)(b, grads);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
   if (c.layer) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
   Rows dw({}, 1, c.layer ? 2 * row_bytes : row_bytes, in);
@@ -216,7 +218,7 @@ int main(int argc, char** argv) {
             c.layer = form == 6 || form == 7;
             c.add = add;
             if (form >= 8) c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
-            const auto expected = run(*targets[0], c, needs & 1, needs & 2);
+            const auto expected = run(*targets[0], c, needs & 1, needs & 2, false);
             const Type types[] = {c.output, input, wider, input, input, Type::f64, input};
             const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate"};
             char name[99];
@@ -225,15 +227,17 @@ int main(int argc, char** argv) {
             for (int i = 0; digest && i < 7; ++i)
               std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
             if (digest) continue;
-            for (const Target* target : targets) {
-              if (target == targets[0]) continue;
-              const auto actual = run(*target, c, needs & 1, needs & 2);
-              for (int i = 0; i < 7; ++i, ++compared)
-                if (!same(expected[i], actual[i], types[i])) {
-                  std::printf("%s differs: %s from %s, %s\n", names[i], target->name, targets[0]->name, name);
-                  return 1;
-                }
-            }
+            for (const Target* target : targets)
+              for (bool back : {false, true}) {
+                if (target == targets[0] && !back) continue;
+                const auto actual = run(*target, c, needs & 1, needs & 2, back);
+                for (int i = 0; i < 7; ++i, ++compared)
+                  if (!same(expected[i], actual[i], types[i])) {
+                    std::printf("%s differs: %s%s from %s, %s\n", names[i], target->name, back ? ", backwards" : "",
+                                targets[0]->name, name);
+                    return 1;
+                  }
+              }
           }
   if (digest) return 0;
   std::printf("%ld tensors compared, all equal, targets:", compared);
