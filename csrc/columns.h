@@ -104,10 +104,10 @@ struct Tail {
   }
 };
 
-// Calls body(span) over the first `columns` columns, or `back` from the last whole vector on; those that fill none come
-// last in any case. `Twice`: the compiler's last step is to write the loop's body
-// twice. Written twice here, it takes all steps with it, a fifth of the time to build. On a Zen 4 it makes stores up to
-// 6 % faster (256x128 fp32), but those past the caches 7 % slower (8192x4096 fp32).
+// Calls body(span) over the first `columns` columns, or `back` from the last whole vector on; the columns that fill
+// none come last in any case. `Twice`: the compiler's last step is to write the loop's body twice. Written twice here,
+// it takes all steps with it, a fifth of the time to build. On a Zen 4 it makes stores up to 6 % faster (256x128 fp32),
+// but those past the caches 7 % slower (8192x4096 fp32).
 template <class Row, bool Twice = false, class Body>
 RMSNORM_INLINE void for_columns(int64_t columns, bool back, Body&& body) {
   constexpr int64_t step = kStep<Row>;

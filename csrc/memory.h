@@ -108,9 +108,10 @@ inline bool should_walk_back(std::initializer_list<const char*> loads, std::init
   int64_t ahead = 4096, behind = 4096;  // from a load to the nearest store, either way
   for (const char* load : loads)
     for (const char* store : stores)
-      if (load && store) {
-        ahead = std::min<int64_t>(ahead, (store - load - 1) & 4095);
-        behind = std::min<int64_t>(behind, (load - store - 1) & 4095);
+      if (load && store) {  // the same address is as far as can be: a column is loaded before it is stored
+        const auto from = reinterpret_cast<uintptr_t>(load), to = reinterpret_cast<uintptr_t>(store);
+        ahead = std::min<int64_t>(ahead, (to - from - 1) % 4096);
+        behind = std::min<int64_t>(behind, (from - to - 1) % 4096);
       }
   return ahead < std::min<int64_t>(behind, 512);
 }
