@@ -186,7 +186,7 @@ template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
   bool again = Form::kAddsAgain && rows.add_again;
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
-  bool stream = kStreams && rows.stream && again == Form::kAddsAgain;
+  bool stream = kStreams && rows.stream && again == Form::kAddsAgain;  // no output without its sum, where that can go
   for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);

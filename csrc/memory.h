@@ -81,22 +81,22 @@ inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
 // Whether several threads have `share` bytes each of what the last cache can just hold.
 inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
 
+// Whether add's sum goes past the caches, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread
+// or 2; 512x4096 0.7 by 1 thread, and 0.93 by two cores of a complex (1.4 with the output past their cache, too).
+inline bool should_add_again(const Forward& f, int64_t bytes) {
+  return f.add && f.input == Type::f32 && overflows_caches(bytes);
+}
+
 // Whether the output goes past the caches. A core complex of a Zen 4 writes 28.6 GB/s there, by one core or by several.
 // So several threads stay in the last cache if it holds all that they read and write, rows are asked for, and the gain
 // leaves room in L1 for the output: 32768x128 fp32 takes 396 to 468 us by two cores of a complex, and 600 to 630 past
 // the cache (by cores of two complexes 397 to 506, and 362 to 426), but 1024x4096 607 to 904, and 607 to 667. Who has
-// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add of half types. Of fp32 add's
-// two outputs one goes past it, the sum, as the other is what is read next.
+// more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add of half types. Where a sum
+// goes past it, the output stays for such threads, as it is what is read next.
 inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
   const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
-  const bool stay = f.add ? f.input == Type::f32 : is_plain(f) && short_rows && fills_first_cache(f);
+  const bool stay = should_add_again(f, bytes) || (is_plain(f) && short_rows && fills_first_cache(f));
   return overflows_caches(bytes) && !(stay && share_a_cache(bytes, share));
-}
-
-// Whether add's sum goes there, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread or 2;
-// 512x4096 0.7 by 1 thread, and 0.93 by two cores of a complex (1.4 with the output past their cache, too).
-inline bool should_add_again(const Forward& f, int64_t bytes) {
-  return f.add && f.input == Type::f32 && overflows_caches(bytes);
 }
 
 // Whether rows should be stored from their end on. A load that follows a store to the same offset within 4 KiB waits
