@@ -93,19 +93,21 @@ def test_compiled_transforms(transform):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_export_and_back(options, tmp_path):
-    """Exported for inference, a norm is one operator: saved and loaded, it gives the same bits at other sizes. Exported
-    with gradients enabled it is the formula in torch's operators, and the program can be trained."""
+    """An exported program holds torch's operators alone, also when it was exported without gradients: it runs where
+    nobody has heard of us, at other sizes, and can be trained. In bfloat16 the formula rounds where the kernels do, so
+    that nearly all results are theirs: its fp32 statistic may move one to its neighbour, which later layers pass on."""
     block = Block(torch.bfloat16, **options)
     rows = torch.export.Dim("rows", min=2, max=1024)
     with torch.no_grad():
         program = torch.export.export(block, (sample(6, 64, torch.bfloat16),), dynamic_shapes=({0: rows},))
-    names = [str(node.target) for node in program.graph.nodes if "rms_norm" in str(node.target)]
-    assert names == ["rmsnorm.rms_norm.default", "rmsnorm.add_rms_norm.default"]
+    assert not [node for node in program.graph.nodes if "rmsnorm" in str(node.target)]
     torch.export.save(program, tmp_path / "block.pt2")
     loaded = torch.export.load(tmp_path / "block.pt2").module()
     x = sample(11, 64, torch.bfloat16)
     with torch.no_grad():
-        assert same_bits(loaded(x), block(x))
+        got, wanted = loaded(x), block(x)
+    assert (got == wanted).double().mean() > 0.95
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.05)
 
     block, x = Block(**options), sample(11, 64, torch.float32)
     training = torch.export.export(block, (sample(6, 64, torch.float32),), dynamic_shapes=({0: rows},))

@@ -93,7 +93,7 @@ def _save(ctx: _Ctx, normalised: Tensor, weight: Tensor | None, rstd: Tensor, ou
 
 
 class TracedRMSNorm(torch.autograd.Function):
-    """What ``torch.compile`` traces: it refuses a Function with rules for forward mode and vmap."""
+    """What ``torch.compile`` records: it refuses a Function with rules for forward mode and vmap."""
 
     @staticmethod
     def forward(
@@ -211,8 +211,13 @@ class BackwardFunction(torch.autograd.Function):
 _gradient: _Apply = BackwardFunction.apply
 _normalise: _Apply = RMSNormFunction.apply
 _add: _Apply = AddRMSNormFunction.apply
-_traced: _Apply = TracedRMSNorm.apply
-_traced_add: _Apply = TracedAddRMSNorm.apply
+_traced, _traced_add = (
+    _ops.define_recorded(name, _ops.SCHEMAS[f"{name}_forward"], plain, fake, function.apply)
+    for name, plain, fake, function in (
+        ("rms_norm", _ops.rms_norm_forward, _ops._fake_rms_norm_forward, TracedRMSNorm),
+        ("add_rms_norm", _ops.add_rms_norm_forward, _ops._fake_add_rms_norm_forward, TracedAddRMSNorm),
+    )
+)
 # What Function.apply comes to outside torch.func. On its way it reads the signature of `forward` with `inspect`, each
 # time: 75 µs a call instead of 17.
 _plain: _Apply = super(torch.autograd.Function, RMSNormFunction).apply

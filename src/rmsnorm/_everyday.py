@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from . import _autograd, _ops
 
@@ -33,7 +34,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:
     """What serves an everyday call, or None if more has to be asked first.
 
-    Everyday: plain tensors, native kernels, no compiler, no transform. The callable takes the arguments of the operator
+    Everyday: plain tensors, native kernels, no compiler, no transform, no mode. The callable takes the arguments of the operator
     ``rms_norm`` and raises RuntimeError for those that no kernel has. ``weighted`` instead means that there is a weight
     and nothing to record: it takes ``(input, weight, eps)``, where the other arguments say nothing. With ``out`` the
     operators are ``into`` and ``weighted_into``, which check it as they do the others.
@@ -42,12 +43,13 @@ def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -
         is_dynamo_compiling()
         or not _plain
         or type(input) is not Tensor
+        or has_torch_function_variadic(input, weight)
         or _transforms_active()
         or forward_ad._current_level >= 0
     ):
         return None
     if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-        return _recorded if out is None else None
+        return _recorded if out is None and not torch.jit.is_tracing() else None
     if out is not None and (type(out) is not Tensor or out.requires_grad or out.device != input.device):
         return None
     return _plain if weight is None else weighted

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _everyday, _gated_ops, functional, module
+from . import _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -71,6 +72,12 @@ def gated_rms_norm(
 
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
+    if has_torch_function_variadic(input, gate, weight):
+        options = {"activation": activation, "norm_before_gate": norm_before_gate, "group_size": group_size}
+        options |= {"offset": offset, "casting_mode": casting_mode}
+        tensors = (input, gate, weight)
+        arguments = input, gate, normalized_shape
+        return handle_torch_function(gated_rms_norm, tensors, *arguments, weight=weight, eps=eps, **options)
     dims, eps, round_first, native = functional._resolve(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
@@ -187,7 +194,7 @@ def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *op
         or gate.dtype is not input.dtype
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or (torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
+        or _foreign.wanted_by(input, gate, weight)
         or _autograd.refused()
     )
     if unusual:
@@ -236,6 +243,12 @@ def _differentiable(
     return [next(found) if need else None for need in needs]
 
 
-_traced: Callable[..., Tensor] = GatedRMSNormFunction.apply
+_traced = _ops.define_recorded(
+    "gated_rms_norm",
+    _gated_ops.SCHEMAS["gated_rms_norm"],
+    _gated_ops.rms_norm,
+    _gated_ops._fake_gated_rms_norm,
+    GatedRMSNormFunction.apply,
+)
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
 _recorded: Callable[..., Tensor] = super(torch.autograd.Function, GatedRMSNormFunction).apply

@@ -92,7 +92,7 @@ def gated_rms_norm_backward(
 
 
 _OPTIONS = "Tensor? weight, int dims, float eps, float offset, "
-_SCHEMAS = {
+SCHEMAS = {
     "gated_rms_norm": f"(Tensor input, Tensor gate, {_OPTIONS}bool round_first, bool norm_before_gate, bool silu)"
     " -> Tensor",
     "gated_rms_norm_forward": f"(Tensor input, Tensor gate, {_OPTIONS}bool round_first, bool norm_before_gate, "
@@ -161,7 +161,7 @@ def _fake_gated_rms_norm_backward(
     )
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _ops.library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _ops.library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=_ops.library)

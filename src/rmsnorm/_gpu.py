@@ -66,10 +66,7 @@ def fused_by_torch(
     input: Tensor, weight: Tensor | None, dims: int, offset: float, round_first: bool, more: Tensor | None = None
 ) -> bool:
     """Whether torch's fused kernel has this meaning; ``more`` is what is added before or after."""
-    if more is not None or input.dtype not in _TYPES:
-        return False
-    alike = weight is None or (weight.dtype is input.dtype and weight.dim() == dims)
-    return alike and (weight is None or not (offset or round_first))
+    return more is None and reference.is_torchs(input, weight, dims, offset, round_first)
 
 
 def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool) -> str:

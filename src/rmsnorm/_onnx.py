@@ -4,22 +4,52 @@ ONNX has had the operator ``RMSNormalization`` since opset 23, and torch's expor
 rounds to the input's type before the gain, and runtimes differ in what they do inside a half type. So it is given wide
 inputs, and every rounding of ours is a ``Cast`` of its own: the graph has our meaning in any runtime. One thing is
 lost: by default (``stash_type``) ONNX takes the mean square in float32 for a float64 input too.
+
+Older opsets have no such operator. torch then writes ``x · Reciprocal(Sqrt(…))``; onnxruntime (1.32) fuses
+``x / Sqrt(ReduceMean(Pow(x, 2)) + eps) · w`` alone, so that is what is written here.
 """
 
 from __future__ import annotations
 
+import sys
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 
+RMS_NORMALIZATION = 23
+
 
 def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
-    """``reference.rms_norm`` around ``RMSNormalization``; below opset 23 torch takes it apart into older operators."""
-    shape = input.shape[-dims:]
+    """``reference.rms_norm`` around ``RMSNormalization``, or around a chain that onnxruntime takes for it."""
     wide = input.to(reference.accumulation_dtype(input.dtype))
     # In a wide type both casting modes are one function, and what RMSNormalization means. Its weight has the sizes of
     # the normalised dimensions and no more.
     if weight is None or weight.dim() > dims or (round_first and not wide.dtype == input.dtype == weight.dtype):
-        return reference.apply_gain(F.rms_norm(wide, shape, None, eps), input, weight, offset, round_first)
-    return F.rms_norm(wide, shape, reference.gain(weight, wide, offset), eps).to(input.dtype)
+        return reference.apply_gain(_normalise(wide, None, dims, eps), input, weight, offset, round_first)
+    return _normalise(wide, reference.gain(weight, wide, offset), dims, eps).to(input.dtype)
+
+
+def _normalise(wide: Tensor, gain: Tensor | None, dims: int, eps: float) -> Tensor:
+    if _opset() >= RMS_NORMALIZATION:
+        return F.rms_norm(wide, wide.shape[wide.dim() - dims :], gain, eps)
+    root = torch.sqrt(wide.pow(2).mean(tuple(range(-dims, 0)), keepdim=True) + eps)
+    return wide / root if gain is None else wide / root * gain
+
+
+def _opset() -> int:
+    """The opset that is asked for. Only the caller of ``torch.export`` knows it: it is in no global, so it is read from
+    that frame. Where dynamo traces, and frames can't be looked at, torch's own operator is as right, if not as fast."""
+    if torch.compiler.is_dynamo_compiling():
+        return RMS_NORMALIZATION
+    if torch.jit.is_tracing():
+        from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
+
+        return GLOBALS.export_onnx_opset_version
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == "export_compat" and (asked := frame.f_locals.get("opset_version")) is not None:
+            return int(asked)
+    return RMS_NORMALIZATION

@@ -9,6 +9,9 @@ Outputs are always contiguous. A gradient that is not asked for comes back as an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from . import _native, reference
 
 library = torch.library.Library("rmsnorm", "DEF")
 
-_SCHEMAS = {
+SCHEMAS = {
     "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset=0.0, bool round_first=False)"
     " -> Tensor",
     "rms_norm_out": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, "
@@ -165,7 +168,7 @@ def _fake_add_rms_norm_forward(
     return output, _like(input), rstd
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
@@ -187,6 +190,23 @@ for _name, _schema in {
 }.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
+
+
+def define_recorded(
+    name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], recorded: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """The operator ``name`` with a derivative that torch knows, for graphs that ``torch.compile`` records.
+
+    dynamo traces one node and never looks into an ``autograd.Function``, which it can't do with two norms of changing
+    size in one graph (torch 2.13). Eager calls don't come here: what torch asks at an operator with a derivative costs
+    them 2 to 4 µs. ``recorded`` calls ``plain`` in turn, and that is the node which is left in the compiled graph.
+    """
+    library.define(f"{name}_recorded{schema}", tags=torch.Tag.pt2_compliant_tag)
+    library.impl(f"{name}_recorded", plain, "CompositeExplicitAutograd")
+    library.impl(f"{name}_recorded", recorded, "Autograd")
+    torch.library.register_fake(f"rmsnorm::{name}_recorded", fake, lib=library)
+    return getattr(torch.ops.rmsnorm, f"{name}_recorded").default
+
 
 # LayerNorm's: CPU only, as torch has the operator for all else, and nothing but _layer_norm.py calls them.
 library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")

@@ -7,8 +7,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _everyday, _onnx, _ops, reference
+from . import _autograd, _everyday, _foreign, _ops, reference
 
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
@@ -87,6 +88,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                 )
             except (RuntimeError, KeyError):
                 pass
+    if has_torch_function_variadic(input, weight, out):
+        options = {"offset": offset, "casting_mode": casting_mode, "out": out}
+        tensors = (input, weight, out)
+        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
     if ranks := _everyday.distributed(input, weight, out):
         return ranks.rms_norm(input, weight, out, dims, eps, offset, casting_mode)
@@ -94,8 +99,8 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
-    if torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export():
-        return _onnx.rms_norm(input, weight, dims, eps, offset, round_first)
+    if _foreign.wanted_by(input, weight):
+        return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
     if not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _autograd.needed(input, weight):
@@ -129,6 +134,11 @@ def add_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
     """
+    if has_torch_function_variadic(input, residual, weight):
+        options = {"offset": offset, "casting_mode": casting_mode}
+        tensors = (input, residual, weight)
+        arguments = input, residual, normalized_shape
+        return handle_torch_function(add_rms_norm, tensors, *arguments, weight=weight, eps=eps, **options)
     if residual.shape != input.shape or residual.device != input.device:
         raise RuntimeError(
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
@@ -137,8 +147,12 @@ def add_rms_norm(
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
     if ranks := _everyday.distributed(input, residual, weight):
         return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
-    split = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
-    if split or not native or _autograd.refused() or residual.dtype is not input.dtype:
+    if (
+        _foreign.wanted_by(input, residual, weight)
+        or not native
+        or _autograd.refused()
+        or residual.dtype is not input.dtype
+    ):
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if _autograd.needed(input, weight, residual):
@@ -187,7 +201,7 @@ def _resolve(
 
 
 def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    return (normalized_shape,) if isinstance(normalized_shape, int | torch.SymInt) else tuple(normalized_shape)
 
 
 def check_casting_mode(name: str, casting_mode: str) -> None:

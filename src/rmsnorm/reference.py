@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 
@@ -33,6 +34,14 @@ def result_dtype(input: Tensor, weight: Tensor | None, round_first: bool) -> tor
 def spans(weight: Tensor, input: Tensor, dims: int) -> bool:
     """Whether the weight has the sizes of the last dimensions of the input: the ``dims`` normalised ones, or more."""
     return weight.dim() >= dims and weight.shape == input.shape[input.dim() - weight.dim() :]
+
+
+def is_torchs(input: Tensor, weight: Tensor | None, dims: int, offset: float, round_first: bool) -> bool:
+    """Whether this is what ``torch.nn.functional.rms_norm`` means by the same tensors, without a warning of its own."""
+    if input.dtype not in _FLOATING:
+        return False
+    alike = weight is None or (weight.dtype is input.dtype and weight.dim() == dims)
+    return alike and (weight is None or not (offset or round_first))
 
 
 def empty_rstd(input: Tensor, dims: int) -> Tensor:

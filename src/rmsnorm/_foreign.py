@@ -1,0 +1,54 @@
+"""The only file that knows who else may want a norm: tracers, exporters, and tensors with a dispatch of their own.
+
+Our operators are nodes of graphs that stay in this process. What leaves it (TorchScript, ``torch.export``, ONNX) has to
+run where nobody has heard of us, and to be trained there; and a subclass that unwraps itself knows torch's operators,
+not ours. For them the norm is ``F.rms_norm`` where that means the same, else the formula of ``reference.py``: torch's
+operators either way, with torch's derivatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_dynamo_compiling
+
+from . import _onnx, _ops, reference
+
+# Those of torch's compiler: what they trace is compiled here, and our operators are its nodes.
+_COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, FunctionalTensor})
+_NO_DISPATCH = Tensor.__torch_dispatch__
+
+
+def wanted_by(*tensors: Tensor | None) -> bool:
+    """Whether one of the above wants a norm of these tensors."""
+    if torch.compiler._is_exporting_flag or (not is_dynamo_compiling() and torch.jit.is_tracing()):
+        return True
+    return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
+
+
+def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
+    """The norm in torch's operators; the arguments are those of the operator ``rms_norm``."""
+    if torch.onnx.is_in_onnx_export():
+        return _onnx.rms_norm(input, weight, dims, eps, offset, round_first)
+    if reference.is_torchs(input, weight, dims, offset, round_first):
+        return F.rms_norm(input, input.shape[input.dim() - dims :], weight, eps)
+    return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+
+
+def _traced(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
+) -> Tensor:
+    return rms_norm(input, weight, dims, eps, offset, round_first)
+
+
+def _traced_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(input, weight, weight.dim(), eps, 0.0, False)
+
+
+# While torch.jit.trace records, the operators of an everyday call come here: to ask in Python whether it does would cost
+# each of them 50 ns. What is called inside is recorded in turn.
+_ops.library.impl("rms_norm", _traced, "Tracer")
+_ops.library.impl("rms_norm_weighted", _traced_weighted, "Tracer")
