@@ -34,10 +34,10 @@ _transforms_active = torch._C._are_functorch_transforms_active
 def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:
     """What serves an everyday call, or None if more has to be asked first.
 
-    Everyday: plain tensors, native kernels, no compiler, no transform, no mode. The callable takes the arguments of the operator
-    ``rms_norm`` and raises RuntimeError for those that no kernel has. ``weighted`` instead means that there is a weight
-    and nothing to record: it takes ``(input, weight, eps)``, where the other arguments say nothing. With ``out`` the
-    operators are ``into`` and ``weighted_into``, which check it as they do the others.
+    Everyday: plain tensors, native kernels, no compiler, no transform, no mode. The callable takes the arguments of the
+    operator ``rms_norm`` and raises RuntimeError for those that no kernel has. ``weighted`` instead means that there is
+    a weight and nothing to record: it takes ``(input, weight, eps)``, where the other arguments say nothing. With
+    ``out`` the operators are ``into`` and ``weighted_into``, which check it as they do the others.
     """
     if (
         is_dynamo_compiling()

@@ -48,7 +48,7 @@ def _traced_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(input, weight, weight.dim(), eps, 0.0, False)
 
 
-# While torch.jit.trace records, the operators of an everyday call come here: to ask in Python whether it does would cost
-# each of them 50 ns. What is called inside is recorded in turn.
+# While torch.jit.trace records, the operators of an everyday call come here: to ask in Python whether it does would
+# cost each of them 50 ns. What is called inside is recorded in turn.
 _ops.library.impl("rms_norm", _traced, "Tracer")
 _ops.library.impl("rms_norm_weighted", _traced_weighted, "Tracer")

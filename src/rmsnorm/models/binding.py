@@ -1,21 +1,23 @@
 """The only file that runs inside a patched model: the forward of its norms.
 
-``functools.partial`` of a module-level function is the one binding of an instance's forward that deepcopy, pickle and
-``torch.compile`` all follow. A bound method is pickled by its name and comes back as the class's own forward; another
-``__class__`` would break ``type(module) is ...`` and get in the way of FSDP, which swaps classes itself.
+It serves what was proven (``probe.py``) and nothing else. Every other call, whatever is unusual about it, is the
+module's own forward: other types, other numbers of dimensions, more arguments, a changed switch, a tracer that wants to
+see the module's operators.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
-from .recipes import Recipe
+from .. import _foreign
+from . import classes
+from .recipes import RECIPES, Recipe
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 Types = tuple[torch.dtype | None, ...]
@@ -29,14 +31,27 @@ class Binding:
     recipe: Recipe
     weight: str | None
     bias: str | None
-    eps: str
+    eps: str | None
+    """None where the recipe has one of its own."""
     group: str | None = None
     """Holds the size of a group of the last dimension, or the number of groups."""
     group_counts: bool = False
+    axis: int = -1
+    """The normalised dimension; 1 where channels come first."""
+    flat: bool = False
+    """Whether the weight has sizes of 1 beside that of the normalised dimension."""
     proven: frozenset[Types] = frozenset()
     """What the recipe was seen to reproduce. Everything else runs on the module's own forward."""
+    dims: frozenset[int] = frozenset()
+    """The numbers of dimensions of an input that this includes,"""
     single: bool = True
-    """Whether that includes inputs ``[batch, 1, size]``, which one class squeezes."""
+    """whether it includes inputs ``[batch, 1, size]``, which one class squeezes,"""
+    autocast: bool = True
+    """and calls under autocast."""
+    fixed: tuple[tuple[str, Any], ...] = ()
+    """Attributes that the forward reads, beside those above, and the values that they had."""
+
+    kind = "norm"
 
     def complete(self) -> bool:
         """Whether each type was proven together with weights and gates of the same type."""
@@ -53,72 +68,81 @@ class Binding:
 
     def adds(self) -> bool:
         """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
-        recipe = self.recipe
-        odd = recipe.own_gain or recipe.scaled_input or recipe.gate or recipe.centred
-        return not (odd or self.bias or self.group)
+        return self.recipe.adds() and not (self.bias or self.group or self.flat) and self.axis == -1
+
+    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        return forward
+
+    def plain(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["recipe"] = self.recipe.meaning
+        values["proven"] = tuple(sorted((tuple(t and str(t)[6:] for t in types) for types in self.proven), key=str))
+        values["dims"] = tuple(sorted(self.dims))
+        return tuple(values.values())
 
 
-def bind(module: nn.Module, binding: Binding) -> None:
-    """Gives this instance our forward. The class, the parameters and the hooks stay."""
-    module.forward = functools.partial(forward, module, binding)
+def _read(meaning: str, *values: Any) -> Binding:
+    """What ``Binding.plain`` wrote. A file takes the row of the table that the version which reads it has."""
+    names = [field.name for field in fields(Binding)][1:]
+    plain = dict(zip(names, values, strict=True))
+    plain["proven"] = frozenset(tuple(t and getattr(torch, t) for t in types) for types in plain["proven"])
+    plain["dims"] = frozenset(plain["dims"])
+    return Binding(RECIPES[meaning], **plain)
 
 
-def unbind(module: nn.Module) -> None:
-    """Takes our forward away, if there is one. Wrappers that were put around it later stay, around the class's own."""
-    for name in [name for name, value in vars(module).items() if _is_ours(value)]:
-        if name == "forward":
-            del module.forward
-        else:  # accelerate keeps what it wraps as an attribute of its own
-            setattr(module, name, type(module).forward.__get__(module))
-
-
-def switch(model: nn.Module) -> Callable[[bool], None]:
-    """Turns all that is bound in the model off (False) and on again, in microseconds: for timing both in turns."""
-    ours = [(module, vars(module)["forward"]) for module in model.modules() if _is_ours(vars(module).get("forward"))]
-
-    def turn(on: bool) -> None:
-        for module, forward in ours:
-            vars(module).pop("forward", None)
-            if on:
-                module.forward = forward
-
-    return turn
+classes.READERS["norm"] = _read
 
 
 def binding_of(module: nn.Module) -> Binding | None:
     """What the module is bound with now."""
-    ours = vars(module).get("forward")
-    return ours.args[1] if isinstance(ours, functools.partial) and ours.func is forward else None
+    change = classes.change_of(module)
+    return change if isinstance(change, Binding) else None
 
 
-def forward(module: Any, binding: Binding, *args: Any, **kwargs: Any) -> Any:
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a patched norm does when it is called."""
-    if not kwargs and args[-1] is not None:
-        weight = getattr(module, binding.weight) if binding.weight else None
-        x, gate = args[0], args[-1]
-        types: Types = None if weight is None else weight.dtype, x.dtype
-        if gate is not x:
-            types = *types, gate.dtype
-        if types in binding.proven and x.shape == gate.shape and (binding.single or x.shape[-2:-1] != (1,)):
-            return apply(module, binding, weight, *args)
-    return type(module).forward(module, *args, **kwargs)
+    binding: Binding | None = getattr(type(self), classes.CHANGE, None)
+    if binding is not None and not kwargs and len(args) == 1 + bool(binding.recipe.gate):
+        weight = getattr(self, binding.weight) if binding.weight else None
+        if serves(self, binding, weight, *args):
+            return apply(self, binding, weight, *args)
+    return classes.own_forward(self, *args, **kwargs)
+
+
+def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
+    """Whether such a call was proven."""
+    if has_torch_function_variadic(x, weight, gate) or _foreign.wanted_by(x, weight, gate) or module._rmsnorm_off:
+        return False
+    types: Types = None if weight is None else weight.dtype, x.dtype
+    if binding.recipe.gate:
+        if gate is None or gate.shape != x.shape:
+            return False
+        types = *types, gate.dtype
+    return (
+        types in binding.proven
+        and x.dim() in binding.dims
+        and (binding.single or 1 not in x.shape[:-1])
+        and (binding.autocast or not torch.is_autocast_enabled("cpu"))
+        and all(getattr(module, name) == value for name, value in binding.fixed)
+    )
 
 
 def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """The recipe on the module's own numbers."""
     bias = getattr(module, binding.bias) if binding.bias else None
+    if binding.flat:
+        weight, bias = (t if t is None else t.flatten() for t in (weight, bias))
+    if binding.axis != -1:
+        x = x.movedim(binding.axis, -1)
     shape = shape_of(module, weight, x)
     group: int | None = getattr(module, binding.group) if binding.group else None
     if binding.group_counts and group:
         group = shape[-1] // group
-    return binding.recipe(x, gate, weight, bias, getattr(module, binding.eps), shape, group)
+    eps = getattr(module, binding.eps) if binding.eps else None
+    output = binding.recipe(x, gate, weight, bias, eps, shape, group)
+    return output if binding.axis == -1 else output.movedim(-1, binding.axis).contiguous()
 
 
 def shape_of(module: Any, weight: Tensor | None, x: Tensor) -> torch.Size:
     """The sizes of the normalised dimensions."""
     return weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
-
-
-def _is_ours(value: object) -> bool:
-    """Of a norm or, from ``rewrite.py``, of a layer."""
-    return isinstance(value, functools.partial) and value.func.__module__.startswith(f"{__package__}.")

@@ -3,6 +3,7 @@
 A name proves nothing: classes called RMSNorm round in different places, and classes are changed at run time. So a
 module is what it does. First its copy gets a random weight and an eps that shows in every row; the recipe that follows
 it there is then proven with the module's own eps, in all types, forward and backward. Everything runs on the CPU.
+``conditions.py`` finds out where the proof holds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from . import trial
+from . import conditions, trial
 from .binding import TYPES, Binding, Types
 from .recipes import RECIPES, Recipe
 
@@ -44,30 +45,33 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
     refuse_unasked(module)
     candidates = sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
     partial: list[Proof] = []
-    nearest, shortest = "", float("inf")
-    try:
-        for candidate in candidates:
+    nearest, shortest, raised, ran = "", float("inf"), "", False
+    for candidate in candidates:
+        try:
             distance = _distance(module, candidate)
+            ran = True
             if distance <= 1 and candidate.recipe.centred and not layer_norm:
                 raise Refused("it is a LayerNorm; patch(model, layer_norm=True) takes it")
             if distance <= 1 and (proof := _prove(module, candidate, verify)):
                 if proof.binding.complete():
                     return proof
                 partial.append(proof)
-            if distance < shortest:
-                nearest, shortest = f"; the nearest is {candidate.recipe.meaning!r}", distance
-    except Refused:
-        raise
-    except trial.Unfit as unfit:
-        raise Refused(str(unfit)) from unfit
-    except Exception as error:  # a stranger's forward may raise anything
-        reason = str(error).partition("\n")[0]
-        raise Refused(f"it can't be probed: {type(error).__name__}: {reason}") from error
+        except Refused:
+            raise
+        except trial.Unfit as unfit:
+            raise Refused(str(unfit)) from unfit
+        except Exception as error:  # a stranger's forward may raise anything; other candidates ask it otherwise
+            raised = raised or f"it can't be probed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
+        if distance < shortest:
+            nearest, shortest = candidate.recipe.meaning, distance
     if partial:  # right in some types: in float32, many meanings are one
         return max(partial, key=lambda one: len(one.binding.proven))
     if shortest <= 1:
-        raise Refused(f"{nearest[17:]} follows it, but not backward or not with its own eps")
-    raise Refused(f"no recipe reproduces it{nearest}")
+        raise Refused(f"{nearest!r} follows it, but not backward or not with its own eps")
+    if not ran:
+        raise Refused(raised or "no recipe takes what it takes")
+    raise Refused("no recipe reproduces it" + (f"; the nearest is {nearest!r}" if nearest else ""))
 
 
 def refuse_unasked(module: nn.Module) -> None:
@@ -78,18 +82,18 @@ def refuse_unasked(module: nn.Module) -> None:
         raise Refused(f"its forward was replaced before, by {getattr(by, '__name__', 'somebody')}")
     if module._modules:
         raise Refused("it has modules inside")
-    if not _eps_names(module):
-        raise Refused("it has no attribute for eps")
     own = trial.weights(module)
     if len(own) > 2:
         raise Refused(f"it has {len(own)} weights")
     if odd := {tensor.dtype for tensor in own.values()} - set(TYPES):
         raise Refused(f"its weight is {odd.pop()}")
+    if any(tensor.is_meta for tensor in own.values()):
+        raise Refused("its weight is on the device meta, without values; patch the model when it is loaded")
 
 
 def _eps_names(module: nn.Module) -> list[str]:
     """Attributes that may hold eps, the likely ones first."""
-    likely = [name for name in EPS_NAMES if hasattr(module, name)]
+    likely = [name for name in EPS_NAMES if isinstance(getattr(module, name, ""), float | int | None)]
     return [*likely, *(n for n, v in vars(module).items() if type(v) is float and 0 <= v < 1 and n not in likely)]
 
 
@@ -102,16 +106,30 @@ def _groupings(module: nn.Module) -> Iterator[tuple[str | None, bool]]:
             yield from ((name, False), (name, True))
 
 
+def _layouts(module: nn.Module, weight: str | None) -> Iterator[tuple[int, bool]]:
+    """The normalised dimension, and whether the weight has sizes of 1 beside it."""
+    shape = trial.weights(module)[weight].shape if weight else torch.Size([])
+    if len(shape) > 1 and sum(size > 1 for size in shape) <= 1:
+        yield from ([(-1, True)] if shape[-1] > 1 else [(1, True)])
+    else:
+        yield -1, False
+        if len(shape) < 2:
+            yield 1, False
+
+
 def _candidates(module: nn.Module) -> Iterator[Binding]:
     names = [*trial.weights(module), None]
     gated = trial.takes_gate(module)
-    for recipe, eps in product(RECIPES.values(), _eps_names(module)):
+    for recipe in RECIPES.values():
         if bool(recipe.gate) is not gated:
             continue
-        for weight, bias in product(names, reversed(names)):
-            if (weight is not None) in recipe.weight and (bias is None or bias != weight):
-                for group, counts in _groupings(module) if not recipe.centred else [(None, False)]:
-                    yield Binding(recipe, weight, bias, eps, group, counts)
+        for eps, weight, bias in product([None] if recipe.floors else _eps_names(module), names, reversed(names)):
+            if (weight is not None) not in recipe.weight or (bias is not None and bias == weight):
+                continue
+            for axis, flat in _layouts(module, weight):
+                plain = axis == -1 and not flat
+                for group, counts in _groupings(module) if plain and not recipe.centred else [(None, False)]:
+                    yield Binding(recipe, weight, bias, eps, group, counts, axis, flat)
 
 
 def _own_type(module: nn.Module) -> torch.dtype:
@@ -121,8 +139,13 @@ def _own_type(module: nn.Module) -> torch.dtype:
 def _distance(module: nn.Module, candidate: Binding) -> float:
     """How far the candidate is from the module with a conspicuous eps, in its own type and in float32; at most 1 if
     rounding explains it."""
-    types = dict.fromkeys((_own_type(module), torch.float32))
-    return max(trial.forward(trial.Trial(module, candidate, (t, t, t), CONSPICUOUS)).part for t in types)
+    types = dict.fromkeys((torch.float32, _own_type(module)))
+    worst = 0.0
+    for t in types:
+        worst = max(worst, trial.forward(trial.Trial(module, candidate, (t, t, t), CONSPICUOUS)).part)
+        if worst > 1:  # in float32 already
+            break
+    return worst
 
 
 def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
@@ -135,7 +158,7 @@ def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
             try:
                 once = trial.Trial(module, candidate, types)
                 there = trial.forward(once)
-                back = trial.backward(once) if verify else 0.0
+                back = trial.backward(once) if verify and there.part <= 1 else 0.0
             except (RuntimeError, TypeError, ValueError):
                 continue  # it doesn't take these types
             if max(there.part, back) > 1:
@@ -145,7 +168,7 @@ def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
             if weight in (None, x):
                 errors[str(x).removeprefix("torch.")] = there.far if x is torch.float32 else there.share
     own = _own_type(module)
-    if (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate))) not in proven:
+    types = (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate)))
+    if types not in proven:
         return None
-    single = trial.same_in_other_shapes(trial.Trial(module, candidate, (own, own, own)))
-    return Proof(replace(candidate, proven=frozenset(proven), single=single), errors)
+    return Proof(conditions.find(module, replace(candidate, proven=frozenset(proven)), types), errors)

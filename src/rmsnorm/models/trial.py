@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .binding import Binding, Types, apply
+from .reads import Unfit as Unfit
 
 # Bounds in units of a type's eps. Forward, relative to each output: in float32 their sum, root and products round, up
 # to 4 in all; in a half type one rounding of x·r may fall the other way, and the weight passes it on. A gate brings an
@@ -23,16 +23,20 @@ NOT_IDENTICAL = 0.005
 # Backward, relative to the largest gradient of the row (dx) or of all (dw), in the coarser type's eps: theirs is
 # rounded at every step of its chain. A forgotten term would be as large as the gradient.
 BACKWARD = 16.0
-
-
-class Unfit(Exception):
-    """The module does something that no norm does."""
+LEADING: dict[int, tuple[int, ...]] = {0: (), 1: (8,), 2: (2, 4), 3: (2, 2, 2), 4: (2, 2, 1, 2)}
+"""Sizes of the other dimensions by their number; eight rows are what an input of few dimensions has."""
+WIDTH = 64
+"""Of norms that have no weight and no size."""
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own floating parameters and buffers."""
-    own = {**module._parameters, **module._buffers}
-    return {name: t for name, t in own.items() if t is not None and t.is_floating_point() and t.dim()}
+    """The module's own floating parameters and buffers, but for numbers."""
+    return {name: t for name, t in tensors(module).items() if t.is_floating_point() and t.dim()}
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All of the module's own parameters and buffers."""
+    return {name: t for name, t in {**module._parameters, **module._buffers}.items() if t is not None}
 
 
 def takes_gate(module: nn.Module) -> bool:
@@ -41,56 +45,90 @@ def takes_gate(module: nn.Module) -> bool:
     return len(parameters) == 2 and (parameters[1].default is inspect.Parameter.empty or "gate" in parameters[1].name)
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Whatever the default type and device are."""
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=dice, dtype=torch.float32, device="cpu")
+
+
 class Trial:
     """A copy of the module with random weights, and rows for it. ``types`` are of weight, input and gate."""
 
     def __init__(self, module: nn.Module, binding: Binding, types: Types, eps: float | None = None) -> None:
-        dice = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=dice, dtype=torch.float32, device="cpu")  # whatever the defaults are
-
-        self.binding = binding
+        self.binding, self.types = binding, types
         self.module: Any = copy.deepcopy(module)
-        for name, tensor in weights(module).items():
-            value = (1 + 0.7 * normal(*tensor.shape)).to(types[0] or types[1])
+        for seed, (name, tensor) in enumerate(tensors(module).items()):
+            if not tensor.is_floating_point():
+                continue
+            value = (1 + 0.7 * normal(*tensor.shape, seed=seed)).to(types[0] or types[1])
             if name in module._parameters:
                 self.module._parameters[name] = nn.Parameter(value)
             else:
                 self.module._buffers[name] = value
-        if eps is not None:
+        if eps is not None and binding.eps:
             setattr(self.module, binding.eps, eps)
         self.weight = getattr(self.module, binding.weight) if binding.weight else None
         self.bias = getattr(self.module, binding.bias) if binding.bias else None
-        shape = getattr(module, "normalized_shape", (64,)) if self.weight is None else self.weight.shape
-        columns = torch.Size(shape).numel()
-        self.blocks = max(2, 400 // columns)
-        # Five sizes of rows, from those that eps drowns to those that it leaves alone. In float16 the gradients of
-        # smaller ones would overflow.
-        least = 1e-3 if types[1] is torch.float16 else 1e-5
-        root = max(getattr(self.module, binding.eps) or 0.0, least**2) ** 0.5
-        sizes = [0.3 * root, root, 3 * root, 1.0, 30.0] * self.blocks
-        x = torch.stack([size * normal(columns) for size in sizes])
-        rows = [x, 2 * normal(*x.shape)][: 1 + bool(binding.recipe.gate)]
-        self.inputs = [
-            r.to(t).view(1, len(sizes), *shape).requires_grad_() for r, t in zip(rows, types[1:], strict=False)
-        ]
-        self.grad = normal(*self.inputs[0].shape) / 4
+        self.shape = _normalised(module, binding, self.weight)
 
-    def theirs(self, view: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-        """What the module's own forward makes of (a view of) the rows."""
-        inputs = [view(t) for t in self.inputs]
-        before = inputs[0].detach().clone()
+    def rows(self, *, gradient: bool = False) -> list[Tensor]:
+        """Rows of many sizes, and the gates for them: ``[rows, *normalised]`` each.
+
+        From those that eps drowns to those that it leaves alone, and from subnormal numbers to 1e4, where a square is
+        too large for float16. For gradients those in the middle, as gradients of smaller rows overflow in float16.
+        """
+        columns, x_type = self.shape.numel(), self.types[1]
+        least = 1e-3 if x_type is torch.float16 else 1e-5
+        eps = getattr(self.module, self.binding.eps) if self.binding.eps else self.binding.recipe.floor(columns)
+        root = max(eps or 0.0, 0.0 if self.binding.recipe.floors and not gradient else least**2) ** 0.5
+        sizes = [0.3 * root, root, 3 * root, 1.0, 30.0]
+        if not gradient:
+            # Without an eps their root of a square that underflows is wrong, which ours isn't.
+            smallest = [0.0, torch.finfo(x_type).smallest_normal / 64] if eps else [1.0, 1.0]
+            sizes = [*smallest, *sizes, 1e4]
+        sizes *= max(2, 400 // columns)
+        sizes = sizes[: len(sizes) // 8 * 8]
+        x = torch.stack([size * normal(columns, seed=i) for i, size in enumerate(sizes)])
+        rows = [x, 2 * normal(*x.shape, seed=-1)][: 1 + bool(self.binding.recipe.gate)]
+        return [r.to(t).view(-1, *self.shape) for r, t in zip(rows, self.types[1:], strict=False)]
+
+    def inputs(self, leading: tuple[int, ...] | None = None, *, gradient: bool = False) -> list[Tensor]:
+        """The rows in other dimensions, of these sizes: as many as fit. By default all, in as many as the weight asks."""
+        rows = self.rows(gradient=gradient)
+        if leading is None:
+            many = 2 if self.binding.axis == -1 else max(2, (0 if self.weight is None else self.weight.dim()))
+            leading = (1,) * (many - 2) + (2, len(rows[0]) // 2)
+        count = torch.Size(leading).numel()
+        shaped = [r[-count:].reshape(*leading, *self.shape) for r in rows]
+        if self.binding.axis != -1:
+            shaped = [r.movedim(-1, self.binding.axis).contiguous() for r in shaped]
+        return [r.clone().requires_grad_(gradient) for r in shaped]
+
+    def theirs(self, inputs: list[Tensor]) -> Tensor:
+        """What the module's own forward makes of (a copy of) the rows."""
+        given = [t.clone() for t in inputs]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's RMSNorm warns of mixed types
-            output: Tensor = type(self.module).forward(self.module, *inputs)
-        if not torch.equal(inputs[0].detach(), before):
+            output = type(self.module).forward(self.module, *given)
+        if not isinstance(output, Tensor):
+            raise Unfit(f"it returns a {type(output).__name__}, not a tensor")
+        if not torch.equal(given[0].detach(), inputs[0].detach()):
             raise Unfit("it writes into its input")
         return output
 
-    def ours(self, view: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    def ours(self, inputs: list[Tensor]) -> Tensor:
         """What the recipe makes of them."""
-        return apply(self.module, self.binding, self.weight, *(view(t) for t in self.inputs))
+        return apply(self.module, self.binding, self.weight, *(t.clone() for t in inputs))
+
+
+def _normalised(module: nn.Module, binding: Binding, weight: Tensor | None) -> torch.Size:
+    if weight is not None:
+        return torch.Size([weight.numel()]) if binding.flat else weight.shape
+    shape = getattr(module, "normalized_shape", None)
+    if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
+        return torch.Size(shape)
+    widths = [n for name, n in vars(module).items() if type(n) is int and n > 1 and name != binding.group]
+    return torch.Size([max(widths, default=WIDTH)])
 
 
 @dataclass(frozen=True)
@@ -105,62 +143,56 @@ class Difference:
     """Of what is allowed; above 1, rounding doesn't explain it."""
 
 
-def forward(trial: Trial, view: Callable[[Tensor], Tensor] = torch.clone) -> Difference:
+UNLIKE = Difference(float("inf"), 1.0, float("inf"))
+
+
+def forward(trial: Trial, inputs: list[Tensor] | None = None) -> Difference:
     """How far apart the outputs are."""
+    inputs = trial.inputs() if inputs is None else inputs
     with torch.no_grad():
-        theirs, ours = trial.theirs(view), trial.ours(view)
+        return compare(trial, trial.theirs(inputs), trial.ours(inputs))
+
+
+def compare(trial: Trial, theirs: Tensor, ours: Tensor) -> Difference:
+    """How far two outputs are apart."""
     if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
-        return Difference(float("inf"), 1.0, float("inf"))
-    coarse = max(trial.inputs[0].dtype, ours.dtype, key=_eps)
+        return UNLIKE
+    recipe = trial.binding.recipe
+    coarse = max(trial.types[1] or ours.dtype, ours.dtype, key=_eps)
     size = theirs.abs().float()
-    if (
-        trial.binding.recipe.centred or trial.bias is not None
-    ):  # these cancel: errors are relative to what was subtracted
-        size = size.amax(-1, keepdim=True)
+    if recipe.centred or trial.bias is not None:  # these cancel: errors are relative to what was subtracted
+        size = size.amax(trial.binding.axis, keepdim=True)
     far = _largest(ours, theirs, size, _eps(coarse))
     share = float((theirs != ours).double().mean())
-    allowed = FORWARD[coarse] * (2 if trial.binding.recipe.gate else 1)
+    allowed = FORWARD[coarse] * (2 if recipe.gate else 1)
     return Difference(far, share, max(far / allowed, share / NOT_IDENTICAL * (coarse is not torch.float32)))
 
 
 def backward(trial: Trial) -> float:
     """The largest difference of a gradient, as a part of the allowed."""
-    wanted = [*trial.inputs, *(t for t in (trial.weight, trial.bias) if isinstance(t, nn.Parameter))]
+    inputs = trial.inputs(gradient=True)
+    wanted = [*inputs, *(t for t in (trial.weight, trial.bias) if isinstance(t, nn.Parameter))]
+    grad = normal(*inputs[0].shape, seed=7) / 4
     theirs, ours = (
-        torch.autograd.grad(output, wanted, trial.grad.to(output.dtype), allow_unused=True)
-        for output in (trial.theirs(), trial.ours())
+        torch.autograd.grad(output, wanted, grad.to(output.dtype), allow_unused=True)
+        for output in (trial.theirs(inputs), trial.ours(inputs))
     )
     worst = 0.0
+    dims = tuple(range(-len(trial.shape), 0)) if trial.binding.axis == -1 else (trial.binding.axis,)
     for tensor, one, other in zip(wanted, theirs, ours, strict=True):
         if one is None or other is None:
             return float("inf")
-        rowwise = any(tensor is x for x in trial.inputs)
-        size = one.abs().float().flatten(2).amax(-1) if rowwise else one.abs().float().max()
-        size = size.view(*size.shape, *[1] * (one.dim() - size.dim()))
-        coarse = max(*(t.dtype for t in trial.inputs), tensor.dtype, key=_eps)
+        rowwise = any(tensor is x for x in inputs)
+        size = one.abs().float().amax(dims, keepdim=True) if rowwise else one.abs().float().max()
+        coarse = max(*(t.dtype for t in inputs), tensor.dtype, key=_eps)
         worst = max(worst, _largest(other, one, size, _eps(coarse)) / BACKWARD)
     return worst
 
 
-def same_in_other_shapes(trial: Trial) -> bool:
-    """Whether [batch, 1, size] is served too.
-
-    Raises:
-        Unfit: the module does something else with inputs of two or four dimensions.
-    """
-    plain, heads = (lambda x: x[0]), (lambda x: x.unflatten(1, (trial.blocks, 5)).transpose(1, 2))
-    for view in (plain, heads):
-        try:
-            trial.theirs(view)
-        except (RuntimeError, ValueError, IndexError):
-            continue  # nor does the model call it so
-        if forward(trial, view).part > 1:
-            raise Unfit("it does something else with inputs of two or four dimensions")
-    return forward(trial, lambda x: x.transpose(0, 1)).part <= 1
-
-
 def _largest(ours: Tensor, theirs: Tensor, size: Tensor, eps: float) -> float:
     """The largest difference in units of eps, relative to a size; infinite where one isn't finite and the other is."""
+    if not ours.numel():
+        return 0.0
     tiny = torch.finfo(ours.dtype).smallest_normal
     apart = (ours.double() - theirs.double()).abs() / (size.double().clamp_min(tiny) * eps)
     apart = torch.where(ours.isfinite() | theirs.isfinite(), apart, 0.0)

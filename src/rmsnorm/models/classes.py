@@ -1,0 +1,110 @@
+"""The only file that gives an instance another forward: by a subclass of its class, made once for all that compute alike.
+
+The forward of a class gets the module that it is called on: a replica, a shallow copy or a copy out of a file computes
+with its own weights, and ``torch.compile`` sees equal layers as equal. A callable that is bound to one module, kept as
+an attribute, can do neither. The subclass has the name, the module and the qualified name of the class; ``isinstance``
+holds, the state is untouched, and the way back is the class itself. ``type(module) is cls`` does not hold meanwhile.
+
+Copies and files name the original class and the change (see :func:`restored`), as the subclass itself can't be imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+_ORIGINAL, CHANGE, OFF = "_rmsnorm_original", "_rmsnorm_change", "_rmsnorm_off"
+
+
+class Change(Protocol):
+    """What makes the subclass differ; hashable, equal where it makes the same of a class."""
+
+    kind: str
+    """A key of ``READERS``."""
+
+    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        """The forward of the subclass of ``cls``."""
+
+    def plain(self) -> tuple[Any, ...]:
+        """Its fields as strings, numbers and tuples of them, for files."""
+
+
+READERS: dict[str, Callable[..., Change]] = {}
+"""What makes a change of what ``plain()`` returned."""
+_made: dict[tuple[type[nn.Module], Change], type[nn.Module]] = {}
+_count = itertools.count()
+
+
+def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
+    """The class with another forward."""
+    key = cls, change
+    if key not in _made:
+        namespace = {
+            **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
+            **{_ORIGINAL: cls, CHANGE: change, OFF: False},
+            "forward": change.forward_for(cls),
+            "__prepare_scriptable__": _scriptable,
+        }
+        made = type(cls)(cls.__name__, (cls,), namespace)
+
+        def reduce(module: nn.Module, protocol: Any) -> Any:
+            reduced = super(made, module).__reduce_ex__(protocol)
+            if type(module) is not made or reduced[1][:1] != (made,):
+                return reduced  # a class that was put around ours, or one with a way of its own
+            return restored, (cls, change.kind, change.plain()), *reduced[2:]
+
+        made.__reduce_ex__ = reduce  # type: ignore[method-assign]
+        # torch.load(weights_only=True) fills only objects of classes that it was told of, by a name each.
+        torch.serialization.add_safe_globals([(made, f"{__name__}.{next(_count)}")])
+        _made[key] = made
+    return _made[key]
+
+
+def restored(cls: type[nn.Module], kind: str, plain: tuple[Any, ...]) -> nn.Module:
+    """What copies and files call: an instance without state of the class with the change."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"rmsnorm: {cls!r} is not a class of modules; this file was not written by rmsnorm.patch")
+    made = subclass(cls, READERS[kind](*plain))
+    return made.__new__(made)
+
+
+torch.serialization.add_safe_globals([restored])
+
+
+def change_of(module: nn.Module) -> Any:
+    """The change that is in force, or None."""
+    return None if getattr(module, OFF, True) else getattr(type(module), CHANGE)
+
+
+def change(module: nn.Module, how: Change) -> None:
+    """Gives this instance the changed forward."""
+    if getattr(type(module), CHANGE, None) == how:  # switched off below a class that somebody put around it
+        vars(module).pop(OFF, None)
+    else:
+        module.__class__ = subclass(type(module), how)
+
+
+def restore(module: nn.Module) -> None:
+    """Takes it back. Below a class that somebody put around ours (FSDP, parametrize) it is switched off."""
+    if original := vars(type(module)).get(_ORIGINAL):
+        module.__class__ = original
+    elif hasattr(type(module), _ORIGINAL):
+        vars(module)[OFF] = True
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module's own class does when it is called; also for a method of ours that somebody has kept."""
+    return getattr(type(module), _ORIGINAL, type(module)).forward(module, *args, **kwargs)
+
+
+def _scriptable(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` compiles: a module with the same state and its own forward."""
+    cls = getattr(type(module), _ORIGINAL)
+    twin = cls.__new__(cls)
+    vars(twin).update(vars(module))
+    prepare = getattr(cls, "__prepare_scriptable__", None)
+    return prepare(twin) if prepare else twin

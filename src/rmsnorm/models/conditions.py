@@ -1,0 +1,178 @@
+"""The only file that finds out where a proof holds: for which shapes, modes and settings a module keeps its meaning.
+
+A binding serves the calls for which this was seen, and no others. A module that changes itself, draws random numbers,
+does something else in training, or looks at what lies outside of itself is refused altogether: nobody could say when.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reads, trial
+from .binding import TYPES, Binding, Types
+from .reads import Unfit
+
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+
+def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
+    """The binding with its conditions; ``types`` are the module's own, in which it was proven.
+
+    Raises:
+        Unfit: there is no saying.
+    """
+    once = trial.Trial(module, binding, types)
+    binding = replace(binding, fixed=_fixed(once))
+    for training in (True, False):
+        once.module.training = training
+        if trial.forward(once).part > 1:
+            raise Unfit("it does something else in training, or in eval()")
+    once.module.training = module.training
+    dims, single = _shapes(once)
+    return replace(binding, dims=dims, single=single, autocast=_same_under_autocast(module, binding))
+
+
+def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
+    """The attributes that its forward reads, beside those of the binding, and their values."""
+    module, binding = once.module, once.binding
+    own = {binding.weight, binding.bias, binding.eps, binding.group, "training", "normalized_shape"}
+    if once.weight is None:
+        own.discard("normalized_shape")
+    found: dict[str, Any] = {}
+    inputs = once.inputs()
+    for training in (True, False):
+        module.training = training
+        for mode in (torch.enable_grad, torch.no_grad):
+            before = _state(module)
+            with mode():
+                _, seen = reads.watch(lambda: once.theirs(inputs), module)
+            if changed := [name for name, value in _state(module).items() if not _same(value, before.pop(name, None))]:
+                raise Unfit(f"it changes its {changed[0]}")
+            if before:
+                raise Unfit(f"it changes its {next(iter(before))}")
+            if seen.outside:
+                raise Unfit(f"it reads {min(seen.outside)}, which is outside of it and may change")
+            found |= {name: value for name, value in _attributes(module) if seen.all_names or name in seen.names}
+    for name in own & found.keys():
+        del found[name]
+    if odd := [name for name, value in found.items() if not _is_plain(value)]:
+        raise Unfit(f"it reads its {odd[0]}, a {type(found[odd[0]]).__name__}, which may change")
+    found |= {name: value for name, value in _attributes(module) if name not in own | found.keys() and _matters(once, name)}
+    _refuse_other_tensors(once, own)
+    return tuple(sorted(found.items()))
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Of the instance and of its classes, but for what every module has, for functions and for tensors."""
+    seen = set(_MODULES) | {"forward"}
+    for space in (vars(module), *(vars(cls) for cls in type(module).__mro__ if not issubclass(nn.Module, cls))):
+        for name, value in space.items():
+            if name in seen or name.startswith("__") or isinstance(value, Tensor) or hasattr(value, "__get__"):
+                continue
+            seen.add(name)
+            yield name, value
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """All that it could change, copied."""
+    plain = {name: value for name, value in _attributes(module) if _is_plain(value)}
+    return plain | {name: t.detach().clone() for name, t in trial.tensors(module).items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _matters(once: trial.Trial, name: str) -> bool:
+    """Whether the output follows an attribute that no instruction names: it is set to something else, and asked."""
+    value = getattr(once.module, name)
+    if name not in vars(once.module) or not isinstance(value, bool | int | float):
+        return False
+    inputs = once.inputs((2, 4))
+    with torch.no_grad():
+        before = once.theirs(inputs)
+        setattr(once.module, name, not value if isinstance(value, bool) else value + 1)
+        try:
+            return not torch.equal(before, once.theirs(inputs))
+        except Exception:  # whatever it raises then
+            return True
+        finally:
+            setattr(once.module, name, value)
+
+
+def _refuse_other_tensors(once: trial.Trial, own: set[str | None]) -> None:
+    """Weights were random in every trial; numbers of other types are changed here."""
+    inputs = once.inputs()
+    for name, tensor in trial.tensors(once.module).items():
+        if name in own or tensor.is_floating_point():
+            continue
+        with torch.no_grad():
+            before, kept = once.theirs(inputs), tensor.clone()
+            tensor.copy_(~kept if kept.dtype is torch.bool else kept + 1)
+            try:
+                same = torch.equal(before, once.theirs(inputs))
+            except Exception:
+                same = False
+            tensor.copy_(kept)
+        if not same:
+            raise Unfit(f"its output follows its {name}")
+
+
+def _shapes(once: trial.Trial) -> tuple[frozenset[int], bool]:
+    """The numbers of dimensions, and whether some of them may be 1."""
+    more, dims, single = len(once.shape), set(), True
+    for count, leading in trial.LEADING.items():
+        if once.binding.axis > count:
+            continue
+        ok = _holds(once, leading)
+        if ok and count:
+            singles = [(1,) * count, (*leading[:-1], 1), (1, *leading[1:]), (*leading[:-1], 0)]
+            if not all(_holds(once, sizes) for sizes in singles):
+                single = False
+        if ok:
+            dims.add(count + more)
+    if not dims:
+        raise Unfit("it does something else with inputs of other dimensions")
+    return frozenset(dims), single
+
+
+def _holds(once: trial.Trial, leading: tuple[int, ...]) -> bool:
+    inputs = once.inputs(leading)
+    try:
+        theirs = once.theirs(inputs)
+    except Unfit:
+        raise
+    except Exception:  # nor does the model call it so; its own forward then says why
+        return False
+    try:
+        return trial.compare(once, theirs, once.ours(inputs)).part <= 1
+    except Exception:
+        return False
+
+
+def _same_under_autocast(module: nn.Module, binding: Binding) -> bool:
+    """For each proven pair of types, with bfloat16 and with float16 as the type of autocast."""
+    for types in sorted(binding.proven, key=str):
+        once = trial.Trial(module, binding, types)
+        inputs = once.inputs((8,)) if binding.axis == -1 else once.inputs()
+        for dtype in TYPES[1:]:
+            with torch.no_grad(), torch.autocast("cpu", dtype):
+                try:
+                    if trial.compare(once, once.theirs(inputs), once.ours(inputs)).part > 1:
+                        return False
+                except Exception:
+                    return False
+    return True
