@@ -16,6 +16,8 @@ from . import reference
 
 def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
     """``reference.rms_norm`` around ``RMSNormalization``; below opset 23 torch takes it apart into older operators."""
+    if eps < 0:  # a floor, which the operator doesn't have
+        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     shape = input.shape[-dims:]
     wide = input.to(reference.accumulation_dtype(input.dtype))
     # In a wide type both casting modes are one function, and what RMSNormalization means. Its weight has the sizes of
