@@ -49,7 +49,9 @@ std::tuple<Tensor, Tensor> call(const char* name, const Tensor& first, const Arg
 }
 
 std::tuple<Tensor, Tensor> fused_rms_norm(Tensor input, Sizes shape, OptionalTensor weight, std::optional<double> eps) {
-  if (!takes(input, shape, weight)) return call("rmsnorm::torch_fused_rms_norm", input, shape, weight, eps);
+  // A negative eps would be a floor in our kernels; here it is added as any other.
+  if (!takes(input, shape, weight) || (eps && *eps < 0))
+    return call("rmsnorm::torch_fused_rms_norm", input, shape, weight, eps);
   const bool wide = input.scalar_type() == ScalarType::Double;
   const double machine = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   return rms_norm_forward(input, weight, static_cast<int64_t>(shape.size()), eps.value_or(machine), 0.0, false);

@@ -2,8 +2,8 @@
 //
 //   dx = r · (h - mean(h) - x̂ · mean(h · x̂))  [+ grad_sum]          dw += grad · x̂          db += grad
 //
-// where RMSNorm has no mean and no bias. Two passes over a row, the second from cache. Weight gradients are added in
-// the order of the rows.
+// where RMSNorm has no mean and no bias, and no mean(h · x̂) in a row whose 1/rms is the floor's. Two passes over a row,
+// the second from cache. Weight gradients are added in the order of the rows.
 #pragma once
 
 // What backward needs to know of a statistic: x̂ from what forward kept, and the means of h and h·x̂.
@@ -13,12 +13,16 @@ struct RmsBackward {
   using Element = T;
   using Sums = Sum<T>;
   Vector<T> scale, minus_mean_product = {};
+  bool floored;
 
   RMSNORM_INLINE void set_row(const BackwardRows& rows, int64_t r) {
-    scale = splat<T>(((const Scalar<T>*)rows.rstd)[r]);
+    scale = splat<T>(rstd_of<T>(rows, r));
+    floored = kept_rstd<T>(rows, r) < 0;
   }
   RMSNORM_INLINE Vector<T> normalised(const Vector<T>& x) const { return x * scale; }
-  RMSNORM_INLINE void set_means(Double2 sum, double n) { minus_mean_product = splat<T>((Scalar<T>)(-sum.high / n)); }
+  RMSNORM_INLINE void set_means(Double2 sum, double n) {
+    minus_mean_product = splat<T>(floored ? (Scalar<T>)0 : (Scalar<T>)(-sum.high / n));
+  }
   RMSNORM_INLINE Vector<T> dx(const Vector<T>& h, const Vector<T>& normalised) const {
     return fma(normalised, minus_mean_product, h) * scale;
   }

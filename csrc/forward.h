@@ -124,7 +124,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
-    ((Scalar<T>*)rows.rstd)[r] = row.high;
+    ((Scalar<T>*)rows.rstd)[r] = kept(row);
     if constexpr (Norm::kBias) rows.mean[r] = row.mean;
   };
   if (rows.rstd)

@@ -119,7 +119,7 @@ class Gated {
       if (!First) y = rounded(f.round_product, y) * a(i);
       set_element((Out*)rows.output[r], i, y);
     }
-    row.high = (Scalar<T>)(scaled.high * scaled.scale);
+    set_row(row, scaled);
   }
 
  private:

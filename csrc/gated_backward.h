@@ -30,10 +30,10 @@ struct GatedPart {
 template <class T, bool First>
 RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& rows, int64_t r) {
   using V = Vector<T>;
-  const V scale = splat<T>(((const Scalar<T>*)rows.rstd)[r]);
+  const V scale = splat<T>(rstd_of<T>(rows, r));
   const typename GatedPart<T, First>::Activate activate(b.gate == Gate::silu);
   V minus_mean = {};
-  if (b.need_input || (First && b.need_gate)) {
+  if ((b.need_input || (First && b.need_gate)) && !(kept_rstd<T>(rows, r) < 0)) {
     Sum<T> sum;
     sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
       const GatedPart<T, First> part(rows, r, activate, scale, span);

@@ -37,7 +37,7 @@ struct WeightRows {
 
 struct Forward {
   int64_t columns;
-  double eps;
+  double eps;  // added to the mean square; negative: -eps is the least that it counts as (statistic.h)
   Type input;
   Type output;       // the input's, or f32 for a half input that is rounded before an f32 gain
   Type gain_type;    // none, the input's, or wide(input)
@@ -69,7 +69,7 @@ struct ForwardRows {
   void* gate[kBatch];
   void* gain[kBatch];
   void* scratch;   // block_rows · padded(columns) of fp64 for f32 and f64, else of fp32; only if the gate is first
-  void* rstd;      // one wide(input) value per row of this batch, or null
+  void* rstd;      // one wide(input) value per row of this batch, negative where it is the floor's; or null
   double* mean;    // the same, for LayerNorm
   bool stream;     // output is larger than the caches: its stores should go past them
   bool add_again;  // a sum's should, and it is added again for them
@@ -103,7 +103,7 @@ struct BackwardRows {
   void* gate[kBatch];
   void* grad_gate[kBatch];
   void* gain[kBatch];
-  const void* rstd;    // one wide(input) value per row of this batch
+  const void* rstd;    // one wide(input) value per row of this batch, as forward kept it
   const double* mean;  // the same, for LayerNorm
   // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it.
   void* grad_weight[kBatch];

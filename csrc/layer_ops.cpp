@@ -16,6 +16,7 @@ Gain given_or(const OptionalTensor& tensor, double value, const Tensor& input, c
 void norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, int64_t dims, double eps,
           const Tensor& output, const Tensor* mean, const Tensor* rstd) {
   check(weight, dims), check(bias, dims);
+  STD_TORCH_CHECK(!(eps < 0), "rmsnorm: LayerNorm has no floor, which a negative eps is to the kernels");
   const Shape shape(input, dims);
   Forward f = {};
   f.eps = eps, f.layer = true;

@@ -19,6 +19,7 @@ RMSNORM_INLINE void set_element(T* row, int64_t i, double x) {
 struct ScaledRow {
   double scale, high, low;
   Double2 mean;
+  bool floored;
   RMSNORM_INLINE double centred(double x) const { return (x * scale - mean.high) - mean.low; }
   RMSNORM_INLINE double normalise(double x) const { return __builtin_fma(centred(x), high, centred(x) * low); }
 };
@@ -32,7 +33,9 @@ RMSNORM_INLINE double round_element(double x) {
 // Of the row whose elements are x(i).
 template <class Read>
 ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
-  double largest = __builtin_sqrt(eps > 0 ? eps : 0.0);
+  // Of the elements and the root of eps, or of the floor: both squares are then at most 1, and what is lost of the
+  // other below 2^-1074 is nothing to it.
+  double largest = __builtin_sqrt(__builtin_fabs(eps));
   for (int64_t i = 0; i < columns; ++i) {
     const double magnitude = __builtin_fabs(x(i));
     if (magnitude > largest) largest = magnitude;  // false for NaN
@@ -41,7 +44,7 @@ ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
   if (largest > 0 && largest < __builtin_inf()) __builtin_frexp(largest, &exponent);
   // 2^1023 is the largest power; for the smallest subnormals the squares are then 2^-102, still exact enough.
   if (exponent < -1022) exponent = -1022;
-  ScaledRow row = {__builtin_ldexp(1.0, -exponent), 0.0, 0.0, {0.0, 0.0}};
+  ScaledRow row = {__builtin_ldexp(1.0, -exponent), 0.0, 0.0, {0.0, 0.0}, false};
   const auto sum = [&](auto&& term) {
     Double2 sum = {0.0, 0.0};
     for (int64_t i = 0; i < columns; ++i) {
@@ -64,14 +67,19 @@ ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
   });
   squares.low += lost;
   const Rstd<double> rstd = rstd_from<double>(squares, columns, eps * row.scale * row.scale);
-  row.high = rstd.high, row.low = rstd.low;
+  row.high = rstd.high, row.low = rstd.low, row.floored = rstd.floored;
   return row;
 }
 
+// What forward keeps of the row.
 template <class S>
-RMSNORM_INLINE void keep_mean(Rstd<S>&, const ScaledRow&) {}
+RMSNORM_INLINE void set_row(Rstd<S>& row, const ScaledRow& scaled) {
+  row.high = (S)(scaled.high * scaled.scale);
+  row.floored = scaled.floored;
+}
 template <class S>
-RMSNORM_INLINE void keep_mean(LayerRow<S>& row, const ScaledRow& scaled) {
+RMSNORM_INLINE void set_row(LayerRow<S>& row, const ScaledRow& scaled) {
+  row.high = (S)(scaled.high * scaled.scale);
   row.mean = scaled.mean.high / scaled.scale;
 }
 
@@ -87,8 +95,18 @@ __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const 
     if constexpr (!std::is_void_v<Gain> && layer) y = y + element(bias, i);
     set_element(out, i, y);
   }
-  row.high = (Scalar<T>)(scaled.high * scaled.scale);
-  keep_mean(row, scaled);
+  set_row(row, scaled);
+}
+
+// 1/rms as forward kept it, whose sign says whether it is the floor's.
+template <class T>
+RMSNORM_INLINE Scalar<T> kept_rstd(const BackwardRows& rows, int64_t r) {
+  return ((const Scalar<T>*)rows.rstd)[r];
+}
+template <class T>
+RMSNORM_INLINE Scalar<T> rstd_of(const BackwardRows& rows, int64_t r) {
+  const Scalar<T> kept = kept_rstd<T>(rows, r);
+  return kept < 0 ? -kept : kept;
 }
 
 template <class T>
@@ -105,16 +123,18 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const auto dy_at = [&](int64_t i) { return element(grad, i) * (b.gate_first ? 1.0 : gate_at(i).value); };
   // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
-  const double rstd = (double)((const S*)rows.rstd)[r], mean = b.layer ? rows.mean[r] : 0.0;
+  const double rstd = (double)rstd_of<T>(rows, r), mean = b.layer ? rows.mean[r] : 0.0;
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
   const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
-  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}} : scale_row(x_at, b.columns, b.eps, b.layer);
+  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0}
+                               : scale_row(x_at, b.columns, b.eps, b.layer);
   double mean_h = 0.0, mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double h = dy_at(i) * gain_at(i) / (double)b.columns;
     mean_product += h * row.normalise(x_at(i));
     if (b.layer) mean_h += h;
   }
+  if (row.floored) mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double dy = dy_at(i), normalised = row.normalise(x_at(i));
     const double dz = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
@@ -138,6 +158,6 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
 template <class T>
 RMSNORM_INLINE bool is_safe(const BackwardRows& rows, int64_t r) {
   constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
-  const Scalar<T> rstd = ((const Scalar<T>*)rows.rstd)[r];
+  const Scalar<T> rstd = rstd_of<T>(rows, r);
   return rstd >= smallest && rstd <= 1 / smallest;
 }

@@ -98,14 +98,28 @@ RMSNORM_INLINE void sum_columns(Sums& sum, int64_t columns, Add&& add) {
   sum.end_block();
 }
 
-// 1/rms of a row as high + low, and whether a plain kernel may use it.
+// The two rules for eps: 1/rms = 1/sqrt(mean square + eps), or, for a negative one, 1/sqrt(max(mean square, -eps)), as
+// in F.normalize. Where that floor holds, 1/rms is a constant, which backward has to know.
+struct Eps {
+  double added, floor;
+  RMSNORM_INLINE explicit Eps(double eps) : added(eps < 0 ? 0.0 : eps), floor(eps < 0 ? -eps : -__builtin_inf()) {}
+};
+
+// 1/rms of a row as high + low, whether a plain kernel may use it, and whether it is the floor's.
 template <class S>
 struct Rstd {
   S high, low;
-  bool safe;
+  bool safe, floored;
 };
 
-// The mean square (plus eps) for which products, 1/rms and their errors stay inside the normal numbers of fp32
+// What forward keeps of a row for backward: 1/rms, negative where it is the floor's. So backward decides nothing anew:
+// a row whose mean square is 2^-25 above the floor has the same 1/rms in fp32, and another derivative.
+template <class S>
+RMSNORM_INLINE S kept(const Rstd<S>& row) {
+  return row.floored ? -row.high : row.high;
+}
+
+// The mean square (with eps) for which products, 1/rms and their errors stay inside the normal numbers of fp32
 // (fp64 for fp64), with room for weights and gradients of any sane size. Rows outside go to rescue.h.
 template <class T>
 constexpr double kSmallest = sizeof(T) == 8 ? 0x1p-800 : 0x1p-100;
@@ -115,22 +129,26 @@ constexpr double kLargest = sizeof(T) == 8 ? 0x1p800 : 0x1p100;
 template <class T>
 RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double eps) {
   const double n = (double)columns;
+  const Eps rule(eps);
   if constexpr (sizeof(T) == 8) {
     const double mean = sum.high / n;
     const double mean_low = (__builtin_fma(-mean, n, sum.high) + sum.low) / n;
-    const Double2 v = two_sum(mean, eps);
-    const double low = v.low + mean_low, r = 1.0 / __builtin_sqrt(v.high);
+    const bool floored = mean < rule.floor;  // not for NaN
+    const Double2 v = floored ? Double2{rule.floor, 0.0} : two_sum(mean, rule.added);
+    const double low = floored ? 0.0 : v.low + mean_low, r = 1.0 / __builtin_sqrt(v.high);
     // One Newton step in twice the precision: r·(1 - v·r²)/2 is what r lacks.
     const double q = r * v.high, q_low = __builtin_fma(r, v.high, -q);
     const double residual = (__builtin_fma(-q, r, 1.0) - q_low * r) - (low * r) * r;
     const bool safe = v.high >= kSmallest<T> && v.high <= kLargest<T>;
-    return {r, safe ? 0.5 * (r * residual) : 0.0, safe};
+    return {r, safe ? 0.5 * (r * residual) : 0.0, safe, floored};
   } else {
-    const double v = sum.high / n + eps, r = 1.0 / __builtin_sqrt(v);
+    const double mean = sum.high / n + rule.added;
+    const bool floored = mean < rule.floor;
+    const double v = floored ? rule.floor : mean, r = 1.0 / __builtin_sqrt(v);
     const float high = (float)r;
     // A row of fp32 subnormals is rescued even under a large eps: x·r alone would round below the normal numbers.
     const bool subnormal = sizeof(T) == 4 && sum.high > 0 && sum.high < kSmallest<T>;
-    return {high, (float)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal};
+    return {high, (float)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal, floored};
   }
 }
 
@@ -142,23 +160,27 @@ class Rstds {
   RMSNORM_INLINE void set(int64_t i, const Sum<T>& sum) { sum_[i] = fold(sum.total); }
   RMSNORM_INLINE void find(int64_t count, int64_t columns, double eps) {
     for (int64_t i = count; i % (kBytes / 8) != 0; ++i) sum_[i] = DoubleReg{};  // the last register is full
+    const Eps rule(eps);
     for (int64_t i = 0; i < count; i += kBytes / 8) {
-      const DoubleReg sum = reduce_each(sum_ + i), v = sum / (double)columns + eps, r = 1.0 / root(v);
+      const DoubleReg sum = reduce_each(sum_ + i), mean = sum / (double)columns + rule.added;
+      const auto floored = mean < rule.floor;
+      const DoubleReg v = floored ? DoubleReg{} + rule.floor : mean, r = 1.0 / root(v);
       const HalfFloatReg high = narrow(r);
       store_register(high_ + i, high);
       store_register(low_ + i, narrow(r - widen(high)));
       auto safe = (v >= kSmallest<T>)&(v <= kLargest<T>);
       if constexpr (sizeof(T) == 4) safe &= ~((sum > 0) & (sum < kSmallest<T>));
       store_register(safe_ + i, safe);
+      store_register(floored_ + i, floored);
     }
   }
   RMSNORM_INLINE bool safe(int64_t i) const { return safe_[i] != 0; }
-  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i)}; }
+  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i), floored_[i] != 0}; }
 
  private:
   DoubleReg sum_[kBlockRows];  // each still in several lanes
   float high_[kBlockRows], low_[kBlockRows];
-  int64_t safe_[kBlockRows];
+  int64_t safe_[kBlockRows], floored_[kBlockRows];
 };
 template <>
 class Rstds<double> {

@@ -36,11 +36,14 @@ def rms_norm(
     offset: float,
     casting_mode: str,
 ) -> Tensor:
-    """``rmsnorm.rms_norm``, checked and with its defaults filled in, as are the others."""
+    """``rmsnorm.rms_norm``, checked and with its defaults filled in, as are the others; with a negative eps,
+    ``floored_rms_norm``."""
     if out is not None:
         raise RuntimeError("rms_norm: out= is for plain tensors, and there is a DTensor among the arguments; drop it")
 
     def local(x: Tensor, w: Tensor | None) -> Tensor:
+        if eps < 0:
+            return functional.floored_rms_norm(x, _tail(x, dims), w, -eps, offset=offset, casting_mode=casting_mode)
         return functional.rms_norm(x, _tail(x, dims), w, eps, offset=offset, casting_mode=casting_mode)
 
     def across(parts: _ranks.Parts, x: Tensor, w: Tensor | None) -> Any:

@@ -33,7 +33,7 @@ def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset
     """The norm in torch's operators; the arguments are those of the operator ``rms_norm``."""
     if torch.onnx.is_in_onnx_export():
         return _onnx.rms_norm(input, weight, dims, eps, offset, round_first)
-    if reference.is_torchs(input, weight, dims, offset, round_first):
+    if eps >= 0 and reference.is_torchs(input, weight, dims, offset, round_first):
         return F.rms_norm(input, input.shape[input.dim() - dims :], weight, eps)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module
+from . import _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module, reference
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -83,7 +83,7 @@ def gated_rms_norm(
     )
     silu = check_activation("gated_rms_norm", activation)
     _check(input, gate, dims, group_size)
-    if ranks := _everyday.distributed(input, gate, weight):
+    if not eps < 0 and (ranks := _everyday.distributed(input, gate, weight)):
         gating = (activation, norm_before_gate, group_size)
         return ranks.gated_rms_norm(input, gate, weight, dims, eps, offset, casting_mode, *gating)
     if group_size is not None:
@@ -94,6 +94,9 @@ def gated_rms_norm(
     if gate is None:
         shape = input.shape[input.dim() - dims :]
         output = functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=casting_mode)
+    elif eps < 0:  # added, as any other; to the operators it would be a floor
+        options = (dims, 0.0, offset, round_first, norm_before_gate, silu)
+        output = _gated_ops.gated_rms_norm(input, gate, weight, *options, reference.plus(eps))[0]
     else:
         output = _serve(native, input, gate, weight, dims, eps, offset, round_first, norm_before_gate, silu)
     return output if group_size is None else output.flatten(-2)

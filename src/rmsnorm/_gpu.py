@@ -6,6 +6,7 @@ the call                                                          is served by
 means what ``aten::_fused_rms_norm`` means (see ``_plain``)       torch; Triton if RMSNORM_CUDA=triton
 any other of the four floating types: llama, offset, add, …       Triton
 what Triton can't serve: no Triton, no such device, empty, …      torch if it can, else ``reference.py``
+a floor (a negative eps)                                          ``reference.py``
 ================================================================  ====================================
 
 Either way the same is kept for backward: x, the weight, one fp32 (fp64) per row. torch goes first where it can because
@@ -69,10 +70,10 @@ def fused_by_torch(
     return more is None and reference.is_torchs(input, weight, dims, offset, round_first)
 
 
-def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool) -> str:
+def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool, eps: float = 0.0) -> str:
     """``"torch"``, ``"triton"`` or ``"reference"``; ``fused`` is what :func:`fused_by_torch` says."""
     _ops._check(input, weight, dims)
-    if not input.numel():
+    if not input.numel() or eps < 0:
         return "reference"
     if fused and choice() == "torch":
         return "torch"
@@ -100,7 +101,7 @@ def rms_norm_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator. For the others: ``keep=False`` leaves 1/rms out, and a contiguous ``out`` may be written to."""
-    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, round_first))
+    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, round_first), eps)
     if where == "torch":
         return torch.ops.aten._fused_rms_norm.default(input, input.shape[input.dim() - dims :], weight, eps)
     if where == "reference":
@@ -141,7 +142,7 @@ def rms_norm_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     need_weight = need_weight and weight is not None
-    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, False, grad_sum))
+    where = route(input, weight, dims, fused_by_torch(input, weight, dims, offset, False, grad_sum), eps)
     if where == "torch":
         needed = [need_input, need_weight]
         shape = input.shape[input.dim() - dims :]
@@ -167,7 +168,7 @@ def add_rms_norm_forward(
     round_first: bool,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if residual.dtype is not input.dtype or route(input, weight, dims, fused=False) == "reference":
+    if residual.dtype is not input.dtype or route(input, weight, dims, False, eps) == "reference":
         added = (input + residual).contiguous()
         output, rstd = rms_norm_forward(added, weight, dims, eps, offset, round_first, keep)
         return output, added, rstd

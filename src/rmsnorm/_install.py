@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ def install() -> None:
             raise RuntimeError(f"rmsnorm.install: torch's operator stays as it is: {reason}")
         if error := _native.fill_slot(True):
             raise RuntimeError(f"rmsnorm.install: torch refused the kernels: {error}")
+        _decompose_for_export(True)
         if _rule is None:
             # torch has no batching rule for the backward operator; without one, jacrev loops over the batch and warns.
             _rule = torch.library.Library("aten", "IMPL")
@@ -70,6 +72,7 @@ def uninstall() -> None:
     with _lock:
         if _installed:
             _native.fill_slot(False)
+            _decompose_for_export(False)
             _installed = False
             _forget()
 
@@ -112,6 +115,29 @@ def autoload() -> None:
         install()
     except RuntimeError as refused:
         warnings.warn(f"RMSNORM_INSTALL=1 asks for it, but {refused}", RuntimeWarning, stacklevel=2)
+
+
+def _decompose_for_export(on: bool) -> None:
+    """An operator with a kernel for the device stays whole in a graph. That is right for ``torch.compile``, which runs
+    it here; exported programs, which torch's table of decompositions takes apart, have to do without it, as ever."""
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+    operator = torch.ops.aten._fused_rms_norm.default
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+
+    def traced(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        # While it decomposes, torch.export puts the table's entries here; NotImplemented says that one is to be kept.
+        if decompose := operator.py_kernels.get(composite):
+            with mode:
+                output = decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        return mode.__torch_dispatch__(operator, (), args, kwargs)
+
+    if on:
+        operator.py_impl(ProxyTorchDispatchMode)(traced)
+    else:
+        operator.python_key_table.pop(ProxyTorchDispatchMode, None)
 
 
 def _forget() -> None:

@@ -24,6 +24,8 @@ RMS_NORMALIZATION = 23
 
 def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:
     """``reference.rms_norm`` around ``RMSNormalization``, or around a chain that onnxruntime takes for it."""
+    if eps < 0:  # a floor, which the operator doesn't have
+        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     wide = input.to(reference.accumulation_dtype(input.dtype))
     # In a wide type both casting modes are one function, and what RMSNormalization means. Its weight has the sizes of
     # the normalised dimensions and no more.

@@ -201,7 +201,7 @@ def _doubt_squares(eps: float) -> _Doubt:
     def doubt(rows: Rows, total: Tensor) -> Rows | None:
         if rows.wire is torch.float64:
             return None
-        good = (total + rows.columns * eps > _LOWEST) & (total < _HIGHEST)
+        good = (total + rows.columns * abs(eps) > _LOWEST) & (total < _HIGHEST)
         return None if bool(good.all()) else replace(rows, dtype=torch.float64, wire=torch.float64)
 
     return doubt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NoReturn
 
 import torch
@@ -64,7 +65,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if way := _everyday.short_way(input, weight, out):
+    if not (eps is not None and eps < 0) and (way := _everyday.short_way(input, weight, out)):
         shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
         if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
             if eps is None:
@@ -93,6 +94,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         tensors = (input, weight, out)
         return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if eps < 0:  # added, as in torch; to the operators it would be a floor
+        output = reference.rms_norm(input, weight, dims, 0.0, offset, round_first, reference.plus(eps))[0]
+        if out is None:
+            return output
+        _check_out(out, input, weight, round_first)
+        return out.copy_(output)
     if ranks := _everyday.distributed(input, weight, out):
         return ranks.rms_norm(input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
@@ -102,6 +109,53 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     if _foreign.wanted_by(input, weight):
         return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
     if not native or _autograd.refused():
+        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+    if _autograd.needed(input, weight):
+        return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+    return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
+
+
+def floored_rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    floor: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+) -> Tensor:
+    r"""``F.normalize(x) · sqrt(n) · (offset + weight)``: RMSNorm whose mean square has a floor, and no eps.
+
+        y = x / sqrt(max(mean(x²), floor)) · (offset + weight)
+
+    Args:
+        floor: in squared units of the input. None means 1e-24 / n for rows of n elements: what ``F.normalize`` does
+            with its own eps of 1e-12.
+        input, normalized_shape, weight, offset, casting_mode: as in :func:`rms_norm`; the input must be real.
+
+    Raises:
+        RuntimeError: as :func:`rms_norm`, and for complex inputs.
+        ValueError: a floor below 0, and an unknown casting mode.
+    """
+    shape = _as_tuple(normalized_shape)
+    if floor is None:
+        floor = 1e-24 / max(prod(shape), 1)
+    elif not floor >= 0:
+        raise ValueError(f"floored_rms_norm: floor must be 0 or more, but is {floor}")
+    way = _everyday.short_way(input, weight)
+    if way and shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
+        try:  # as in rms_norm
+            way = _unweighted if way is _weighted else way
+            return way(input, weight, len(shape), -floor, offset, _ROUND_FIRST[casting_mode])
+        except (RuntimeError, KeyError):
+            pass
+    dims, eps, round_first, native = _resolve("floored_rms_norm", input, shape, weight, -floor, casting_mode)
+    if input.is_complex() or (weight is not None and weight.is_complex()):
+        raise RuntimeError("floored_rms_norm: input and weight must be real; normalise torch.view_as_real(input)")
+    if ranks := _everyday.distributed(input, weight):
+        return ranks.rms_norm(input, weight, None, dims, eps, offset, casting_mode)
+    exported = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
+    if exported or not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _autograd.needed(input, weight):
         return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
@@ -145,6 +199,9 @@ def add_rms_norm(
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if eps < 0:
+        sum = input + residual
+        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if ranks := _everyday.distributed(input, residual, weight):
         return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
     if (

@@ -3,6 +3,9 @@
     r = 1 / sqrt(mean(x²) + eps)        over the last ``dims`` dimensions, in the accumulation type
     y = x · r · (offset + weight)
 
+In these functions and in the operators a negative eps is the other rule, ``r = 1 / sqrt(max(mean(x²), -eps))``: the
+floor of ``F.normalize``. Where it holds, r is a constant.
+
 Everything else in this package computes the same function faster. These functions are the default kernel of
 every operator (see ``_ops.py``), the oracle that tests compare against, and the page to read first.
 They are ordinary differentiable torch code, so second derivatives are taken through them.
@@ -65,6 +68,18 @@ def mean_here(terms: Tensor, dims: tuple[int, ...]) -> Tensor:
     return terms.mean(dims, keepdim=True)
 
 
+def plus(eps: float) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """``mean_here`` and ``eps``, which may then be negative and no floor: the ``mean`` to give with an eps of 0."""
+    return lambda terms, dims: mean_here(terms, dims) + eps
+
+
+def _rstd(square: Tensor, eps: float) -> Tensor:
+    """1/rms from the mean square, without a sign."""
+    if eps < 0:  # a floor below the normal numbers would be 0 or nearly, and a row of zeros no longer one of zeros
+        return torch.rsqrt(square.clamp_min(max(-eps, torch.finfo(square.dtype).tiny)))
+    return torch.rsqrt(square + eps)
+
+
 def rms_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -74,13 +89,16 @@ def rms_norm(
     round_first: bool,
     mean: Callable[[Tensor, tuple[int, ...]], Tensor] = mean_here,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1.
+    """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1. It is
+    negative where the floor holds: that is how the kernels' backward knows.
 
     ``mean`` takes the mean of the squares: over several ranks, where a row lies on several (``_ranks.py``).
     """
     wide = input.to(accumulation_dtype(input.dtype))
-    rstd = torch.rsqrt(mean(wide.square(), _last(dims)) + eps).to(wide.dtype)
-    return apply_gain(wide * rstd, input, weight, offset, round_first).contiguous(), rstd
+    square = mean(wide.square(), _last(dims))
+    rstd = _rstd(square, eps).to(wide.dtype)
+    output = apply_gain(wide * rstd, input, weight, offset, round_first).contiguous()
+    return output, torch.where(square < -eps, -rstd, rstd) if eps < 0 else rstd
 
 
 def apply_gain(normalised: Tensor, input: Tensor, weight: Tensor | None, offset: float, round_first: bool) -> Tensor:
@@ -99,6 +117,19 @@ def sum_to_weight(product: Tensor, weight: Tensor) -> Tensor:
     return (product.sum(leading) if leading else product).to(weight.dtype)
 
 
+def _constants(wide: Tensor, dims: int, eps: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``(r, mean)``: every mean of a product in the derivatives is there because r moves with x, and is 0 where the
+    floor holds."""
+    square = mean_here(wide.square(), _last(dims))
+    floored = square < -eps if eps < 0 else None
+
+    def mean(product: Tensor) -> Tensor:
+        taken = mean_here(product, _last(dims))
+        return taken if floored is None else taken.masked_fill(floored, 0.0)
+
+    return _rstd(square, eps), mean
+
+
 def rms_norm_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -108,15 +139,15 @@ def rms_norm_backward(
 
         dx = r · (h - x̂ · mean(h · x̂))          dw = Σ grad · x̂
 
-    summed over the dimensions that the weight lacks (arXiv 1910.07467, eq. 8-10, with eps kept). Roundings inside the
-    forward count as the identity, so the two casting modes share these formulas.
+    summed over the dimensions that the weight lacks (arXiv 1910.07467, eq. 8-10, with eps kept). Where the floor holds,
+    ``dx = r · h``. Roundings inside the forward count as the identity, so the two casting modes share these formulas.
     """
     wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
-    rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
+    rstd, mean = _constants(wide, dims, eps)
     normalised = wide * rstd
     grad = grad.to(wide.dtype)
     scaled = grad if weight is None else grad * gain(weight, input, offset)
-    dx = rstd * (scaled - normalised * (scaled * normalised).mean(_last(dims), keepdim=True))
+    dx = rstd * (scaled - normalised * mean(scaled * normalised))
     if weight is None:
         return dx.to(input.dtype), None
     return dx.to(input.dtype), sum_to_weight(grad * normalised, weight)
@@ -141,11 +172,7 @@ def rms_norm_backward_tangent(
     wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
     zero = torch.zeros((), dtype=wide.dtype, device=wide.device)
     grad_t, input_t, weight_t = (zero if t is None else t.to(wide.dtype) for t in tangents)
-
-    def mean(product: Tensor) -> Tensor:
-        return product.mean(_last(dims), keepdim=True)
-
-    rstd = torch.rsqrt(mean(wide.square()) + eps)
+    rstd, mean = _constants(wide, dims, eps)
     normalised = wide * rstd
     along = mean(normalised * input_t)
     normalised_t = rstd * (input_t - normalised * along)

@@ -24,6 +24,15 @@ Types = tuple[torch.dtype | None, ...]
 """Of the weight, the input and, if there is one, the gate."""
 
 
+LAYOUTS = {
+    "last": "the weight has the sizes of the last dimensions, the normalised ones",
+    "flat": "the last dimension; the weight has sizes of 1 before it",
+    "channels": "dimension 1; the weight has its size, and may have sizes of 1 behind it",
+    "heads": "the last dimension; the weight is [heads, 1, size] for inputs [..., heads, rows, size]",
+    "number": "the last dimension; the weight is one number, [1]",
+}
+
+
 @dataclass(frozen=True)
 class Binding:
     """How a module does what a recipe says: the names of its attributes, whose values are read at each call."""
@@ -31,15 +40,13 @@ class Binding:
     recipe: Recipe
     weight: str | None
     bias: str | None
-    eps: str | None
-    """None where the recipe has one of its own."""
+    eps: str | float | None
+    """A number where no attribute holds it; None where the recipe has one of its own."""
     group: str | None = None
     """Holds the size of a group of the last dimension, or the number of groups."""
     group_counts: bool = False
-    axis: int = -1
-    """The normalised dimension; 1 where channels come first."""
-    flat: bool = False
-    """Whether the weight has sizes of 1 beside that of the normalised dimension."""
+    layout: str = "last"
+    """Which dimension is normalised, and how the weight lies: one of ``LAYOUTS``."""
     proven: frozenset[Types] = frozenset()
     """What the recipe was seen to reproduce. Everything else runs on the module's own forward."""
     dims: frozenset[int] = frozenset()
@@ -68,7 +75,7 @@ class Binding:
 
     def adds(self) -> bool:
         """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
-        return self.recipe.adds() and not (self.bias or self.group or self.flat) and self.axis == -1
+        return self.recipe.adds() and not (self.bias or self.group) and self.layout == "last"
 
     def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
         return forward
@@ -81,7 +88,7 @@ class Binding:
         return tuple(values.values())
 
 
-def _read(meaning: str, *values: Any) -> Binding:
+def _read(_: type[nn.Module], meaning: str, *values: Any) -> Binding:
     """What ``Binding.plain`` wrote. A file takes the row of the table that the version which reads it has."""
     names = [field.name for field in fields(Binding)][1:]
     plain = dict(zip(names, values, strict=True))
@@ -130,17 +137,34 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
 def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """The recipe on the module's own numbers."""
     bias = getattr(module, binding.bias) if binding.bias else None
-    if binding.flat:
-        weight, bias = (t if t is None else t.flatten() for t in (weight, bias))
-    if binding.axis != -1:
-        x = x.movedim(binding.axis, -1)
-    shape = shape_of(module, weight, x)
+    layout, given = binding.layout, x
+    if layout == "channels":
+        x = x.movedim(1, -1)
+    elif layout == "heads":
+        x = x.transpose(-3, -2)
+    if weight is not None:
+        if layout == "number":
+            weight = weight.expand(x.shape[-1])
+        elif layout != "last":
+            weight = weight.squeeze(-2) if layout == "heads" else weight.flatten()
+    if bias is not None and layout in ("flat", "channels"):
+        bias = bias.flatten()
+    shape = x.shape[-1:] if layout == "heads" else shape_of(module, weight, x)
     group: int | None = getattr(module, binding.group) if binding.group else None
     if binding.group_counts and group:
         group = shape[-1] // group
-    eps = getattr(module, binding.eps) if binding.eps else None
-    output = binding.recipe(x, gate, weight, bias, eps, shape, group)
-    return output if binding.axis == -1 else output.movedim(-1, binding.axis).contiguous()
+    output = binding.recipe(x, gate, weight, bias, eps_of(module, binding), shape, group)
+    if layout == "channels":
+        return output.movedim(-1, 1).contiguous()
+    if layout == "heads":  # as it came: a view of [..., rows, heads, size], or [..., heads, rows, size]
+        output = output.transpose(-3, -2)
+        return output.contiguous() if given.is_contiguous() else output
+    return output
+
+
+def eps_of(module: Any, binding: Binding) -> Any:
+    """What the module has now."""
+    return getattr(module, binding.eps) if isinstance(binding.eps, str) else binding.eps
 
 
 def shape_of(module: Any, weight: Tensor | None, x: Tensor) -> torch.Size:

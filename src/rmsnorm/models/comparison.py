@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from ..bench.memory import kept
 from ..bench.timing import measure
-from .binding import switch
+from .classes import switch
 from .patching import patch
 from .report import PatchReport
 

@@ -7,7 +7,7 @@ does something else in training, or looks at what lies outside of itself is refu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,19 @@ def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
         if trial.forward(once).part > 1:
             raise Unfit("it does something else in training, or in eval()")
     once.module.training = module.training
+    _check_subnormal(once)
     dims, single = _shapes(once)
     return replace(binding, dims=dims, single=single, autocast=_same_under_autocast(module, binding))
+
+
+def signature(module: nn.Module) -> Hashable:
+    """What modules have in common that compute alike: class, settings, shapes and types of their weights. None where an
+    attribute can't be compared."""
+    settings = [(name, type(value).__name__, value) for name, value in _attributes(module) if name != "training"]
+    if "forward" in vars(module) or module._modules or not all(_is_plain(value) for _, _, value in settings):
+        return None
+    own = trial.tensors(module).items()
+    return type(module), tuple(settings), tuple((n, t.shape, t.dtype, t.is_meta, n in module._buffers) for n, t in own)
 
 
 def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
@@ -64,9 +75,22 @@ def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
         del found[name]
     if odd := [name for name, value in found.items() if not _is_plain(value)]:
         raise Unfit(f"it reads its {odd[0]}, a {type(found[odd[0]]).__name__}, which may change")
-    found |= {name: value for name, value in _attributes(module) if name not in own | found.keys() and _matters(once, name)}
+    found |= {
+        name: value for name, value in _attributes(module) if name not in own | found.keys() and _matters(once, name)
+    }
     _refuse_other_tensors(once, own)
     return tuple(sorted(found.items()))
+
+
+def _check_subnormal(once: trial.Trial) -> None:
+    """Such numbers have few bits, whose products are often halfway between two: only the size of a difference counts."""
+    if once.inputs()[0].abs().min() > 0 or once.binding.recipe.centred:
+        return  # zeros are left out where there is no eps: theirs divides by a root that underflows; nor has a mean bits
+    least = torch.finfo(once.types[1] or torch.float32).smallest_normal / 64
+    inputs = [t.sign() * least if i == 0 else t for i, t in enumerate(once.inputs())]
+    found = trial.forward(once, inputs)
+    if found.far > trial.FORWARD[once.types[1] or torch.float32] * (1 + bool(once.binding.recipe.gate)):
+        raise Unfit("it does something else with subnormal numbers")
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -101,7 +125,7 @@ def _matters(once: trial.Trial, name: str) -> bool:
     value = getattr(once.module, name)
     if name not in vars(once.module) or not isinstance(value, bool | int | float):
         return False
-    inputs = once.inputs((2, 4))
+    inputs = once.inputs()
     with torch.no_grad():
         before = once.theirs(inputs)
         setattr(once.module, name, not value if isinstance(value, bool) else value + 1)
@@ -134,16 +158,18 @@ def _refuse_other_tensors(once: trial.Trial, own: set[str | None]) -> None:
 def _shapes(once: trial.Trial) -> tuple[frozenset[int], bool]:
     """The numbers of dimensions, and whether some of them may be 1."""
     more, dims, single = len(once.shape), set(), True
-    for count, leading in trial.LEADING.items():
-        if once.binding.axis > count:
+    first = {"channels": 1, "heads": 2}.get(once.binding.layout, 0)
+    for count, several in trial.LEADING.items():
+        if count < first:
             continue
-        ok = _holds(once, leading)
-        if ok and count:
-            singles = [(1,) * count, (*leading[:-1], 1), (1, *leading[1:]), (*leading[:-1], 0)]
-            if not all(_holds(once, sizes) for sizes in singles):
-                single = False
-        if ok:
+        if once.binding.layout == "heads":
+            several = tuple((*sizes[:-2], once.heads, sizes[-1]) for sizes in several)
+        if all(_holds(once, sizes) for sizes in several):
             dims.add(count + more)
+            leading = several[0]
+            ones = [(1,) * count, (*leading[:-1], 1), (1, *leading[1:])]
+            if count and once.binding.layout != "heads" and not all(_holds(once, sizes) for sizes in ones):
+                single = False
     if not dims:
         raise Unfit("it does something else with inputs of other dimensions")
     return frozenset(dims), single
@@ -167,7 +193,7 @@ def _same_under_autocast(module: nn.Module, binding: Binding) -> bool:
     """For each proven pair of types, with bfloat16 and with float16 as the type of autocast."""
     for types in sorted(binding.proven, key=str):
         once = trial.Trial(module, binding, types)
-        inputs = once.inputs((8,)) if binding.axis == -1 else once.inputs()
+        inputs = once.inputs()
         for dtype in TYPES[1:]:
             with torch.no_grad(), torch.autocast("cpu", dtype):
                 try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import rewrite
+from . import classes, rewrite
 from .binding import binding_of
 from .report import Entry
 
@@ -44,7 +44,7 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
             continue
-        rewrite.bind(layer, rewritten)
+        classes.change(layer, rewritten)
         fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
     return fused, left
 

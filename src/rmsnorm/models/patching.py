@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .binding import bind, binding_of, unbind
+from . import classes
+from .binding import binding_of
+from .conditions import signature
 from .fusion import fuse
-from .probe import EPS_NAMES, Refused, examine
+from .probe import EPS_NAMES, Proof, Refused, examine
 from .recipes import Recipe
 from .report import Entry, PatchReport
 
@@ -48,22 +50,23 @@ def patch(
     """
     report = PatchReport()
     known: dict[type, Recipe] = {}
+    found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
     # Proofs need gradients, whatever the mode of the caller.
     with torch.inference_mode(False), torch.enable_grad():
         for name, module in model.named_modules():
             cls = type(module)
             if not _may_be_a_norm(module):
                 continue
-            try:
-                if reason := _left_alone(module):
-                    raise Refused(reason)
-                proof = examine(module, layer_norm=layer_norm, verify=verify, first=known.get(cls))
-            except Refused as refused:
-                report.skipped.append(Entry(name, cls.__name__, reason=str(refused)))
+            like = signature(module)
+            proof = found.get(like) or _ask(module, known.get(cls), layer_norm, verify)
+            if like is not None:
+                found[like] = proof
+            if isinstance(proof, Refused):
+                report.skipped.append(Entry(name, cls.__name__, reason=str(proof)))
                 continue
             binding = proof.binding
             known[cls] = binding.recipe
-            bind(module, binding)
+            classes.change(module, binding)
             types = binding.types()
             report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
         if fuse_add is not False:
@@ -75,6 +78,15 @@ def patch(
 def _may_be_a_norm(module: nn.Module) -> bool:
     """By its name, or because it has an eps."""
     return "norm" in type(module).__name__.lower() or any(hasattr(module, name) for name in EPS_NAMES)
+
+
+def _ask(module: nn.Module, first: Recipe | None, layer_norm: bool, verify: bool) -> Proof | Refused:
+    if reason := _left_alone(module):
+        return Refused(reason)
+    try:
+        return examine(module, layer_norm=layer_norm, verify=verify, first=first)
+    except Refused as refused:
+        return refused
 
 
 def _left_alone(module: nn.Module) -> str:
@@ -92,7 +104,7 @@ def _left_alone(module: nn.Module) -> str:
 def unpatch(model: nn.Module) -> None:
     """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
     for module in model.modules():
-        unbind(module)
+        classes.restore(module)
 
 
 @contextmanager

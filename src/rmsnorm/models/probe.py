@@ -22,6 +22,8 @@ from .recipes import RECIPES, Recipe
 
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "rms_norm_eps", "norm_eps", "layer_norm_eps")
 CONSPICUOUS = 0.37
+LITERALS = (1e-6, 1e-5, 1e-8, 1e-12)
+"""What stands in the formulas of norms without an attribute for eps."""
 
 
 class Refused(Exception):
@@ -45,14 +47,18 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
     refuse_unasked(module)
     candidates = sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
     partial: list[Proof] = []
-    nearest, shortest, raised, ran = "", float("inf"), "", False
+    nearest, shortest, raised, unproven = "", float("inf"), "", ""
     for candidate in candidates:
         try:
             distance = _distance(module, candidate)
-            ran = True
+            if distance < shortest:
+                nearest, shortest = candidate.recipe.meaning, distance
             if distance <= 1 and candidate.recipe.centred and not layer_norm:
                 raise Refused("it is a LayerNorm; patch(model, layer_norm=True) takes it")
-            if distance <= 1 and (proof := _prove(module, candidate, verify)):
+            if distance <= 1:
+                if not (proof := _prove(module, candidate, verify)):
+                    unproven = unproven or candidate.recipe.meaning
+                    continue
                 if proof.binding.complete():
                     return proof
                 partial.append(proof)
@@ -62,15 +68,12 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
             raise Refused(str(unfit)) from unfit
         except Exception as error:  # a stranger's forward may raise anything; other candidates ask it otherwise
             raised = raised or f"it can't be probed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            continue
-        if distance < shortest:
-            nearest, shortest = candidate.recipe.meaning, distance
     if partial:  # right in some types: in float32, many meanings are one
         return max(partial, key=lambda one: len(one.binding.proven))
-    if shortest <= 1:
-        raise Refused(f"{nearest!r} follows it, but not backward or not with its own eps")
-    if not ran:
-        raise Refused(raised or "no recipe takes what it takes")
+    if unproven:
+        raise Refused(f"{unproven!r} follows it, but not backward or not with its own eps")
+    if raised and (shortest <= 1 or not nearest):
+        raise Refused(raised)
     raise Refused("no recipe reproduces it" + (f"; the nearest is {nearest!r}" if nearest else ""))
 
 
@@ -106,15 +109,18 @@ def _groupings(module: nn.Module) -> Iterator[tuple[str | None, bool]]:
             yield from ((name, False), (name, True))
 
 
-def _layouts(module: nn.Module, weight: str | None) -> Iterator[tuple[int, bool]]:
-    """The normalised dimension, and whether the weight has sizes of 1 beside it."""
-    shape = trial.weights(module)[weight].shape if weight else torch.Size([])
-    if len(shape) > 1 and sum(size > 1 for size in shape) <= 1:
-        yield from ([(-1, True)] if shape[-1] > 1 else [(1, True)])
-    else:
-        yield -1, False
-        if len(shape) < 2:
-            yield 1, False
+def _layouts(module: nn.Module, weight: str | None) -> list[str]:
+    """Those of ``binding.LAYOUTS`` that the weight's shape allows."""
+    if weight is None:
+        return ["last", "channels"]
+    shape = trial.weights(module)[weight].shape
+    if shape.numel() == 1 and len(shape) == 1:
+        return ["last", "number"]
+    if len(shape) == 1:
+        return ["last", "channels"]
+    if sum(size > 1 for size in shape) <= 1:
+        return ["flat"] if shape[-1] > 1 else ["channels"]
+    return ["last", "heads"] if len(shape) == 3 and shape[1] == 1 else ["last"]
 
 
 def _candidates(module: nn.Module) -> Iterator[Binding]:
@@ -123,13 +129,13 @@ def _candidates(module: nn.Module) -> Iterator[Binding]:
     for recipe in RECIPES.values():
         if bool(recipe.gate) is not gated:
             continue
-        for eps, weight, bias in product([None] if recipe.floors else _eps_names(module), names, reversed(names)):
+        epses: list[str | float | None] = [*([None] if recipe.floors == "norm" else []), *_eps_names(module)]
+        for eps, weight, bias in product(epses or LITERALS, names, reversed(names)):
             if (weight is not None) not in recipe.weight or (bias is not None and bias == weight):
                 continue
-            for axis, flat in _layouts(module, weight):
-                plain = axis == -1 and not flat
-                for group, counts in _groupings(module) if plain and not recipe.centred else [(None, False)]:
-                    yield Binding(recipe, weight, bias, eps, group, counts, axis, flat)
+            for layout in _layouts(module, weight):
+                for group, counts in _groupings(module) if layout == "last" and not recipe.centred else [(None, False)]:
+                    yield Binding(recipe, weight, bias, eps, group, counts, layout)
 
 
 def _own_type(module: nn.Module) -> torch.dtype:

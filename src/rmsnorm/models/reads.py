@@ -103,6 +103,8 @@ def _dice() -> tuple[Any, ...]:
 def _looked_at(frame: types.FrameType, module: object, homes: set[str]) -> bool:
     """Methods of the module, and functions of the package that it comes from."""
     code = frame.f_code
+    if code.co_filename == torch.nn.modules.module.__file__:  # how any module finds an attribute
+        return False
     if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
         return True
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in homes

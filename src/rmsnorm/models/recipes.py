@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._gated import gated_rms_norm
 from .._layer_norm import layer_norm
-from ..functional import rms_norm
+from ..functional import floored_rms_norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class Recipe:
     """Of the gate."""
     centred: bool = False
     """LayerNorm: the mean is subtracted."""
+    floors: str = ""
+    """What eps is the least value of, instead of a number that is added: the ``"norm"`` of a row, the root of the sum
+    of its squares, as in ``F.normalize``; or its ``"rms"``."""
+    stepwise: bool = False
+    """Behind ``F.normalize`` in float32, √n and the weight multiply one after the other, each product rounded."""
+    unit: bool = False
+    """Rows have the length 1 instead of the mean square 1."""
 
     def __call__(
         self,
@@ -60,7 +67,18 @@ class Recipe:
         if self.scaled_input:
             assert weight is not None
             x, weight = (x.float() * weight.float()).to(x.dtype), None
-        if gate is None and group is None:
+        steps = self.stepwise and not x.dtype is torch.float32 is (x.dtype if weight is None else weight.dtype)
+        if self.unit or steps:
+            size = shape.numel()
+            gain, weight = weight, x.new_full((), size**-0.5, dtype=torch.float32).expand(shape)
+            eps = None if eps is None else eps if self.floors else eps / size
+        if self.floors:
+            floor = self.floor(shape.numel(), eps)
+            output = floored_rms_norm(x, shape, weight, floor, offset=self.offset, casting_mode=self.casting_mode)
+            if steps:
+                output = output * shape.numel() ** 0.5
+                output = output if gain is None else output * gain
+        elif gate is None and group is None:
             output = rms_norm(x, shape, weight, eps, offset=self.offset, casting_mode=self.casting_mode)
         else:
             output = gated_rms_norm(
@@ -77,10 +95,20 @@ class Recipe:
             )
         return output if bias is None else output + bias
 
+    def adds(self) -> bool:
+        """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
+        return not (self.own_gain or self.scaled_input or self.gate or self.centred or self.floors or self.unit)
+
+    def floor(self, columns: int, eps: float | None) -> float:
+        """What the mean square of so many columns is at least."""
+        return (eps or NORMALIZE) ** 2 / (columns if self.floors == "norm" else 1)
+
     def __reduce__(self) -> tuple[Callable[[str], Recipe], tuple[str]]:
         return named, (self.meaning,)  # a pickled model takes the row of the version that reads it
 
 
+NORMALIZE = 1e-12
+"""The eps of ``F.normalize`` where nobody gives another."""
 RECIPES = {
     recipe.meaning: recipe
     for recipe in (
@@ -113,6 +141,19 @@ RECIPES = {
         ),
         Recipe("norm, gate", "rd(f(w) · f(x)·r · silu(f(g)))", "x", gate="after"),
         Recipe("norm, sigmoid gate", "rd(f(w) · f(x)·r · sigmoid(f(g)))", "x", gate="after", activation="sigmoid"),
+        Recipe("unit length", "rd(f(x) / sqrt(sum(f(x)²) + eps))", "x", weight=(False,), unit=True),
+        Recipe("normalize", "x / max(‖x‖, eps) · √n [· w]", "x", weight=(True, False), floors="norm"),
+        Recipe("normalize, 1 + weight", "x / max(‖x‖, eps) · √n · (1 + w)", "x", floors="norm", offset=1.0),
+        Recipe(
+            "normalize, round, weight",
+            "[w ·] rd(rd(f(x) / max(‖f(x)‖, eps)) · √n) [+ b]",
+            "promote(w, x)",
+            weight=(True, False),
+            floors="norm",
+            stepwise=True,
+        ),
+        Recipe("normalize to unit length", "x / max(‖x‖, eps)", "x", weight=(False,), floors="norm", unit=True),
+        Recipe("rms with a floor", "x / max(rms(x), eps) [· w]", "x", weight=(True, False), floors="rms"),
         Recipe(
             "LayerNorm",
             "rd(f(w) · (f(x) - mean)/sqrt(var + eps) + f(b))",

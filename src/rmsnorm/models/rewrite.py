@@ -23,31 +23,36 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import add_rms_norm
-from .binding import binding_of, shape_of
+from . import classes
+from .binding import binding_of, serves, shape_of
 
 Forward = Callable[..., Any]
 _ADD, _NORMED, _MAKE = "_rmsnorm_add_norm", "_rmsnorm_normed", "_rmsnorm_make"
 
 
 class Rewritten:
-    """The forward of a class with its adds fused. Copies and pickles are made anew from the class."""
+    """The forward of a class with its adds fused."""
+
+    kind = "layer"
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
         self.function, self.norms = rewrite(cls.forward)
 
-    def __reduce__(self) -> tuple[type[Rewritten], tuple[type[nn.Module]]]:
-        return Rewritten, (self.cls,)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rewritten) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def forward_for(self, cls: type[nn.Module]) -> Forward:
+        return self.function
+
+    def plain(self) -> tuple[Any, ...]:
+        return ()
 
 
-def bind(layer: nn.Module, rewritten: Rewritten) -> None:
-    """Gives this instance the rewritten forward; ``binding.unbind`` takes it away."""
-    layer.forward = functools.partial(forward, layer, rewritten)
-
-
-def forward(layer: nn.Module, rewritten: Rewritten, *args: Any, **kwargs: Any) -> Any:
-    """What a layer with fused adds does when it is called."""
-    return rewritten.function(layer, *args, **kwargs)
+classes.READERS["layer"] = Rewritten
 
 
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
@@ -64,7 +69,7 @@ def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
         and not _has_any_global_hook()
     ):
         weight = getattr(norm, binding.weight) if binding.weight else None
-        if (None if weight is None else weight.dtype, a.dtype) in binding.proven:
+        if serves(norm, binding, weight, a):
             recipe, shape, eps = binding.recipe, shape_of(norm, weight, a), getattr(norm, binding.eps)
             return add_rms_norm(a, b, shape, weight, eps, offset=recipe.offset, casting_mode=recipe.casting_mode)
     total = a + b

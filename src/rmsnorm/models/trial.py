@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .binding import Binding, Types, apply
+from .binding import Binding, Types, apply, eps_of
 from .reads import Unfit as Unfit
 
 # Bounds in units of a type's eps. Forward, relative to each output: in float32 their sum, root and products round, up
@@ -23,8 +23,14 @@ NOT_IDENTICAL = 0.005
 # Backward, relative to the largest gradient of the row (dx) or of all (dw), in the coarser type's eps: theirs is
 # rounded at every step of its chain. A forgotten term would be as large as the gradient.
 BACKWARD = 16.0
-LEADING: dict[int, tuple[int, ...]] = {0: (), 1: (8,), 2: (2, 4), 3: (2, 2, 2), 4: (2, 2, 1, 2)}
-"""Sizes of the other dimensions by their number; eight rows are what an input of few dimensions has."""
+LEADING: dict[int, tuple[tuple[int, ...], ...]] = {
+    0: ((),),
+    1: ((8,), (5,)),
+    2: ((2, 4), (3, 2)),
+    3: ((2, 2, 2), (1, 2, 3)),
+    4: ((2, 2, 1, 2), (1, 2, 3, 1)),
+}
+"""Sizes of the other dimensions by their number: two of each, as one may happen to be another size of the module."""
 WIDTH = 64
 """Of norms that have no weight and no size."""
 
@@ -65,29 +71,33 @@ class Trial:
                 self.module._parameters[name] = nn.Parameter(value)
             else:
                 self.module._buffers[name] = value
-        if eps is not None and binding.eps:
+        if eps is not None and isinstance(binding.eps, str):
             setattr(self.module, binding.eps, eps)
         self.weight = getattr(self.module, binding.weight) if binding.weight else None
         self.bias = getattr(self.module, binding.bias) if binding.bias else None
         self.shape = _normalised(module, binding, self.weight)
+        self.heads = self.weight.shape[-3] if binding.layout == "heads" and self.weight is not None else 1
 
     def rows(self, *, gradient: bool = False) -> list[Tensor]:
         """Rows of many sizes, and the gates for them: ``[rows, *normalised]`` each.
 
-        From those that eps drowns to those that it leaves alone, and from subnormal numbers to 1e4, where a square is
-        too large for float16. For gradients those in the middle, as gradients of smaller rows overflow in float16.
+        From those that eps drowns to those that it leaves alone, and from the smallest numbers, whose squares are 0, to
+        1e4, whose squares are too large for float16. For gradients those in the middle, as those of smaller rows
+        overflow in float16.
         """
         columns, x_type = self.shape.numel(), self.types[1]
         least = 1e-3 if x_type is torch.float16 else 1e-5
-        eps = getattr(self.module, self.binding.eps) if self.binding.eps else self.binding.recipe.floor(columns)
-        root = max(eps or 0.0, 0.0 if self.binding.recipe.floors and not gradient else least**2) ** 0.5
+        recipe, eps = self.binding.recipe, eps_of(self.module, self.binding)
+        square = recipe.floor(columns, eps) if recipe.floors else eps
+        root = max(square or 0.0, 0.0 if recipe.floors and not gradient else least**2) ** 0.5
         sizes = [0.3 * root, root, 3 * root, 1.0, 30.0]
         if not gradient:
             # Without an eps their root of a square that underflows is wrong, which ours isn't.
-            smallest = [0.0, torch.finfo(x_type).smallest_normal / 64] if eps else [1.0, 1.0]
+            smallest = [0.0, torch.finfo(x_type).smallest_normal * 8] if square else [1.0, 1.0]
             sizes = [*smallest, *sizes, 1e4]
         sizes *= max(2, 400 // columns)
-        sizes = sizes[: len(sizes) // 8 * 8]
+        whole = 8 * self.heads
+        sizes = (sizes * self.heads)[: max(len(sizes) // whole, 1) * whole]
         x = torch.stack([size * normal(columns, seed=i) for i, size in enumerate(sizes)])
         rows = [x, 2 * normal(*x.shape, seed=-1)][: 1 + bool(self.binding.recipe.gate)]
         return [r.to(t).view(-1, *self.shape) for r, t in zip(rows, self.types[1:], strict=False)]
@@ -95,13 +105,17 @@ class Trial:
     def inputs(self, leading: tuple[int, ...] | None = None, *, gradient: bool = False) -> list[Tensor]:
         """The rows in other dimensions, of these sizes: as many as fit. By default all, in as many as the weight asks."""
         rows = self.rows(gradient=gradient)
+        channels = self.binding.layout == "channels"
         if leading is None:
-            many = 2 if self.binding.axis == -1 else max(2, (0 if self.weight is None else self.weight.dim()))
+            known = 0 if self.weight is None else self.weight.dim()
+            many = max(2, known if channels else 2 + (self.binding.layout == "heads"))
             leading = (1,) * (many - 2) + (2, len(rows[0]) // 2)
+            if self.binding.layout == "heads":
+                leading = (1, self.heads, len(rows[0]) // self.heads)
         count = torch.Size(leading).numel()
-        shaped = [r[-count:].reshape(*leading, *self.shape) for r in rows]
-        if self.binding.axis != -1:
-            shaped = [r.movedim(-1, self.binding.axis).contiguous() for r in shaped]
+        shaped = [r[len(r) - count :].reshape(*leading, *self.shape) for r in rows]
+        if channels:
+            shaped = [r.movedim(-1, 1).contiguous() for r in shaped]
         return [r.clone().requires_grad_(gradient) for r in shaped]
 
     def theirs(self, inputs: list[Tensor]) -> Tensor:
@@ -122,8 +136,9 @@ class Trial:
 
 
 def _normalised(module: nn.Module, binding: Binding, weight: Tensor | None) -> torch.Size:
-    if weight is not None:
-        return torch.Size([weight.numel()]) if binding.flat else weight.shape
+    if weight is not None and binding.layout != "number":
+        last = {"last": weight.shape, "heads": weight.shape[-1:]}
+        return last.get(binding.layout, torch.Size([weight.numel()]))
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
         return torch.Size(shape)
@@ -161,7 +176,7 @@ def compare(trial: Trial, theirs: Tensor, ours: Tensor) -> Difference:
     coarse = max(trial.types[1] or ours.dtype, ours.dtype, key=_eps)
     size = theirs.abs().float()
     if recipe.centred or trial.bias is not None:  # these cancel: errors are relative to what was subtracted
-        size = size.amax(trial.binding.axis, keepdim=True)
+        size = size.amax(1 if trial.binding.layout == "channels" else -1, keepdim=True)
     far = _largest(ours, theirs, size, _eps(coarse))
     share = float((theirs != ours).double().mean())
     allowed = FORWARD[coarse] * (2 if recipe.gate else 1)
@@ -178,7 +193,7 @@ def backward(trial: Trial) -> float:
         for output in (trial.theirs(inputs), trial.ours(inputs))
     )
     worst = 0.0
-    dims = tuple(range(-len(trial.shape), 0)) if trial.binding.axis == -1 else (trial.binding.axis,)
+    dims = (1,) if trial.binding.layout == "channels" else tuple(range(-len(trial.shape), 0))
     for tensor, one, other in zip(wanted, theirs, ours, strict=True):
         if one is None or other is None:
             return float("inf")
