@@ -18,6 +18,7 @@ from torch import nn
 
 from . import conditions, trial
 from .binding import TYPES, Binding, Types
+from .reads import Unfit
 from .recipes import RECIPES, Recipe
 
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "rms_norm_eps", "norm_eps", "layer_norm_eps")
@@ -64,7 +65,7 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
                 partial.append(proof)
         except Refused:
             raise
-        except trial.Unfit as unfit:
+        except Unfit as unfit:
             raise Refused(str(unfit)) from unfit
         except Exception as error:  # a stranger's forward may raise anything; other candidates ask it otherwise
             raised = raised or f"it can't be probed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .binding import Binding, Types, apply, eps_of
-from .reads import Unfit as Unfit
+from .reads import Unfit
 
 # Bounds in units of a type's eps. Forward, relative to each output: in float32 their sum, root and products round, up
 # to 4 in all; in a half type one rounding of x·r may fall the other way, and the weight passes it on. A gate brings an
@@ -93,7 +93,9 @@ class Trial:
         sizes = [0.3 * root, root, 3 * root, 1.0, 30.0]
         if not gradient:
             # Without an eps their root of a square that underflows is wrong, which ours isn't.
-            smallest = [0.0, torch.finfo(x_type).smallest_normal * 8] if square else [1.0, 1.0]
+            # A gate's product must not be subnormal: it would have few bits, and theirs other ones.
+            many = 4096 if recipe.gate else 8
+            smallest = [0.0, torch.finfo(x_type).smallest_normal * many] if square else [1.0, 1.0]
             sizes = [*smallest, *sizes, 1e4]
         sizes *= max(2, 400 // columns)
         whole = 8 * self.heads
@@ -103,7 +105,7 @@ class Trial:
         return [r.to(t).view(-1, *self.shape) for r, t in zip(rows, self.types[1:], strict=False)]
 
     def inputs(self, leading: tuple[int, ...] | None = None, *, gradient: bool = False) -> list[Tensor]:
-        """The rows in other dimensions, of these sizes: as many as fit. By default all, in as many as the weight asks."""
+        """The rows shaped so: as many as fit. By default all of them, in as many dimensions as the weight asks for."""
         rows = self.rows(gradient=gradient)
         channels = self.binding.layout == "channels"
         if leading is None:
