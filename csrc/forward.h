@@ -124,8 +124,9 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto keep = [&](int64_t r, const typename Norm::Row& row) __attribute__((always_inline)) {
-    ((Scalar<T>*)rows.rstd)[r] = kept(row);
-    if constexpr (Norm::kBias) rows.mean[r] = row.mean;
+    auto* rstd = (Scalar<T>*)rows.rstd + r;
+    if constexpr (Norm::kBias) *rstd = row.high, rows.mean[r] = row.mean;
+    else *rstd = row.kept;
   };
   if (rows.rstd)
     for (int64_t r = begin; r < end; ++r) keep(r, found[r - begin]);

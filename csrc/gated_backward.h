@@ -30,10 +30,11 @@ struct GatedPart {
 template <class T, bool First>
 RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& rows, int64_t r) {
   using V = Vector<T>;
-  const V scale = splat<T>(rstd_of<T>(rows, r));
+  const Scalar<T> kept = kept_rstd<T>(rows, r);
+  const V scale = splat<T>(kept < 0 ? -kept : kept);
   const typename GatedPart<T, First>::Activate activate(b.gate == Gate::silu);
   V minus_mean = {};
-  if ((b.need_input || (First && b.need_gate)) && !(kept_rstd<T>(rows, r) < 0)) {
+  if ((b.need_input || (First && b.need_gate)) && !(kept < 0)) {
     Sum<T> sum;
     sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
       const GatedPart<T, First> part(rows, r, activate, scale, span);
@@ -55,7 +56,7 @@ RMSNORM_INLINE void gated_backward_row(const Backward& b, const BackwardRows& ro
 template <class T, bool First>
 void gated_backward(const Backward& b, const BackwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
-    if (is_safe<T>(rows, r)) gated_backward_row<T, First>(b, rows, r);
+    if (is_safe<T>(rows, r) || is_floored<T>(rows, r)) gated_backward_row<T, First>(b, rows, r);
     else rescue_backward<T>(b, rows, r);
   }
 }

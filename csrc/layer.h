@@ -102,11 +102,6 @@ struct LayerRow {
 };
 
 template <class S>
-RMSNORM_INLINE S kept(const LayerRow<S>& row) {
-  return row.high;
-}
-
-template <class S>
 RMSNORM_INLINE void set_mean(LayerRow<S>& row, double high, double low) {
   row.mean = high;
   row.mean_high = (S)high;

@@ -67,7 +67,7 @@ ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
   });
   squares.low += lost;
   const Rstd<double> rstd = rstd_from<double>(squares, columns, eps * row.scale * row.scale);
-  row.high = rstd.high, row.low = rstd.low, row.floored = rstd.floored;
+  row.high = rstd.high, row.low = rstd.low, row.floored = rstd.kept < 0;
   return row;
 }
 
@@ -75,7 +75,7 @@ ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
 template <class S>
 RMSNORM_INLINE void set_row(Rstd<S>& row, const ScaledRow& scaled) {
   row.high = (S)(scaled.high * scaled.scale);
-  row.floored = scaled.floored;
+  row.kept = scaled.floored ? -row.high : row.high;
 }
 template <class S>
 RMSNORM_INLINE void set_row(LayerRow<S>& row, const ScaledRow& scaled) {
@@ -103,11 +103,6 @@ template <class T>
 RMSNORM_INLINE Scalar<T> kept_rstd(const BackwardRows& rows, int64_t r) {
   return ((const Scalar<T>*)rows.rstd)[r];
 }
-template <class T>
-RMSNORM_INLINE Scalar<T> rstd_of(const BackwardRows& rows, int64_t r) {
-  const Scalar<T> kept = kept_rstd<T>(rows, r);
-  return kept < 0 ? -kept : kept;
-}
 
 template <class T>
 __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
@@ -123,7 +118,7 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   const auto dy_at = [&](int64_t i) { return element(grad, i) * (b.gate_first ? 1.0 : gate_at(i).value); };
   // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
   // anew.
-  const double rstd = (double)rstd_of<T>(rows, r), mean = b.layer ? rows.mean[r] : 0.0;
+  const double rstd = __builtin_fabs((double)kept_rstd<T>(rows, r)), mean = b.layer ? rows.mean[r] : 0.0;
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
   const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
   const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0}
@@ -154,10 +149,18 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   }
 }
 
-// Whether the 1/rms that forward kept is inside what kSmallest and kLargest mean for it.
+// Whether the 1/rms that forward kept is inside what kSmallest and kLargest mean for it: one that moves with its row,
+// or a floor's.
+template <class T>
+RMSNORM_INLINE bool is_usable(Scalar<T> rstd) {
+  constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
+  return rstd >= smallest && rstd <= 1 / smallest;
+}
 template <class T>
 RMSNORM_INLINE bool is_safe(const BackwardRows& rows, int64_t r) {
-  constexpr Scalar<T> smallest = sizeof(T) == 8 ? (Scalar<T>)0x1p-400 : (Scalar<T>)0x1p-50;
-  const Scalar<T> rstd = rstd_of<T>(rows, r);
-  return rstd >= smallest && rstd <= 1 / smallest;
+  return is_usable<T>(kept_rstd<T>(rows, r));
+}
+template <class T>
+RMSNORM_INLINE bool is_floored(const BackwardRows& rows, int64_t r) {
+  return is_usable<T>(-kept_rstd<T>(rows, r));
 }

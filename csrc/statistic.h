@@ -105,19 +105,15 @@ struct Eps {
   RMSNORM_INLINE explicit Eps(double eps) : added(eps < 0 ? 0.0 : eps), floor(eps < 0 ? -eps : -__builtin_inf()) {}
 };
 
-// 1/rms of a row as high + low, whether a plain kernel may use it, and whether it is the floor's.
+// 1/rms of a row as high + low, whether a plain kernel may use it, and what forward keeps for backward: `high`,
+// negative where it is the floor's. So backward decides nothing anew: a row whose mean square is 2^-25 above the floor
+// has the same 1/rms in fp32, and another derivative.
 template <class S>
 struct Rstd {
   S high, low;
-  bool safe, floored;
+  bool safe;
+  S kept;
 };
-
-// What forward keeps of a row for backward: 1/rms, negative where it is the floor's. So backward decides nothing anew:
-// a row whose mean square is 2^-25 above the floor has the same 1/rms in fp32, and another derivative.
-template <class S>
-RMSNORM_INLINE S kept(const Rstd<S>& row) {
-  return row.floored ? -row.high : row.high;
-}
 
 // The mean square (with eps) for which products, 1/rms and their errors stay inside the normal numbers of fp32
 // (fp64 for fp64), with room for weights and gradients of any sane size. Rows outside go to rescue.h.
@@ -140,7 +136,7 @@ RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double ep
     const double q = r * v.high, q_low = __builtin_fma(r, v.high, -q);
     const double residual = (__builtin_fma(-q, r, 1.0) - q_low * r) - (low * r) * r;
     const bool safe = v.high >= kSmallest<T> && v.high <= kLargest<T>;
-    return {r, safe ? 0.5 * (r * residual) : 0.0, safe, floored};
+    return {r, safe ? 0.5 * (r * residual) : 0.0, safe, floored ? -r : r};
   } else {
     const double mean = sum.high / n + rule.added;
     const bool floored = mean < rule.floor;
@@ -148,7 +144,8 @@ RMSNORM_INLINE Rstd<Scalar<T>> rstd_from(Double2 sum, int64_t columns, double ep
     const float high = (float)r;
     // A row of fp32 subnormals is rescued even under a large eps: x·r alone would round below the normal numbers.
     const bool subnormal = sizeof(T) == 4 && sum.high > 0 && sum.high < kSmallest<T>;
-    return {high, (float)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal, floored};
+    return {high, (float)(r - (double)high), v >= kSmallest<T> && v <= kLargest<T> && !subnormal,
+            floored ? -high : high};
   }
 }
 
@@ -171,16 +168,16 @@ class Rstds {
       auto safe = (v >= kSmallest<T>)&(v <= kLargest<T>);
       if constexpr (sizeof(T) == 4) safe &= ~((sum > 0) & (sum < kSmallest<T>));
       store_register(safe_ + i, safe);
-      store_register(floored_ + i, floored);
+      store_register(kept_ + i, narrow(floored ? -r : r));
     }
   }
   RMSNORM_INLINE bool safe(int64_t i) const { return safe_[i] != 0; }
-  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i), floored_[i] != 0}; }
+  RMSNORM_INLINE Rstd<float> operator[](int64_t i) const { return {high_[i], low_[i], safe(i), kept_[i]}; }
 
  private:
   DoubleReg sum_[kBlockRows];  // each still in several lanes
-  float high_[kBlockRows], low_[kBlockRows];
-  int64_t safe_[kBlockRows], floored_[kBlockRows];
+  float high_[kBlockRows], low_[kBlockRows], kept_[kBlockRows];
+  int64_t safe_[kBlockRows];
 };
 template <>
 class Rstds<double> {

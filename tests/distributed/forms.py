@@ -17,6 +17,7 @@ from oracle import ulp
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm.functional import floored_rms_norm
 
 EPS = 1e-5
 
@@ -54,9 +55,14 @@ class Form:
         s = x + others[0] if self.alike == 2 else x
         s = s + (s.to(dtype).double() - s).detach()  # rounding counts as the identity
         mean = s.square().mean(tuple(range(-self.dims, 0)), keepdim=True)
-        y = s / (mean + EPS).sqrt()
+        floor = self.options.get("floor")
+        y = s / (mean + EPS if floor is None else mean.clamp_min(floor)).sqrt()
         y = y if weight is None else y * (weight + offset)
         return (y, s) if self.alike == 2 else (y,)
+
+
+def floored(input: Tensor, shape: Any, weight: Tensor, *, eps: float, floor: float) -> Tensor:
+    return floored_rms_norm(input, shape, weight, floor)
 
 
 RMS, ADD, GATED, LAYER = rmsnorm.rms_norm, rmsnorm.add_rms_norm, rmsnorm.gated_rms_norm, rmsnorm.layer_norm
@@ -64,6 +70,7 @@ FORMS = {
     "rms": Form(RMS),
     "rms, no weight": Form(RMS, weights=0),
     "rms, offset": Form(RMS, options={"offset": 1.0}),
+    "rms, floor": Form(floored, options={"floor": 0.01}),
     "rms, llama": Form(RMS, options={"casting_mode": "llama"}),
     "rms, two dimensions": Form(RMS, dims=2, weight_dims=2),
     "rms, weight per head": Form(RMS, weight_dims=2),

@@ -129,6 +129,7 @@ struct Case {
   bool layer = false;
   Gate gate = Gate::none;
   bool gate_first = false;
+  double eps = 1e-6;
 };
 
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight, bool back) {
@@ -147,7 +148,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   if (c.gain != Type::none) target.make_gain(c.input, c.gain, gain.at(0), 1.0, wide(c.input), formed.data(), c.columns);
 
   Forward f = {};
-  f.columns = c.columns, f.eps = 1e-6, f.input = c.input, f.output = c.output, f.gain_type = c.gain;
+  f.columns = c.columns, f.eps = c.eps, f.input = c.input, f.output = c.output, f.gain_type = c.gain;
   f.round_first = f.round_product = c.round_first, f.add = c.add, f.layer = c.layer, f.bias = gain.at(0);
   f.gate = c.gate, f.gate_first = c.gate_first;
   std::vector<double> mean(kRows);
@@ -168,7 +169,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
   Backward b = {};
-  b.columns = c.columns, b.eps = 1e-6, b.input = c.input, b.need_input = need_input;
+  b.columns = c.columns, b.eps = c.eps, b.input = c.input, b.need_input = need_input;
   b.need_weight = need_weight && (c.layer || c.gain != Type::none);  // only LayerNorm has a bias without a weight
   b.add = c.add && need_input, b.layer = c.layer, b.gate = c.gate, b.gate_first = c.gate_first;
   b.need_gate = c.gate != Gate::none && need_weight;
@@ -203,7 +204,7 @@ int main(int argc, char** argv) {
   long compared = 0;
   for (Type input : kTypes)
     for (int64_t columns : kColumns)
-      for (int form = 0; form < 12; ++form)
+      for (int form = 0; form < 15; ++form)
         for (int add = 0; add < (form < 6 ? 2 : 1); ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
@@ -213,11 +214,15 @@ int main(int argc, char** argv) {
                 {input, wider, input, true, false, columns},       {input, wider, wider, true, false, columns},
                 {input, Type::none, input, false, false, columns}, {input, wider, input, false, false, columns},
                 {input, input, input, true, false, columns},       {input, input, input, false, false, columns},
-                {input, input, wider, true, false, columns},       {input, wider, input, false, false, columns}};
+                {input, input, wider, true, false, columns},       {input, wider, input, false, false, columns},
+                {input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
+                {input, wider, input, false, false, columns}};
             Case c = cases[form];
             c.layer = form == 6 || form == 7;
             c.add = add;
-            if (form >= 8) c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
+            if (form >= 12) c.eps = -1e-6;  // a floor: of tiny rows, and of ordinary ones none
+            if ((form >= 8 && form < 12) || form == 14)
+              c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2, false);
             const Type types[] = {c.output, input, wider, input, input, Type::f64, input};
             const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate"};
