@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autograd, _everyday, _gated_ops, functional, module
+from . import _arguments, _autograd, _everyday, _gated_ops, functional, module
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -75,6 +75,8 @@ def gated_rms_norm(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
     silu = check_activation("gated_rms_norm", activation)
+    if type(offset) is not float:
+        _arguments.check_numbers("gated_rms_norm", offset=offset)
     _check(input, gate, dims, group_size)
     if ranks := _everyday.distributed(input, gate, weight):
         gating = (activation, norm_before_gate, group_size)
@@ -155,13 +157,15 @@ class GatedRMSNorm(module.RMSNorm):
 
 def check_activation(name: str, activation: str) -> bool:
     """Whether it is silu; raises ValueError for an activation that doesn't exist."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{name}: unknown activation {activation!r}; choose one of {known}")
     return ACTIVATIONS[activation]
 
 
 def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:
+    if not (gate is None or isinstance(gate, Tensor)):
+        _arguments.check_tensors("gated_rms_norm", gate=gate)
     if input.is_complex() or (gate is not None and not gate.is_floating_point()):
         raise RuntimeError(
             f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "
@@ -172,10 +176,11 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
             f"gated_rms_norm: gate must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(gate.shape)} on {gate.device}; expand it first if broadcasting is meant"
         )
-    if group_size is not None and (dims != 1 or group_size < 1 or input.shape[-1] % group_size):
+    numberless = isinstance(group_size, (str, float, complex, list, tuple, Tensor))
+    if group_size is not None and (numberless or dims != 1 or group_size < 1 or input.shape[-1] % group_size):
         raise RuntimeError(
             f"gated_rms_norm: group_size must divide the last dimension of input, {input.shape[-1]}, which must be the "
-            f"only normalised one, but is {group_size}, with normalized_shape = {list(input.shape[-dims:])}"
+            f"only normalised one, but is {group_size!r}, with normalized_shape = {list(input.shape[-dims:])}"
         )
 
 

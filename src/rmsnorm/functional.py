@@ -1,14 +1,13 @@
-"""The only file that validates arguments and words the errors; the functions that users call."""
+"""The only file that validates arguments; the functions that users call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _autograd, _everyday, _onnx, _ops, reference
+from . import _arguments, _autograd, _everyday, _onnx, _ops, reference
 
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
@@ -63,12 +62,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if way := _everyday.short_way(input, weight, out):
-        shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
-        if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
-            if eps is None:
-                eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
-            try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+    try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        if way := _everyday.short_way(input, weight, out):
+            shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+            if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
+                if eps is None:
+                    eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
                 plain = not offset and casting_mode == "torch"
                 if out is not None:
                     if plain and way is _weighted:
@@ -85,9 +84,11 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     if plain
                     else way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
                 )
-            except (RuntimeError, KeyError):
-                pass
+    except (RuntimeError, KeyError, AttributeError, TypeError):
+        pass
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if type(offset) is not float:
+        _arguments.check_numbers("rms_norm", offset=offset)
     if ranks := _everyday.distributed(input, weight, out):
         return ranks.rms_norm(input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
@@ -129,12 +130,19 @@ def add_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
     """
-    if residual.shape != input.shape or residual.device != input.device:
+    try:
+        differs = residual.shape != input.shape or residual.device != input.device
+    except AttributeError:
+        differs = True
+    if differs:
+        _arguments.check_tensors("add_rms_norm", input=input, residual=residual)
         raise RuntimeError(
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if type(offset) is not float:
+        _arguments.check_numbers("add_rms_norm", offset=offset)
     if ranks := _everyday.distributed(input, residual, weight):
         return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
     split = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
@@ -159,14 +167,15 @@ def _resolve(
 
     ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
     """
-    shape = _as_tuple(normalized_shape)
+    if not isinstance(input, Tensor) or not (weight is None or isinstance(weight, Tensor)):
+        _arguments.check_tensors(name, input=input, weight=weight)
+    shape = _arguments.as_shape(name, normalized_shape)
     dims = len(shape)
     if not dims or input.shape[-dims:] != shape:
-        _raise_shape(name, input, shape, None)
+        _arguments.raise_shape(name, input, shape, None)
     if weight is not None and not reference.spans(weight, input, dims):
-        _raise_shape(name, input, shape, weight)
-    if casting_mode not in _ROUND_FIRST:
-        check_casting_mode(name, casting_mode)
+        _arguments.raise_shape(name, input, shape, weight)
+    check_casting_mode(name, casting_mode)
     round_first = _ROUND_FIRST[casting_mode]
     dtype = input.dtype
     native = dtype in _NATIVE_TYPES
@@ -180,9 +189,11 @@ def _resolve(
             # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
             native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
     if not native:
-        _check_floating(name, input, weight)
+        _arguments.check_floating(name, input, weight)
     if eps is None:
         eps = _EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else _EPS
+    elif type(eps) is not float:
+        _arguments.check_numbers(name, eps=eps)
     return dims, eps, round_first, native
 
 
@@ -192,39 +203,13 @@ def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_casting_mode(name: str, casting_mode: str) -> None:
     """Raises ValueError for a casting mode that doesn't exist."""
-    if casting_mode not in _ROUND_FIRST:
+    if not isinstance(casting_mode, str) or casting_mode not in _ROUND_FIRST:
         modes = ", ".join(map(repr, _ROUND_FIRST))
         raise ValueError(f"{name}: unknown casting_mode {casting_mode!r}; choose one of {modes}")
 
 
-def _raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> NoReturn:
-    # The first sentences are torch's own, word for word: code that matches them keeps working.
-    if not shape:
-        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got {list(shape)}")
-    if input.shape[-len(shape) :] != shape:
-        tail = ", ".join(map(str, shape))
-        raise RuntimeError(
-            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [*, {tail}], but got input of "
-            f"size {list(input.shape)}; normalized_shape must be the sizes of the last dimensions of input"
-        )
-    assert weight is not None
-    raise RuntimeError(
-        f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
-        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
-        f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
-    )
-
-
-def _check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
-    for label, tensor in (("input", input), ("weight", weight)):
-        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise RuntimeError(
-                f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
-                f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
-            )
-
-
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+    _arguments.check_tensors("rms_norm", out=out)
     dtype = reference.result_dtype(input, weight, round_first)
     if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
         raise RuntimeError(
@@ -235,6 +220,11 @@ def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: b
         raise RuntimeError(
             f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
             "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
+        )
+    if out.is_neg() or out.is_conj():
+        raise RuntimeError(
+            f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
+            "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
         )
     if _autograd.needed(input, weight, out):
         raise RuntimeError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._arguments import described
 from .binding import bind, binding_of, unbind
 from .fusion import fuse
 from .probe import EPS_NAMES, Refused, examine
@@ -46,6 +47,7 @@ def patch(
         >>> report.patched[0].name, report.patched[0].meaning
         ('1', 'weight, then round')
     """
+    _check(model, "patch")
     report = PatchReport()
     known: dict[type, Recipe] = {}
     # Proofs need gradients, whatever the mode of the caller.
@@ -72,6 +74,14 @@ def patch(
     return report
 
 
+def _check(model: object, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name}: model must be a torch.nn.Module, but is {described(model)}; pass the model itself, as a "
+            "constructor or from_pretrained() returns it, one at a time"
+        )
+
+
 def _may_be_a_norm(module: nn.Module) -> bool:
     """By its name, or because it has an eps."""
     return "norm" in type(module).__name__.lower() or any(hasattr(module, name) for name in EPS_NAMES)
@@ -91,6 +101,7 @@ def _left_alone(module: nn.Module) -> str:
 
 def unpatch(model: nn.Module) -> None:
     """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
+    _check(model, "unpatch")
     for module in model.modules():
         unbind(module)
 
