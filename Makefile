@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel bench results figure accuracy census models explained scaling study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census models explained scaling study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -80,6 +80,9 @@ wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empt
 	rm -rf dist build
 	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	PYTHON=$(PYTHON) tests/wheel_smoke.sh dist/rmsnorm-*-py3-none-*.whl
+
+matrix: $(NATIVE) ## the wheel on other versions of torch, transformers and Python; writes docs/versions.md; an hour, 6 GB
+	$(BIN)/python tests/matrix.py --write
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist $(NATIVE) src/*.egg-info

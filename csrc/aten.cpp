@@ -3,7 +3,6 @@
 // through the two operators of _install.py that hold it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
 #include <exception>
@@ -12,39 +11,43 @@
 #include <string>
 
 #include "ops.h"
+#include "raise.h"
+#include "tensors.h"
 
 namespace rmsnorm {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::detail::StableLibrary;
 using Sizes = std::vector<int64_t>;
 
-bool is_native(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-         type == ScalarType::Double;
+bool is_native(int32_t code) {
+  return code == aoti_torch_dtype_float32() || code == aoti_torch_dtype_bfloat16() ||
+         code == aoti_torch_dtype_float16() || code == aoti_torch_dtype_float64();
 }
 
 // One native type throughout, a weight of the normalised shape, and a row that ends with that shape.
 bool takes(const Tensor& input, const Sizes& shape, OptionalTensor& weight) {
   if (weight && !weight->defined()) weight.reset();  // what autograd saves for a missing weight
   const int64_t dims = static_cast<int64_t>(shape.size()), outer = input.dim() - dims;
-  bool good = is_native(input.scalar_type()) && dims > 0 && outer >= 0;
+  bool good = is_native(code_of(input)) && dims > 0 && outer >= 0;
   for (int64_t d = 0; good && d < dims; ++d) good = input.size(outer + d) == shape[d];
   if (!good || !weight) return good;
-  good = weight->scalar_type() == input.scalar_type() && weight->dim() == dims && weight->is_cpu();
+  good = code_of(*weight) == code_of(input) && weight->dim() == dims && weight->is_cpu();
   for (int64_t d = 0; good && d < dims; ++d) good = weight->size(d) == shape[d];
   return good;
 }
 
+// Why torch's formula failed. The stable ABI tells that a call did, not why; _install.py, which holds the formula, says
+// it here on its way out.
+thread_local std::string failed_as, failed_with;
+
 template <class... Arguments>
 std::tuple<Tensor, Tensor> call(const char* name, const Tensor& first, const Arguments&... others) {
-  const ScalarType type = first.scalar_type();
   std::array<StableIValue, 1 + sizeof...(others)> stack{torch::stable::detail::from(first),
                                                         torch::stable::detail::from(others)...};
-  // The stable ABI tells that a call failed, not why. Torch's formula fails for one reason; these are its words.
-  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "\"rms_norm\" not implemented for '", toString(type), "'");
+  failed_as.clear(), failed_with = "rmsnorm: torch's own formula failed";
+  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+    raise_as_torch(failed_as, failed_with);
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
@@ -52,14 +55,14 @@ std::tuple<Tensor, Tensor> fused_rms_norm(Tensor input, Sizes shape, OptionalTen
   // A negative eps would be a floor in our kernels; here it is added as any other.
   if (!takes(input, shape, weight) || (eps && *eps < 0))
     return call("rmsnorm::torch_fused_rms_norm", input, shape, weight, eps);
-  const bool wide = input.scalar_type() == ScalarType::Double;
+  const bool wide = code_of(input) == aoti_torch_dtype_float64();
   const double machine = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   return rms_norm_forward(input, weight, static_cast<int64_t>(shape.size()), eps.value_or(machine), 0.0, false);
 }
 
 std::tuple<Tensor, Tensor> fused_rms_norm_backward(Tensor grad, Tensor input, Sizes shape, Tensor rstd,
                                                    OptionalTensor weight, std::vector<bool> mask) {
-  if (!takes(input, shape, weight) || grad.scalar_type() != input.scalar_type())
+  if (!takes(input, shape, weight) || code_of(grad) != code_of(input))
     return call("rmsnorm::torch_fused_rms_norm_backward", grad, input, shape, rstd, weight, bool(mask.at(0)),
                 bool(mask.at(1)));
   // eps isn't told. The kernel asks for it only where 1/rms isn't a normal number, and there eps can't matter.
@@ -95,4 +98,9 @@ extern "C" __attribute__((visibility("default"))) const char* rmsnorm_install(bo
     error = caught.what();
     return error.c_str();
   }
+}
+
+// The name of a Python exception, and its text.
+extern "C" __attribute__((visibility("default"))) void rmsnorm_failed(const char* type, const char* text) {
+  rmsnorm::failed_as = type, rmsnorm::failed_with = text;
 }

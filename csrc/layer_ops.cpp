@@ -6,7 +6,7 @@ namespace {
 
 // A weight or bias has the sizes of the normalised dimensions, and no more.
 void check(const OptionalTensor& tensor, int64_t dims) {
-  STD_TORCH_CHECK(!tensor || tensor->dim() == dims, "rmsnorm: weight and bias must have ", dims, " dimensions");
+  require(!tensor || tensor->dim() == dims, "rmsnorm: weight and bias must have ", dims, " dimensions");
 }
 
 Gain given_or(const OptionalTensor& tensor, double value, const Tensor& input, const Shape& shape) {
@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor input
   const Type type = type_of(input);
   const Shape shape(input, dims);
   const Gain gain(weight, 0.0, input, shape, Gain::kBackward);
+  if (bias) check_weight(*bias, input, shape);
   need_weight = need_weight && weight, need_bias = need_bias && bias;
   Backward b = {};
   b.eps = eps, b.gain = gain.rows, b.layer = true, b.need_input = need_input, b.need_weight = need_weight || need_bias;

@@ -41,7 +41,7 @@ bool may_write(const Tensor& out, const Tensor& read) {
     return begin(t) + (last + 1) * static_cast<int64_t>(t.element_size());
   };
   if (end(out) <= begin(read) || end(read) <= begin(out)) return true;
-  bool same = begin(out) == begin(read) && out.scalar_type() == read.scalar_type() && out.dim() == read.dim();
+  bool same = begin(out) == begin(read) && code_of(out) == code_of(read) && out.dim() == read.dim();
   for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == read.stride(d);
   return same;
 }
@@ -52,9 +52,9 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
   bool fits = out.is_cpu() && type_of(out) == output_type(type_of(input), weight, round_first) &&
               std::equal(sizes.begin(), sizes.end(), whole.begin(), whole.end());
   for (size_t d = 0; fits && d < sizes.size(); ++d) fits = strides[d] != 0 || sizes[d] <= 1;
-  STD_TORCH_CHECK(fits,
-                  "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not "
-                  "be expanded; call rmsnorm.rms_norm, which says more");
+  require(fits,
+          "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not be "
+          "expanded; call rmsnorm.rms_norm, which says more");
   bool direct =
       has_plain_rows(out, input.dim() - dims) && may_write(out, input) && (!weight || may_write(out, *weight));
   if (direct || out.numel() == 0) {

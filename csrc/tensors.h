@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "refuse.h"
 #include "rows.h"
 
 namespace rmsnorm {
@@ -18,15 +19,21 @@ using torch::headeronly::ScalarType;
 // Work below this many elements stays on the calling thread: waking another costs as much as 30,000 elements.
 constexpr int64_t kGrain = 32768;
 
-// Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 2.
-inline Type type_of(const Tensor& tensor) {
+// torch's number for a type. Tensor::scalar_type() fails for those that the stable ABI has no name for.
+inline int32_t code_of(const Tensor& tensor) {
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 2.
+inline Type type_of(const Tensor& tensor) {
+  const int32_t code = code_of(tensor);
   if (code == aoti_torch_dtype_float32()) return Type::f32;
   if (code == aoti_torch_dtype_bfloat16()) return Type::bf16;
   if (code == aoti_torch_dtype_float16()) return Type::f16;
-  STD_TORCH_CHECK(code == aoti_torch_dtype_float64(),
-                  "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
+  require(code == aoti_torch_dtype_float64(),
+          "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
   return Type::f64;
 }
 
@@ -42,11 +49,12 @@ inline ScalarType scalar_of(Type type) {
 inline Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
   const int64_t bytes = stride * size_of(type);
+  AtenTensorHandle handle;
+  require(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
+                                   aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
+          "rmsnorm: not enough memory for ", bytes, " bytes");
+  Tensor tensor(handle);
   if (is_large(bytes)) ask_for_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
@@ -70,7 +78,7 @@ struct Shape {
   Shape(const Tensor& input, int64_t dims) : dims(dims), columns(1) {
     const auto sizes = input.sizes();
     outer = static_cast<int64_t>(sizes.size()) - dims;
-    STD_TORCH_CHECK(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
+    require(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
     for (size_t d = outer; d < sizes.size(); ++d) columns *= sizes[d];
   }
 };
@@ -104,13 +112,23 @@ inline void check_weight(const Tensor& weight, const Tensor& input, const Shape&
   const int64_t before = static_cast<int64_t>(whole.size()) - static_cast<int64_t>(sizes.size());
   const bool same = weight.is_cpu() && before >= 0 && before <= shape.outer &&
                     std::equal(sizes.begin(), sizes.end(), whole.begin() + before);
-  STD_TORCH_CHECK(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
+  require(same, "rmsnorm: weight must be on the CPU, with the sizes of the last dimensions of input");
 }
 
 inline void check_same(const Tensor& tensor, const Tensor& input, const char* name) {
-  bool same = tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type();
+  bool same = tensor.dim() == input.dim() && code_of(tensor) == code_of(input);
   for (int64_t d = 0; same && d < input.dim(); ++d) same = tensor.size(d) == input.size(d);
-  STD_TORCH_CHECK(same, "rmsnorm: ", name, " must have the shape and dtype of input");
+  require(same, "rmsnorm: ", name, " must have the shape and dtype of input");
+}
+
+// What forward kept of each row, as it returned it.
+inline void check_statistic(const Tensor& tensor, const Tensor& input, const Shape& shape, Type type,
+                            const char* name) {
+  const auto sizes = tensor.sizes(), whole = input.sizes();
+  bool same = tensor.is_cpu() && sizes.size() == whole.size() && type_of(tensor) == type;
+  for (size_t d = 0; same && d < whole.size(); ++d)
+    same = sizes[d] == (static_cast<int64_t>(d) < shape.outer ? whole[d] : 1);
+  require(same, "rmsnorm: ", name, " must be what the forward operator returned for this input");
 }
 
 // Operands are given by their tensors; null where the call has none.
@@ -150,8 +168,8 @@ class Gain {
     check_weight(*weight, x, shape);
     const Tensor& plain = plain_.emplace(with_plain_rows(*weight, 0));
     type = type_of(plain);
-    STD_TORCH_CHECK(type != Type::f64 || input == Type::f64,
-                    "rmsnorm: no native kernel for a float64 weight and a narrower input");
+    require(type != Type::f64 || input == Type::f64,
+            "rmsnorm: no native kernel for a float64 weight and a narrower input");
     rows.data = static_cast<char*>(plain.data_ptr());
     rows.stride = columns * size_of(type);
     const auto sizes = weight->sizes();
@@ -228,6 +246,8 @@ inline void run_backward(const Target& target, Backward b, const Tensor& grad, c
                          const std::array<const Tensor*, 2>& grad_weights) {
   b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input, b.need_gate = grad_gate;
   if (!b.need_input && !b.need_gate && !b.need_weight) return;
+  check_statistic(rstd, input, shape, wide(b.input), "rstd");
+  if (mean) check_statistic(*mean, input, shape, Type::f64, "mean");
   const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
   const Tensor r = with_plain_rows(rstd, 0);
   const OptionalTensor ds = with_plain_rows(b.add ? grad_sum : nullptr, shape.outer);

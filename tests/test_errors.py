@@ -1,15 +1,17 @@
 """Proves that bad input gets one clear error with the shapes and the fix, and that a missing library says why."""
 
+import functools
 import re
 import shutil
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _gpu, _native, _ops, add_rms_norm, rms_norm
+from rmsnorm import _gpu, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
 
 X = torch.ones(2, 3, 5)
 
@@ -111,6 +113,186 @@ def test_out_that_overlaps(target):
                 raise
         else:
             assert torch.equal(out, expected), f"out is the input shifted by {shift}"
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch._neg_view(torch.ones(2, 5)), torch.ones(2, 5, dtype=torch.complex64).conj().imag],
+    ids=["negated", "imaginary part of a conjugate"],
+)
+def test_out_whose_memory_holds_other_values(out):
+    assert out.is_neg()
+    before = out.clone()
+    for weight, offset in product((None, torch.ones(5)), (0.0, 1.0)):
+        with pytest.raises(RuntimeError, match=r"^rms_norm: out is a negated view.*; pass a tensor of its own"):
+            rms_norm(torch.ones(2, 5), 5, weight, offset=offset, out=out)
+    assert torch.equal(out, before), "out was written to"
+    z = torch.ones(2, 5, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=r"^rms_norm: out is a conjugate view"):
+        rms_norm(z, 5, out=z.clone().conj())
+
+
+NO_TENSORS = {
+    "list": ([1.0] * 4, "a list", "pass torch.tensor({})"),
+    "numpy": (np.ones((2, 4), np.float32), "a numpy.ndarray", "pass torch.from_numpy({})"),
+    "str": ("a", "a str", "pass a tensor"),
+    "None": (None, "None", "pass a tensor"),
+    "class": (torch.Tensor, "the class Tensor", "pass a tensor"),
+}
+PLACES = {
+    "rms_norm input": lambda bad, x, w: rms_norm(bad, 4, w),
+    "rms_norm weight": lambda bad, x, w: rms_norm(x, 4, bad),
+    "rms_norm out": lambda bad, x, w: rms_norm(x, 4, w, out=bad),
+    "add_rms_norm input": lambda bad, x, w: add_rms_norm(bad, x, 4, w),
+    "add_rms_norm residual": lambda bad, x, w: add_rms_norm(x, bad, 4, w),
+    "add_rms_norm weight": lambda bad, x, w: add_rms_norm(x, x, 4, bad),
+    "gated_rms_norm input": lambda bad, x, w: gated_rms_norm(bad, x, 4, w),
+    "gated_rms_norm gate": lambda bad, x, w: gated_rms_norm(x, bad, 4, w),
+    "gated_rms_norm weight": lambda bad, x, w: gated_rms_norm(x, x, 4, bad),
+    "layer_norm input": lambda bad, x, w: layer_norm(bad, 4, w),
+    "layer_norm weight": lambda bad, x, w: layer_norm(x, 4, bad),
+    "layer_norm bias": lambda bad, x, w: layer_norm(x, 4, w, bad),
+    # The layers call the functions, and their words are the functions'.
+    "rms_norm input, of RMSNorm": lambda bad, x, w: rmsnorm.RMSNorm(4)(bad),
+    "add_rms_norm residual, of RMSNorm": lambda bad, x, w: rmsnorm.RMSNorm(4)(x, bad),
+    "gated_rms_norm input, of GatedRMSNorm": lambda bad, x, w: rmsnorm.GatedRMSNorm(4)(bad),
+    "gated_rms_norm gate, of GatedRMSNorm": lambda bad, x, w: rmsnorm.GatedRMSNorm(4)(x, bad),
+    "layer_norm input, of LayerNorm": lambda bad, x, w: rmsnorm.LayerNorm(4)(bad),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", NO_TENSORS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_tensor(place, kind, grad):
+    """One line, which names the function, the argument, what came and what to pass."""
+    bad, came, instead = NO_TENSORS[kind]
+    function, label = place.partition(",")[0].split()
+    optional = label in ("weight", "out", "gate", "bias")
+    call = functools.partial(PLACES[place], bad, torch.ones(2, 4, requires_grad=grad and label != "out"), torch.ones(4))
+    if bad is None and (optional or place == "add_rms_norm residual, of RMSNorm"):
+        call()
+        return
+    if label == "out" and kind != "numpy":
+        instead = "pass a tensor to write to, e.g. torch.empty_like(input)"
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError) as error:
+        call()
+    wanted = "a torch.Tensor or None" if optional else "a torch.Tensor"
+    assert str(error.value) == f"{function}: {label} must be {wanted}, but is {came}; {instead.format(label)}"
+
+
+WITH_OPTIONS = {
+    "rms_norm": lambda shape=4, **options: rms_norm(torch.ones(2, 4), shape, torch.ones(4), **options),
+    "add_rms_norm": lambda shape=4, **options: add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), shape, **options),
+    "gated_rms_norm": lambda shape=4, **options: gated_rms_norm(torch.ones(2, 4), torch.ones(2, 4), shape, **options),
+    "layer_norm": lambda shape=4, **options: layer_norm(torch.ones(2, 4), shape, **options),
+    "RMSNorm": lambda shape=4, **options: rmsnorm.RMSNorm(shape, **options),
+    "GatedRMSNorm": lambda shape=4, **options: rmsnorm.GatedRMSNorm(shape, **options),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+@pytest.mark.parametrize(
+    ("bad", "came"),
+    [(4.0, "a float"), ("4", "a str"), (None, "None"), (torch.tensor(4.0), "a torch.Tensor"), (["4"], "a list")],
+)
+def test_sizes_that_are_none(name, bad, came):
+    message = f"{name}: normalized_shape must be an int or a sequence of ints, but is {came}; pass the size of"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        WITH_OPTIONS[name](bad)
+
+
+@pytest.mark.parametrize("size", [np.int64(4), torch.tensor(4), [4], torch.Size([4]), (np.int32(4),)], ids=repr)
+def test_sizes_of_any_integer_type(size):
+    for call in WITH_OPTIONS.values():
+        call(size)
+
+
+@pytest.mark.parametrize(
+    ("bad", "came"),
+    [("a", "a str"), ([1e-6], "a list"), (1j, "a complex"), (torch.ones(2), r"a tensor of shape [2]")],
+)
+def test_options_that_are_no_numbers(bad, came):
+    for name, call in WITH_OPTIONS.items():
+        for option in ("eps",) if name == "layer_norm" else ("eps", "offset"):
+            with pytest.raises(TypeError) as error:
+                call(**{option: bad})
+            assert str(error.value) == f"{name}: {option} must be a float, but is {came}; pass a number, e.g. 1e-6"
+
+
+@pytest.mark.parametrize("eps", [torch.tensor(0.5), np.float32(0.5), np.float64(0.5)], ids=repr)
+def test_numbers_of_other_kinds(eps):
+    for name in ("rms_norm", "add_rms_norm", "gated_rms_norm", "layer_norm"):
+        torch.testing.assert_close(WITH_OPTIONS[name](eps=eps), WITH_OPTIONS[name](eps=0.5))
+
+
+@pytest.mark.parametrize("bad", [["llama"], torch.ones(2), None], ids=["list", "tensor", "None"])
+def test_modes_that_are_no_strings(bad):
+    with pytest.raises(ValueError, match=r"^rms_norm: unknown casting_mode .* choose one of 'torch', 'llama'"):
+        rms_norm(X, 5, casting_mode=bad)
+    with pytest.raises(ValueError, match=r"^gated_rms_norm: unknown activation .* choose one of 'silu', 'sigmoid'"):
+        gated_rms_norm(X, X, 5, activation=bad)
+    with pytest.raises(RuntimeError, match=r"^gated_rms_norm: group_size must divide the last dimension"):
+        gated_rms_norm(X, X, 5, group_size="5" if bad is None else bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "came"),
+    [
+        ("gpt2", "a str"),
+        (rms_norm, "a function"),
+        ([torch.nn.RMSNorm(4)], "a list"),
+        (None, "None"),
+        (torch.nn.RMSNorm, "the class RMSNorm"),
+    ],
+)
+def test_what_is_no_model(bad, came):
+    for name in ("patch", "unpatch"):
+        with pytest.raises(TypeError) as error:
+            getattr(rmsnorm, name)(bad)
+        assert str(error.value).startswith(f"{name}: model must be a torch.nn.Module, but is {came}; pass the model")
+
+
+SPOILED = {
+    "one less": lambda t: t[..., :-1],
+    "no rows": lambda t: t[:0],
+    "of no dimensions": lambda t: torch.tensor(1.0),
+    "int32": lambda t: t.int(),
+    "bits8": lambda t: torch.empty(t.shape, dtype=torch.bits8),
+    "complex": lambda t: t.to(torch.complex64),
+}
+_x, _row, _w = torch.ones(4, 8), torch.ones(4, 1), torch.ones(8)
+OPERATORS = {
+    "rms_norm": (_x, _w, 1, 1e-6, 0.0, False),
+    "rms_norm_weighted": (_x, _w, 1e-6),
+    "rms_norm_out": (_x, _w, 1, 1e-6, 0.0, False, torch.empty(4, 8)),
+    "rms_norm_weighted_out": (_x, _w, 1e-6, torch.empty(4, 8)),
+    "rms_norm_forward": (_x, _w, 1, 1e-6, 0.0, False),
+    "rms_norm_backward": (_x, _x, _x, _row, _w, 1, 1e-6, 0.0, True, True),
+    "add_rms_norm": (_x, _x, _w, 1, 1e-6, 0.0, False),
+    "add_rms_norm_forward": (_x, _x, _w, 1, 1e-6, 0.0, False),
+    "gated_rms_norm": (_x, _x, _w, 1, 1e-6, 0.0, False, True, True),
+    "gated_rms_norm_forward": (_x, _x, _w, 1, 1e-6, 0.0, False, True, True),
+    "gated_rms_norm_backward": (_x, _x, _x, _row, _w, 1, 1e-6, 0.0, True, True, True, True, True),
+    "layer_norm": (_x, _w, _w, 1, 1e-6),
+    "layer_norm_forward": (_x, _w, _w, 1, 1e-6),
+    "layer_norm_backward": (_x, _x, _row.double(), _row, _w, _w, 1, 1e-6, True, True, True),
+}
+
+
+@pytest.mark.skipif(not _native.cpu_targets(), reason="the native library is off")
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_refuse_each_tensor_that_does_not_fit(name, how):
+    """In words alone, with no place in the C++ before them; and without reading what isn't there."""
+    operator, arguments = getattr(torch.ops.rmsnorm, name), OPERATORS[name]
+    operator(*arguments)
+    for i, tensor in enumerate(arguments):
+        if not isinstance(tensor, torch.Tensor) or (how == "no rows" and i == 0 and tensor is _x):
+            continue  # an input of no rows is an input
+        with pytest.raises(RuntimeError) as error:
+            operator(*arguments[:i], SPOILED[how](tensor), *arguments[i + 1 :])
+        assert str(error.value).startswith("rmsnorm: "), i
 
 
 @pytest.mark.parametrize("residual", [torch.ones(5), torch.ones(2, 3, 1), torch.ones(2, 3, 5, device="meta")])

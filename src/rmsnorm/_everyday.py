@@ -49,7 +49,7 @@ def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -
     ):
         return None
     if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-        return _recorded if out is None and not torch.jit.is_tracing() else None
+        return _recorded if out is None and not torch._C._get_tracing_state() is not None else None
     if out is not None and (type(out) is not Tensor or out.requires_grad or out.device != input.device):
         return None
     return _plain if weight is None else weighted

@@ -24,7 +24,7 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 
 def wanted_by(*tensors: Tensor | None) -> bool:
     """Whether one of the above wants a norm of these tensors."""
-    if torch.compiler._is_exporting_flag or (not is_dynamo_compiling() and torch.jit.is_tracing()):
+    if torch.compiler._is_exporting_flag or (not is_dynamo_compiling() and torch._C._get_tracing_state() is not None):
         return True
     return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
 

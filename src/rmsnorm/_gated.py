@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module, reference
+from . import _arguments, _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module, reference
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -73,15 +73,17 @@ def gated_rms_norm(
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if has_torch_function_variadic(input, gate, weight):
-        options = {"activation": activation, "norm_before_gate": norm_before_gate, "group_size": group_size}
-        options |= {"offset": offset, "casting_mode": casting_mode}
+        keywords: dict[str, Any] = {"activation": activation, "norm_before_gate": norm_before_gate}
+        keywords |= {"group_size": group_size, "offset": offset, "casting_mode": casting_mode}
         tensors = (input, gate, weight)
         arguments = input, gate, normalized_shape
-        return handle_torch_function(gated_rms_norm, tensors, *arguments, weight=weight, eps=eps, **options)
+        return handle_torch_function(gated_rms_norm, tensors, *arguments, weight=weight, eps=eps, **keywords)
     dims, eps, round_first, native = functional._resolve(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
     silu = check_activation("gated_rms_norm", activation)
+    if type(offset) is not float:
+        _arguments.check_numbers("gated_rms_norm", offset=offset)
     _check(input, gate, dims, group_size)
     if not eps < 0 and (ranks := _everyday.distributed(input, gate, weight)):
         gating = (activation, norm_before_gate, group_size)
@@ -165,13 +167,15 @@ class GatedRMSNorm(module.RMSNorm):
 
 def check_activation(name: str, activation: str) -> bool:
     """Whether it is silu; raises ValueError for an activation that doesn't exist."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{name}: unknown activation {activation!r}; choose one of {known}")
     return ACTIVATIONS[activation]
 
 
 def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:
+    if not (gate is None or isinstance(gate, Tensor)):
+        _arguments.check_tensors("gated_rms_norm", gate=gate)
     if input.is_complex() or (gate is not None and not gate.is_floating_point()):
         raise RuntimeError(
             f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "
@@ -182,10 +186,11 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
             f"gated_rms_norm: gate must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(gate.shape)} on {gate.device}; expand it first if broadcasting is meant"
         )
-    if group_size is not None and (dims != 1 or group_size < 1 or input.shape[-1] % group_size):
+    numberless = isinstance(group_size, (str, float, complex, list, tuple, Tensor))
+    if group_size is not None and (numberless or dims != 1 or group_size < 1 or input.shape[-1] % group_size):
         raise RuntimeError(
             f"gated_rms_norm: group_size must divide the last dimension of input, {input.shape[-1]}, which must be the "
-            f"only normalised one, but is {group_size}, with normalized_shape = {list(input.shape[-dims:])}"
+            f"only normalised one, but is {group_size!r}, with normalized_shape = {list(input.shape[-dims:])}"
         )
 
 

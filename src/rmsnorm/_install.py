@@ -160,7 +160,8 @@ _library.define(
 def _torch_fused_rms_norm(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._fused_rms_norm.default.decompose(input, normalized_shape, weight, eps)
+    with _native.telling():
+        return torch.ops.aten._fused_rms_norm.default.decompose(input, normalized_shape, weight, eps)
 
 
 def _torch_fused_rms_norm_backward(
@@ -175,7 +176,8 @@ def _torch_fused_rms_norm_backward(
     from torch._decomp import decomposition_table
 
     formula = decomposition_table[torch.ops.aten._fused_rms_norm_backward.default]
-    return formula(grad, input, normalized_shape, rstd, weight, [need_input, need_weight])
+    with _native.telling():
+        return formula(grad, input, normalized_shape, rstd, weight, [need_input, need_weight])
 
 
 _library.impl("torch_fused_rms_norm", _torch_fused_rms_norm, "CompositeExplicitAutograd")

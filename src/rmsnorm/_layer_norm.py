@@ -15,8 +15,9 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import _everyday, _ops
+from . import _arguments, _everyday, _ops
 
+_NAME = "layer_norm"
 _forward = _ops.layer_norm_forward._op
 _plain = _ops.layer_norm._op
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -54,9 +55,9 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if _ordinary(input) and input.shape[-len(shape) :] == shape:
-        try:  # the operator checks the rest; what it refuses is served, or worded, by torch
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else _arguments.as_shape(_NAME, normalized_shape)
+    try:  # the operator checks the rest; what it refuses is served, or worded, by torch
+        if _ordinary(input) and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -64,8 +65,10 @@ def layer_norm(
             ):
                 return _recorded(input, weight, bias, len(shape), eps)
             return _plain(input, weight, bias, len(shape), eps)
-        except RuntimeError:
-            pass
+    except (RuntimeError, AttributeError):
+        pass
+    _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
+    _arguments.check_numbers(_NAME, eps=eps)
     if ranks := _everyday.distributed(input, weight, bias):
         return ranks.layer_norm(input, shape, weight, bias, eps)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)

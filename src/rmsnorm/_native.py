@@ -10,6 +10,8 @@ import ctypes
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,6 +51,8 @@ def load() -> None:
         _library.rmsnorm_cpu_targets.restype = ctypes.c_char_p
         _library.rmsnorm_install.argtypes = [ctypes.c_bool]
         _library.rmsnorm_install.restype = ctypes.c_char_p
+        _library.rmsnorm_failed.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+        _library.rmsnorm_failed.restype = None
         _library.rmsnorm_set_large_bytes.argtypes = [ctypes.c_int64]
         _library.rmsnorm_large_bytes.restype = ctypes.c_int64
         if target:
@@ -94,6 +98,20 @@ def fill_slot(on: bool) -> str | None:
     assert _library is not None
     error = _library.rmsnorm_install(on)
     return error.decode() if error else None
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tells the C++ that called this code what goes wrong in it, for it to raise: torch's stable ABI says no more than
+    that something did."""
+    try:
+        yield
+    except Exception as error:
+        if _library is not None:
+            kinds = (NotImplementedError, ValueError, TypeError)
+            kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "RuntimeError")
+            _library.rmsnorm_failed(kind.encode(), str(error).encode())
+        raise
 
 
 def warn_if_missing(input: Tensor) -> None:

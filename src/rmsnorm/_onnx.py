@@ -46,7 +46,7 @@ def _opset() -> int:
     that frame. Where dynamo traces, and frames can't be looked at, torch's own operator is as right, if not as fast."""
     if torch.compiler.is_dynamo_compiling():
         return RMS_NORMALIZATION
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
 
         return GLOBALS.export_onnx_opset_version

@@ -1,16 +1,15 @@
-"""The only file that validates arguments and words the errors; the functions that users call."""
+"""The only file that validates arguments; the functions that users call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autograd, _everyday, _foreign, _ops, reference
+from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
 
 _ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
@@ -65,12 +64,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if not (eps is not None and eps < 0) and (way := _everyday.short_way(input, weight, out)):
-        shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
-        if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
-            if eps is None:
-                eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
-            try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+    try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        if not (eps is not None and eps < 0) and (way := _everyday.short_way(input, weight, out)):
+            shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+            if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
+                if eps is None:
+                    eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
                 plain = not offset and casting_mode == "torch"
                 if out is not None:
                     if plain and way is _weighted:
@@ -87,13 +86,15 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     if plain
                     else way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
                 )
-            except (RuntimeError, KeyError):
-                pass
+    except (RuntimeError, KeyError, AttributeError, TypeError):
+        pass
     if has_torch_function_variadic(input, weight, out):
-        options = {"offset": offset, "casting_mode": casting_mode, "out": out}
+        keywords: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "out": out}
         tensors = (input, weight, out)
-        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
+        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **keywords)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if type(offset) is not float:
+        _arguments.check_numbers("rms_norm", offset=offset)
     if eps < 0:  # added, as in torch; to the operators it would be a floor
         output = reference.rms_norm(input, weight, dims, 0.0, offset, round_first, reference.plus(eps))[0]
         if out is None:
@@ -106,56 +107,16 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
+    return _serve(input, weight, dims, eps, offset, round_first, native)
+
+
+def _serve(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, native: bool
+) -> Tensor:
+    """What computes it, when all is checked and no short way was found."""
     if _foreign.wanted_by(input, weight):
         return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
     if not native or _autograd.refused():
-        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    if _autograd.needed(input, weight):
-        return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
-
-
-def floored_rms_norm(
-    input: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    floor: float | None = None,
-    *,
-    offset: float = 0.0,
-    casting_mode: str = "torch",
-) -> Tensor:
-    r"""``F.normalize(x) · sqrt(n) · (offset + weight)``: RMSNorm whose mean square has a floor, and no eps.
-
-        y = x / sqrt(max(mean(x²), floor)) · (offset + weight)
-
-    Args:
-        floor: in squared units of the input. None means 1e-24 / n for rows of n elements: what ``F.normalize`` does
-            with its own eps of 1e-12.
-        input, normalized_shape, weight, offset, casting_mode: as in :func:`rms_norm`; the input must be real.
-
-    Raises:
-        RuntimeError: as :func:`rms_norm`, and for complex inputs.
-        ValueError: a floor below 0, and an unknown casting mode.
-    """
-    shape = _as_tuple(normalized_shape)
-    if floor is None:
-        floor = 1e-24 / max(prod(shape), 1)
-    elif not floor >= 0:
-        raise ValueError(f"floored_rms_norm: floor must be 0 or more, but is {floor}")
-    way = _everyday.short_way(input, weight)
-    if way and shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
-        try:  # as in rms_norm
-            way = _unweighted if way is _weighted else way
-            return way(input, weight, len(shape), -floor, offset, _ROUND_FIRST[casting_mode])
-        except (RuntimeError, KeyError):
-            pass
-    dims, eps, round_first, native = _resolve("floored_rms_norm", input, shape, weight, -floor, casting_mode)
-    if input.is_complex() or (weight is not None and weight.is_complex()):
-        raise RuntimeError("floored_rms_norm: input and weight must be real; normalise torch.view_as_real(input)")
-    if ranks := _everyday.distributed(input, weight):
-        return ranks.rms_norm(input, weight, None, dims, eps, offset, casting_mode)
-    exported = torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
-    if exported or not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _autograd.needed(input, weight):
         return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
@@ -189,16 +150,23 @@ def add_rms_norm(
         ValueError: an unknown casting mode.
     """
     if has_torch_function_variadic(input, residual, weight):
-        options = {"offset": offset, "casting_mode": casting_mode}
+        keywords: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode}
         tensors = (input, residual, weight)
         arguments = input, residual, normalized_shape
-        return handle_torch_function(add_rms_norm, tensors, *arguments, weight=weight, eps=eps, **options)
-    if residual.shape != input.shape or residual.device != input.device:
+        return handle_torch_function(add_rms_norm, tensors, *arguments, weight=weight, eps=eps, **keywords)
+    try:
+        differs = residual.shape != input.shape or residual.device != input.device
+    except AttributeError:
+        differs = True
+    if differs:
+        _arguments.check_tensors("add_rms_norm", input=input, residual=residual)
         raise RuntimeError(
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    if type(offset) is not float:
+        _arguments.check_numbers("add_rms_norm", offset=offset)
     if eps < 0:
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
@@ -230,14 +198,15 @@ def _resolve(
 
     ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
     """
-    shape = _as_tuple(normalized_shape)
+    if not isinstance(input, Tensor) or not (weight is None or isinstance(weight, Tensor)):
+        _arguments.check_tensors(name, input=input, weight=weight)
+    shape = _arguments.as_shape(name, normalized_shape)
     dims = len(shape)
     if not dims or input.shape[-dims:] != shape:
-        _raise_shape(name, input, shape, None)
+        _arguments.raise_shape(name, input, shape, None)
     if weight is not None and not reference.spans(weight, input, dims):
-        _raise_shape(name, input, shape, weight)
-    if casting_mode not in _ROUND_FIRST:
-        check_casting_mode(name, casting_mode)
+        _arguments.raise_shape(name, input, shape, weight)
+    check_casting_mode(name, casting_mode)
     round_first = _ROUND_FIRST[casting_mode]
     dtype = input.dtype
     native = dtype in _NATIVE_TYPES
@@ -251,9 +220,11 @@ def _resolve(
             # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
             native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
     if not native:
-        _check_floating(name, input, weight)
+        _arguments.check_floating(name, input, weight)
     if eps is None:
         eps = _EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else _EPS
+    elif type(eps) is not float:
+        _arguments.check_numbers(name, eps=eps)
     return dims, eps, round_first, native
 
 
@@ -263,39 +234,13 @@ def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_casting_mode(name: str, casting_mode: str) -> None:
     """Raises ValueError for a casting mode that doesn't exist."""
-    if casting_mode not in _ROUND_FIRST:
+    if not isinstance(casting_mode, str) or casting_mode not in _ROUND_FIRST:
         modes = ", ".join(map(repr, _ROUND_FIRST))
         raise ValueError(f"{name}: unknown casting_mode {casting_mode!r}; choose one of {modes}")
 
 
-def _raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> NoReturn:
-    # The first sentences are torch's own, word for word: code that matches them keeps working.
-    if not shape:
-        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got {list(shape)}")
-    if input.shape[-len(shape) :] != shape:
-        tail = ", ".join(map(str, shape))
-        raise RuntimeError(
-            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [*, {tail}], but got input of "
-            f"size {list(input.shape)}; normalized_shape must be the sizes of the last dimensions of input"
-        )
-    assert weight is not None
-    raise RuntimeError(
-        f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
-        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
-        f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
-    )
-
-
-def _check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
-    for label, tensor in (("input", input), ("weight", weight)):
-        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise RuntimeError(
-                f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
-                f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
-            )
-
-
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+    _arguments.check_tensors("rms_norm", out=out)
     dtype = reference.result_dtype(input, weight, round_first)
     if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
         raise RuntimeError(
@@ -306,6 +251,11 @@ def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: b
         raise RuntimeError(
             f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
             "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
+        )
+    if out.is_neg() or out.is_conj():
+        raise RuntimeError(
+            f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
+            "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
         )
     if _autograd.needed(input, weight, out):
         raise RuntimeError(

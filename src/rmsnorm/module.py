@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import functional
+from . import _arguments, functional
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -51,9 +51,12 @@ class RMSNorm(torch.nn.RMSNorm):
         casting_mode: str = "torch",
     ) -> None:
         functional.check_casting_mode("RMSNorm", casting_mode)
+        _arguments.check_numbers(type(self).__name__, eps=eps, offset=offset)
         self.offset = offset
         self.casting_mode = casting_mode
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        super().__init__(
+            _arguments.as_shape(type(self).__name__, normalized_shape), eps, elementwise_affine, device, dtype
+        )
 
     def reset_parameters(self) -> None:
         """Sets the weight so that the gain ``offset + weight`` is 1."""

@@ -1,11 +1,11 @@
-"""The only file that gives an instance another forward: by a subclass of its class, made once for all that compute alike.
+"""The only file that gives an instance another forward: a subclass of its class, made once for all that compute alike.
 
 The forward of a class gets the module that it is called on: a replica, a shallow copy or a copy out of a file computes
 with its own weights, and ``torch.compile`` sees equal layers as equal. A callable that is bound to one module, kept as
 an attribute, can do neither. The subclass has the name, the module and the qualified name of the class; ``isinstance``
 holds, the state is untouched, and the way back is the class itself. ``type(module) is cls`` does not hold meanwhile.
 
-Copies and files name the original class and the change (see :func:`restored`), as the subclass itself can't be imported.
+Copies and files name the original class and the change (see :func:`restored`): the subclass can't be imported.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
     if key not in _made:
         namespace = {
             **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
-            **{_ORIGINAL: cls, CHANGE: change, OFF: False},
+            _ORIGINAL: cls, CHANGE: change, OFF: False,
             "forward": change.forward_for(cls),
             "__prepare_scriptable__": _scriptable,
         }
-        made = type(cls)(cls.__name__, (cls,), namespace)
+        metaclass: Any = type(cls)
+        made: Any = metaclass(cls.__name__, (cls,), namespace)
 
         def reduce(module: nn.Module, protocol: Any) -> Any:
             reduced = super(made, module).__reduce_ex__(protocol)
@@ -57,7 +58,7 @@ def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
                 return reduced  # a class that was put around ours, or one with a way of its own
             return restored, (cls, change.kind, change.plain()), *reduced[2:]
 
-        made.__reduce_ex__ = reduce  # type: ignore[method-assign]
+        made.__reduce_ex__ = reduce
         # torch.load(weights_only=True) fills only objects of classes that it was told of, by a name each.
         torch.serialization.add_safe_globals([(made, f"{__name__}.{next(_count)}")])
         _made[key] = made

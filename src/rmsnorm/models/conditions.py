@@ -6,7 +6,6 @@ does something else in training, or looks at what lies outside of itself is refu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -53,7 +52,8 @@ def signature(module: nn.Module) -> Hashable:
 def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
     """The attributes that its forward reads, beside those of the binding, and their values."""
     module, binding = once.module, once.binding
-    own = {binding.weight, binding.bias, binding.eps, binding.group, "training", "normalized_shape"}
+    own = {"training", "normalized_shape"}
+    own |= {name for name in (binding.weight, binding.bias, binding.eps, binding.group) if isinstance(name, str)}
     if once.weight is None:
         own.discard("normalized_shape")
     found: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
 
 
 def _check_subnormal(once: trial.Trial) -> None:
-    """Such numbers have few bits, whose products are often halfway between two: only the size of a difference counts."""
+    """Such numbers have few bits, and products halfway between two others: only the size of a difference counts."""
     if once.inputs()[0].abs().min() > 0 or once.binding.recipe.centred or once.binding.recipe.gate:
-        return  # zeros are left out where there is no eps: theirs divides by a root that underflows; nor has a mean bits
+        return  # where there is no eps, theirs divides by a root that underflows; a mean or a gate's product has few bits
     least = torch.finfo(once.types[1] or torch.float32).smallest_normal / 64
     inputs = [t.sign() * least if i == 0 else t for i, t in enumerate(once.inputs())]
     found = trial.forward(once, inputs)
@@ -137,7 +137,7 @@ def _matters(once: trial.Trial, name: str) -> bool:
             setattr(once.module, name, value)
 
 
-def _refuse_other_tensors(once: trial.Trial, own: set[str | None]) -> None:
+def _refuse_other_tensors(once: trial.Trial, own: set[str]) -> None:
     """Weights were random in every trial; numbers of other types are changed here."""
     inputs = once.inputs()
     for name, tensor in trial.tensors(once.module).items():
@@ -162,13 +162,13 @@ def _shapes(once: trial.Trial) -> tuple[frozenset[int], bool]:
     for count, several in trial.LEADING.items():
         if count < first:
             continue
-        if once.binding.layout == "heads":
-            several = tuple((*sizes[:-2], once.heads, sizes[-1]) for sizes in several)
-        if all(_holds(once, sizes) for sizes in several):
+        heads = once.binding.layout == "heads"
+        fitting = [(*sizes[:-2], once.heads, sizes[-1]) if heads else sizes for sizes in several]
+        if all(_holds(once, sizes) for sizes in fitting):
             dims.add(count + more)
-            leading = several[0]
+            leading = fitting[0]
             ones = [(1,) * count, (*leading[:-1], 1), (1, *leading[1:])]
-            if count and once.binding.layout != "heads" and not all(_holds(once, sizes) for sizes in ones):
+            if count and not heads and not all(_holds(once, sizes) for sizes in ones):
                 single = False
     if not dims:
         raise Unfit("it does something else with inputs of other dimensions")

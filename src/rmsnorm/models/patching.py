@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._arguments import described
 from . import classes
 from .binding import binding_of
 from .conditions import signature
@@ -48,6 +49,7 @@ def patch(
         >>> report.patched[0].name, report.patched[0].meaning
         ('1', 'weight, then round')
     """
+    _check(model, "patch")
     report = PatchReport()
     known: dict[type, Recipe] = {}
     found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
@@ -73,6 +75,14 @@ def patch(
             report.fused, left = fuse(model, None if fuse_add is True else fuse_add)
             report.skipped += left
     return report
+
+
+def _check(model: object, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name}: model must be a torch.nn.Module, but is {described(model)}; pass the model itself, as a "
+            "constructor or from_pretrained() returns it, one at a time"
+        )
 
 
 def _may_be_a_norm(module: nn.Module) -> bool:
@@ -103,6 +113,7 @@ def _left_alone(module: nn.Module) -> str:
 
 def unpatch(model: nn.Module) -> None:
     """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
+    _check(model, "unpatch")
     for module in model.modules():
         classes.restore(module)
 

@@ -175,7 +175,7 @@ def _prove(module: nn.Module, candidate: Binding, verify: bool) -> Proof | None:
             if weight in (None, x):
                 errors[str(x).removeprefix("torch.")] = there.far if x is torch.float32 else there.share
     own = _own_type(module)
-    types = (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate)))
-    if types not in proven:
+    natural: Types = (own if candidate.weight else None, *[own] * (1 + bool(candidate.recipe.gate)))
+    if natural not in proven:
         return None
-    return Proof(conditions.find(module, replace(candidate, proven=frozenset(proven)), types), errors)
+    return Proof(conditions.find(module, replace(candidate, proven=frozenset(proven)), natural), errors)

@@ -39,7 +39,14 @@ _STATE = frozenset(
         "is_anomaly_enabled",
     }
 )
-_CONSTANTS: tuple[type, ...] = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, torch.dtype)
+_CONSTANTS: tuple[type, ...] = (
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    type,
+    torch.dtype,
+)
 _CONSTANTS += (torch.device, torch.layout, torch.memory_format, torch._ops.OpOverloadPacket, torch._ops.OpOverload)
 _CONSTANTS += (torch._ops._OpNamespace, torch._ops._Ops, functools.partial, type(functools.lru_cache(len)), type(None))
 _BY_NAME = frozenset({"getattr", "vars", "eval", "exec"})
@@ -161,7 +168,7 @@ def _state(path: list[str], frame: types.FrameType) -> str:
 
 
 def _is_immutable(value: Any) -> bool:
-    """Numbers and strings are what somebody may set anew; tables of functions, such as transformers' activations, not."""
+    """Numbers and strings are what somebody may set anew; tables of functions (transformers' activations) are not."""
     if isinstance(value, Mapping):
         return all(callable(one[0] if isinstance(one, tuple) and one else one) for one in value.values())
     return isinstance(value, torch.finfo | torch.iinfo) or callable(value)

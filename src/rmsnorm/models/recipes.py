@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._floored import floored_rms_norm
 from .._gated import gated_rms_norm
 from .._layer_norm import layer_norm
-from ..functional import floored_rms_norm, rms_norm
+from ..functional import rms_norm
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import add_rms_norm
 from . import classes
-from .binding import binding_of, serves, shape_of
+from .binding import binding_of, eps_of, serves, shape_of
 
 Forward = Callable[..., Any]
 _ADD, _NORMED, _MAKE = "_rmsnorm_add_norm", "_rmsnorm_normed", "_rmsnorm_make"
@@ -70,7 +70,7 @@ def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
     ):
         weight = getattr(norm, binding.weight) if binding.weight else None
         if serves(norm, binding, weight, a):
-            recipe, shape, eps = binding.recipe, shape_of(norm, weight, a), getattr(norm, binding.eps)
+            recipe, shape, eps = binding.recipe, shape_of(norm, weight, a), eps_of(norm, binding)
             return add_rms_norm(a, b, shape, weight, eps, offset=recipe.offset, casting_mode=recipe.casting_mode)
     total = a + b
     return norm(total), total

@@ -1,0 +1,103 @@
+"""The only file that words the errors of wrong arguments: what was wanted, what came, and what to pass instead.
+
+An everyday call that is right never comes here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn, cast
+
+from torch import SymInt, Tensor
+
+_OPTIONAL = frozenset({"weight", "bias", "gate", "out"})
+
+
+def check_tensors(name: str, **tensors: object) -> None:
+    """Raises TypeError for the first argument that is no tensor, and isn't None where it may be."""
+    for label, value in tensors.items():
+        if isinstance(value, Tensor) or (value is None and label in _OPTIONAL):
+            continue
+        wanted = "a torch.Tensor or None" if label in _OPTIONAL else "a torch.Tensor"
+        raise TypeError(f"{name}: {label} must be {wanted}, but is {described(value)}; {_instead(label, value)}")
+
+
+def check_numbers(name: str, **numbers: object) -> None:
+    """Raises TypeError for the first argument that is no real number; as in torch, a tensor of one element is."""
+    for label, value in numbers.items():
+        if value is None or isinstance(value, (int, float)):
+            continue
+        many = isinstance(value, Tensor) and value.numel() != 1
+        if many or not hasattr(type(value), "__float__"):
+            came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else described(value)
+            raise TypeError(f"{name}: {label} must be a float, but is {came}; pass a number, e.g. 1e-6")
+
+
+def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """``normalized_shape`` as a tuple; TypeError for what is neither an int nor several."""
+    if isinstance(normalized_shape, (int, SymInt)):
+        return (normalized_shape,)
+    shape: Any = None
+    if not isinstance(normalized_shape, (str, bytes)):
+        try:
+            shape = tuple(normalized_shape)
+        except TypeError:  # numpy's ints have no elements, nor do tensors with one number
+            with suppress(TypeError):
+                shape = (operator.index(cast(Any, normalized_shape)),)
+    if shape is None or any(isinstance(size, (str, bytes)) for size in shape):
+        raise TypeError(
+            f"{name}: normalized_shape must be an int or a sequence of ints, but is {described(normalized_shape)}; "
+            "pass the size of input's last dimension, input.shape[-1], or of several, e.g. input.shape[-2:]"
+        )
+    return shape
+
+
+def raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> NoReturn:
+    """Says which sizes don't fit: those of the input, or else the weight's."""
+    # The first sentences are torch's own, word for word: code that matches them keeps working.
+    if not shape:
+        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got {list(shape)}")
+    if input.shape[-len(shape) :] != shape:
+        tail = ", ".join(map(str, shape))
+        raise RuntimeError(
+            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [*, {tail}], but got input of "
+            f"size {list(input.shape)}; normalized_shape must be the sizes of the last dimensions of input"
+        )
+    assert weight is not None
+    raise RuntimeError(
+        f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
+        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
+        f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
+    )
+
+
+def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
+    """Raises RuntimeError for types that have no fractions."""
+    for label, tensor in (("input", input), ("weight", weight)):
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise RuntimeError(
+                f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
+                f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
+            )
+
+
+def described(value: object) -> str:
+    """A value by its type, as a sentence needs it: ``a list``, ``None``, ``the class RMSNorm``."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    cls = type(value)
+    return f"a {cls.__name__}" if cls.__module__ == "builtins" else f"a {cls.__module__}.{cls.__qualname__}"
+
+
+def _instead(label: str, value: object) -> str:
+    if type(value).__module__ == "numpy" and hasattr(value, "ndim"):
+        return f"pass torch.from_numpy({label})" if value.ndim else f"pass torch.tensor({label})"
+    if label == "out":
+        return "pass a tensor to write to, e.g. torch.empty_like(input)"
+    if isinstance(value, (list, tuple, int, float, complex)):
+        return f"pass torch.tensor({label})"
+    return "pass a tensor"
