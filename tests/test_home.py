@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import home_eager
+import home_export  # noqa: F401
 import home_graphs  # noqa: F401 - it adds rows
 import home_onnx  # noqa: F401 - as does this
 import pytest
