@@ -49,6 +49,11 @@ def called(norm: Norm) -> Any:
     return [learn(norm.module(columns), norm.args(2, 5, columns, grad=True)) for columns in COLUMNS]
 
 
+@row("one column")
+def one_column(norm: Norm) -> Any:
+    return learn(norm.module(1), norm.args(2, 5, 1, grad=True))
+
+
 class Log(TorchFunctionMode):
     """The names of the functions called; those of one name are given ``times`` the value."""
 
@@ -135,14 +140,14 @@ class AtenOnly(Tensor):
         wrapper = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, requires_grad=inner.requires_grad
         )
-        wrapper.inner = inner.detach()
+        wrapper.wrapped = inner.detach()
         return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func.namespace not in ("aten", "prim"):
             raise NotImplementedError(f"AtenOnly has no {func}")
-        unwrap = lambda t: t.inner if isinstance(t, cls) else t  # noqa: E731
+        unwrap = lambda t: t.wrapped if isinstance(t, cls) else t  # noqa: E731
         result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
         return tree_map(lambda t: cls(t) if isinstance(t, Tensor) else t, result)
 

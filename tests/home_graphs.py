@@ -24,7 +24,7 @@ OBSERVERS = ("Please use quant_min and quant_max", UserWarning)  # of torch's ow
 QUANTIZE = (".*torch.ao.quantization", DeprecationWarning)  # the module as a whole
 TRACER = (".*", torch.jit.TracerWarning)  # a size of the example becomes a constant: of transformers' and ours
 FUNCTION = (".*Function'> should not be instantiated", DeprecationWarning)  # dynamo makes an autograd.Function
-GRAD = ("The .grad attribute of a Tensor that is not a leaf", UserWarning)  # dynamo reads it of a jagged input
+GRAD = ("The .grad attribute of a Tensor that is not a leaf", UserWarning)  # dynamo reads it
 LEAF = (".*LeafSpec", FutureWarning)  # torch.export's own use of pytree
 
 
@@ -244,7 +244,7 @@ def compile_inductor(norm: Norm) -> Any:
     return several(norm, 2, "inductor")
 
 
-@row("compiled autograd", FUNCTION)
+@row("compiled autograd", FUNCTION, GRAD)
 def compiled_autograd(norm: Norm) -> Any:
     """The backward pass is itself traced, of a model that is compiled and of one that isn't."""
     results = []
