@@ -18,10 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
-from home_eager import Filter, row
+from home_compare import Either, Failed, attempt, tensors_of
 from home_export import WARNS
 from home_graphs import TRACER
-from home_norms import Either, Failed, Norm, attempt, tensors_of
+from home_norms import Filter, Norm, row
 
 OPSETS = (18, 20, 22, 23, 25)
 OLD_OPSETS = tuple(range(7, 21))
@@ -34,6 +34,7 @@ OLD: tuple[Filter, ...] = (
     *NEW,
     TRACER,
     ("You are using the legacy TorchScript-based ONNX export", UserWarning),  # the exporter as a whole
+    ("Setting 'keep_initializers_as_inputs=False' for opset version8 or lower", UserWarning),
     ("Exporting a model while it is in training mode", UserWarning),
 )
 
@@ -112,8 +113,9 @@ def onnx_operators(norm: Norm) -> Any:
     """Below opset 23, Sqrt and Div, by which onnxruntime recognises the norm (torch's own writes Reciprocal); from
     there on RMSNormalization."""
     layer = norm.public == "layer_norm"
-    wanted = [{"LayerNormalization"} if layer else {"Sqrt", "Div"} if opset < 23 else {"RMSNormalization"}
-              for opset in OPSETS]
+    wanted = [
+        {"LayerNormalization"} if layer else {"Sqrt", "Div"} if opset < 23 else {"RMSNormalization"} for opset in OPSETS
+    ]
     if not norm.ours:
         return [(True, False)] * len(OPSETS)
     found = [exported(norm, opset, True) for opset in OPSETS]
