@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Warnings of torch's machinery about itself; the rows that need one name it.
 MISMATCH = ("Mismatch dtype between input and weight", UserWarning)  # F.rms_norm's of a wider weight
+FORWARD = (".torch.jit", DeprecationWarning)  # TorchScript, which forward mode makes its decompositions with
 ANOMALY = ("Anomaly Detection has been enabled", UserWarning)  # any use of detect_anomaly
 NAN_FOUND = ("Error detected in", UserWarning)  # detect_anomaly's, before the error that it is for
 
@@ -97,3 +98,42 @@ def profiler(norm: Norm) -> Any:
     names = {event.key for event in profile.key_averages()}
     called = any("rms_norm" in name or "layer_norm" in name for name in names)
     return [result, called or (not norm.ours and norm.public == "rsqrt")]
+
+
+@row("torch.func: jvp, vjp, jacrev, jacfwd, hessian", FORWARD)
+def derivatives(norm: Norm) -> Any:
+    module = norm.module(5).double().requires_grad_(False)
+    args = norm.args(2, 5, dtype=torch.float64)
+    number = lambda *a: loss(module(*a))  # noqa: E731
+    _, pull = torch.func.vjp(module, *args)
+    return [
+        torch.func.jvp(module, args, tuple(t.cos() for t in args)),
+        pull(tuple(torch.ones_like(args[0]) for _ in tensors_of(module(*args))) if _many(module, args) else args[0]),
+        torch.func.jacrev(number)(*args),
+        torch.func.jacfwd(module)(*args),
+        torch.func.hessian(number)(*args),
+    ]
+
+
+def _many(module: Any, args: tuple[Tensor, ...]) -> bool:
+    return isinstance(module(*args), tuple)
+
+
+@row("a second backward pass, and derivatives of gradients")
+def second_order(norm: Norm) -> Any:
+    module, args = norm.module().double(), norm.args(dtype=torch.float64, grad=True)
+    leaves = (*args, *module.parameters())
+    first = torch.autograd.grad(loss(module(*args)), leaves, create_graph=True)
+    second = torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
+    number = loss(module(*args))
+    twice = [torch.autograd.grad(number, leaves, retain_graph=keep) for keep in (True, False)]
+    return [first, second, twice, attempt(number.backward)]
+
+
+@row("deterministic algorithms")
+def deterministic(norm: Norm) -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        return learn(norm.module(), norm.args(grad=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

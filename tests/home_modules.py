@@ -16,6 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.package import PackageExporter, PackageImporter
 
+# Warnings of torch's machinery about itself; the rows that need one name it.
+STORAGE = ("TypedStorage is deprecated", UserWarning)  # torch.package's own use of it
+
 
 @row("replica of DataParallel")
 def replica(norm: Norm) -> Any:
@@ -92,7 +95,7 @@ def saved_safely(norm: Norm) -> Any:
     return [result, kind in names, sorted(set(names) - {kind})]
 
 
-@row("torch.package")
+@row("torch.package", STORAGE)
 def packaged(norm: Norm) -> Any:
     def there_and_back(module: nn.Module) -> nn.Module:
         file = io.BytesIO()
@@ -178,3 +181,40 @@ def ensemble(norm: Norm) -> Any:
         torch.func.vmap(torch.func.grad(number), over)(weights, buffers, *args),
         torch.func.vmap(torch.func.grad(number, 2))(weights, buffers, *each),
     ]
+
+
+@row("hooks")
+def hooks(norm: Norm) -> Any:
+    """Each is called once, and what it returns is used."""
+    module, counts = norm.module(), [0, 0, 0]
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        counts[0] += 1
+        return tuple(t * 2 for t in args)
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        counts[1] += 1
+        return tuple(t + 1 for t in result) if isinstance(result, tuple) else result + 1
+
+    def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+        counts[2] += 1
+        return tuple(t * 3 for t in grad_input)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+    module.register_full_backward_hook(backward)
+    return [learn(module, norm.args(grad=True)), counts]
+
+
+@row("to another dtype, parameters swapped")
+def swapped(norm: Norm) -> Any:
+    """``module.to`` then puts new tensors into the old parameters, which optimizers hold."""
+    module = norm.module()
+    before = list(module.parameters())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    same = [a is b for a, b in zip(before, module.parameters(), strict=True)]
+    return [same, learn(module, norm.args(dtype=torch.float64, grad=True))]

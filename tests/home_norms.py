@@ -1,4 +1,4 @@
-"""The columns of the table in test_home.py: nine norms beside torch's own counterpart of each; and the register of the rows.
+"""The columns of the table in test_home.py, nine norms beside torch's own counterpart of each; its register of rows.
 
 Every norm is one ``torch.nn.Module`` with the parameter ``weight`` (LayerNorm's also ``bias``), functions included, so
 that each row can be written once. Counterparts are in torch's operators alone: nothing of ours is an oracle here.

@@ -40,6 +40,7 @@ REFUSALS: dict[str, str] = {
     "MaskedTensor": "masks with holes, as a row's mean has a mask of its own; layer_norm and silu altogether",
     "inputs of inference_mode, outside it": "layer_norm, which would keep the input for backward",
     "a change to what was saved is an error": "that is the row",
+    "a second backward pass, and derivatives of gradients": "a third, after the graph was freed",
     "detect_anomaly": "a NaN that a backward makes: that is the row",
     "export, normalised over a size that isn't known": "layers, whose size is a constant",
 }
