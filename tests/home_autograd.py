@@ -25,7 +25,7 @@ def autocast(norm: Norm, dtype: torch.dtype) -> Any:
             result = tensors_of(module(*args))
         gradients = torch.autograd.grad(loss([t.float() for t in result]), (*args, *module.parameters()))
         # A float32 weight's gradient is as good as the half types that it is computed from.
-        results[str(kind)] = [result, [(g.dtype, g.to(result[0].dtype)) for g in gradients]]
+        results[str(kind)] = [result, [(g.dtype, g.to(kind)) for g in gradients]]
     return results
 
 

@@ -47,7 +47,7 @@ def compile_dynamic(norm: Norm) -> Any:
     return several(norm, 3, "aot_eager")
 
 
-@row("compile, region by region", FUNCTION)
+@row("compile, region by region", FUNCTION, GRAD)
 def compile_regions(norm: Norm) -> Any:
     """Twelve blocks of one kind are one graph, or as many as torch's own are; a model compiles for as long."""
     model = Chain(*(norm.module(seed=seed) for seed in range(12)))
