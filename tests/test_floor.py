@@ -16,7 +16,7 @@ from test_derivatives import TRANSFORMS
 
 import rmsnorm
 from rmsnorm import _autograd, _gated_ops, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
-from rmsnorm.functional import floored_rms_norm
+from rmsnorm._floored import floored_rms_norm
 
 COLUMNS = (1, 3, 127, 129, 576, 1027, 5137)
 # F.normalize's own; one that ordinary rows can be below; and one whose 1/rms no fp32 holds.

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "reference"},
     "_floored": {"_everyday", "functional"},
     "_everyday": {"_autograd", "_dtensor", "_ops"},  # the latter when a DTensor arrives
-    "_dtensor": {"_gated", "_layer_norm", "_ranks", "functional"},
+    "_dtensor": {"_floored", "_gated", "_layer_norm", "_ranks", "functional"},
     "_ranks": {"_gated_ops", "reference"},
     "_layer_norm": {"_arguments", "_everyday", "_ops"},
     "module": {"_arguments", "functional"},

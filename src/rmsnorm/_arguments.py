@@ -83,6 +83,14 @@ def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
             )
 
 
+def not_scriptable(module: object) -> NotImplementedError:
+    """For ``torch.jit.script``, which reads source that isn't TorchScript."""
+    return NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script can't compile it, as TorchScript has no operator with its meaning; "
+        "record the model with torch.jit.trace(model, example_inputs), or torch.export.export(model, example_inputs)"
+    )
+
+
 def described(value: object) -> str:
     """A value by its type, as a sentence needs it: ``a list``, ``None``, ``the class RMSNorm``."""
     if value is None:

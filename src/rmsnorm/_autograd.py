@@ -36,7 +36,8 @@ def refused() -> bool:
     """Whether the reference has to serve, as torch can't take the derivatives of a Function here.
 
     Forward mode in forward mode: a Function's tangent counts as a constant (torch 2.13: jvp of jvp of ``x**3`` written
-    as a Function is 0). A transform of torch.func under torch.compile: dynamo doesn't trace Functions there.
+    as a Function is 0). ``functionalize``, which has no rule for Functions. A transform of torch.func under
+    torch.compile: dynamo doesn't trace Functions there.
     torch.export with gradients enabled: it would keep the Function's operator and lose its derivative.
     """
     if torch.compiler._is_exporting_flag:
@@ -46,7 +47,8 @@ def refused() -> bool:
     if torch.compiler.is_compiling():
         return True
     levels = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    kinds, kind = [level.key() for level in levels], torch._C._functorch.TransformType
+    return kinds.count(kind.Jvp) > 1 or kind.Functionalize in kinds
 
 
 def backward(
@@ -242,4 +244,8 @@ def add_rms_norm(
         return _traced_add(input, residual, weight, *options)
     if torch._C._are_functorch_transforms_active():
         return _add(input, residual, weight, *options)
-    return _plain_add(_unwrap(input), _unwrap(residual), weight if weight is None else _unwrap(weight), *options)
+    results = _plain_add(_unwrap(input), _unwrap(residual), weight if weight is None else _unwrap(weight), *options)
+    if input.requires_grad or residual.requires_grad or forward_ad._current_level >= 0:
+        return results
+    output, sum, rstd = results
+    return output, sum.detach(), rstd  # of two constants, beside a weight that learns

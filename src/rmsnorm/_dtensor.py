@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from . import _gated, _layer_norm, _ranks, functional
+from . import _floored, _gated, _layer_norm, _ranks, functional
 
 _Norm = Callable[..., Any]
 _Tensors = dict[str, Any]  # by the names of the arguments; None where there is none
@@ -43,7 +43,7 @@ def rms_norm(
 
     def local(x: Tensor, w: Tensor | None) -> Tensor:
         if eps < 0:
-            return functional.floored_rms_norm(x, _tail(x, dims), w, -eps, offset=offset, casting_mode=casting_mode)
+            return _floored.floored_rms_norm(x, _tail(x, dims), w, -eps, offset=offset, casting_mode=casting_mode)
         return functional.rms_norm(x, _tail(x, dims), w, eps, offset=offset, casting_mode=casting_mode)
 
     def across(parts: _ranks.Parts, x: Tensor, w: Tensor | None) -> Any:

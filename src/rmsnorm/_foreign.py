@@ -8,6 +8,8 @@ operators either way, with torch's derivatives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,12 @@ _COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, Func
 _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
-def wanted_by(*tensors: Tensor | None) -> bool:
+def wanted_by(*tensors: Any) -> bool:
     """Whether one of the above wants a norm of these tensors."""
     if torch.compiler._is_exporting_flag or (not is_dynamo_compiling() and torch._C._get_tracing_state() is not None):
         return True
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
+        return not torch.is_inference_mode_enabled()  # such a tensor can't be kept for backward; the formula has others
     return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
 
 

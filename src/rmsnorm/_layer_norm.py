@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from . import _arguments, _everyday, _ops
 
@@ -57,16 +58,20 @@ def layer_norm(
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else _arguments.as_shape(_NAME, normalized_shape)
     try:  # the operator checks the rest; what it refuses is served, or worded, by torch
-        if _ordinary(input) and input.shape[-len(shape) :] == shape:
+        if _ordinary(input, weight, bias) and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
                 or (bias is not None and bias.requires_grad)
             ):
+                if torch._C._get_tracing_state() is not None:
+                    return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
                 return _recorded(input, weight, bias, len(shape), eps)
             return _plain(input, weight, bias, len(shape), eps)
     except (RuntimeError, AttributeError):
         pass
+    if has_torch_function_variadic(input, weight, bias):
+        return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
     _arguments.check_numbers(_NAME, eps=eps)
     if ranks := _everyday.distributed(input, weight, bias):
@@ -87,18 +92,25 @@ class LayerNorm(torch.nn.LayerNorm):
         tensor([-1.0690, -0.5345,  0.0000,  1.6036])
     """
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What ``torch.jit.script`` compiles in its place: torch's layer with the same weights."""
+        twin = torch.nn.LayerNorm.__new__(torch.nn.LayerNorm)
+        vars(twin).update(vars(self))
+        return twin
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def _ordinary(input: Tensor) -> bool:
-    """Plain tensors, native kernels, no compiler, no transform."""
+def _ordinary(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Plain tensors, native kernels, no compiler, no transform, no mode."""
     return not (
         is_dynamo_compiling()
         or not _ops.native
         or type(input) is not Tensor
         or not input.is_cpu
+        or has_torch_function_variadic(input, weight, bias)
         or _transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -139,3 +151,10 @@ def _differentiable(
 
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
 _recorded: Callable[..., Tensor] = super(torch.autograd.Function, LayerNormFunction).apply
+
+
+def _traced(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(input, input.shape[input.dim() - dims :], weight, bias, eps)
+
+
+_ops.library.impl("layer_norm", _traced, "Tracer")  # as _foreign.py has it for the others

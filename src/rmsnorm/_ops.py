@@ -220,6 +220,31 @@ library.define(
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 
+
+def _fake_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
+    return _like(input)
+
+
+def _fake_layer_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rstd = reference.empty_rstd(input, dims)
+    return _like(input), rstd.double(), rstd
+
+
+def _fake_layer_norm_backward(
+    grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    none = input.new_empty(0)
+    return tuple(
+        _like(t) if need and t is not None else none
+        for t, need in zip((input, weight, bias), options[-3:], strict=True)
+    )
+
+
+for _name in ("layer_norm", "layer_norm_forward", "layer_norm_backward"):
+    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
+
 _native.load()
 native = bool(_native.cpu_targets())
 

@@ -149,11 +149,14 @@ def add_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
     """
-    if has_torch_function_variadic(input, residual, weight):
+    if has_torch_function_variadic(input, residual):
         keywords: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode}
         tensors = (input, residual, weight)
         arguments = input, residual, normalized_shape
         return handle_torch_function(add_rms_norm, tensors, *arguments, weight=weight, eps=eps, **keywords)
+    if has_torch_function_variadic(weight):  # the sum is none of its business
+        sum = input + residual
+        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     try:
         differs = residual.shape != input.shape or residual.device != input.device
     except AttributeError:
@@ -181,8 +184,7 @@ def add_rms_norm(
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     if _autograd.needed(input, weight, residual):
-        output, sum, _ = _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
-        return output, sum
+        return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
 
 

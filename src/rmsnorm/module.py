@@ -79,6 +79,14 @@ class RMSNorm(torch.nn.RMSNorm):
             x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting_mode=self.casting_mode
         )
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, where it means the same."""
+        if type(self) is not RMSNorm or self.offset or self.casting_mode != "torch":
+            raise _arguments.not_scriptable(self)
+        twin = torch.nn.RMSNorm.__new__(torch.nn.RMSNorm)
+        vars(twin).update(vars(self))
+        return twin
+
     def extra_repr(self) -> str:
         """torch's text, and the options that differ from torch's."""
         text = super().extra_repr()

@@ -129,9 +129,19 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
         types in binding.proven
         and x.dim() in binding.dims
         and (binding.single or 1 not in x.shape[:-1])
+        and (weight is None or _fits(binding.layout, weight, x))
         and (binding.autocast or not torch.is_autocast_enabled("cpu"))
         and all(getattr(module, name) == value for name, value in binding.fixed)
     )
+
+
+def _fits(layout: str, weight: Tensor, x: Tensor) -> bool:
+    """Whether the sizes are those of a norm; else theirs broadcasts, or says what is wrong."""
+    if layout == "channels":
+        return weight.numel() == x.shape[1]
+    if layout == "heads":
+        return weight.shape[0] == x.shape[-3] and weight.shape[-1] == x.shape[-1]
+    return layout == "number" or weight.shape[-1] == x.shape[-1]
 
 
 def apply(module: Any, binding: Binding, weight: Tensor | None, x: Tensor, gate: Tensor | None = None) -> Tensor:

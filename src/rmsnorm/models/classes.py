@@ -45,7 +45,9 @@ def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
     if key not in _made:
         namespace = {
             **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
-            _ORIGINAL: cls, CHANGE: change, OFF: False,
+            _ORIGINAL: cls,
+            CHANGE: change,
+            OFF: False,
             "forward": change.forward_for(cls),
             "__prepare_scriptable__": _scriptable,
         }

@@ -85,11 +85,11 @@ def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
 def _check_subnormal(once: trial.Trial) -> None:
     """Such numbers have few bits, and products halfway between two others: only the size of a difference counts."""
     if once.inputs()[0].abs().min() > 0 or once.binding.recipe.centred or once.binding.recipe.gate:
-        return  # where there is no eps, theirs divides by a root that underflows; a mean or a gate's product has few bits
-    least = torch.finfo(once.types[1] or torch.float32).smallest_normal / 64
+        return  # without an eps theirs divides by a root that underflows; a mean or a gate's product has few bits
+    least = torch.finfo(once.x_type).smallest_normal / 64
     inputs = [t.sign() * least if i == 0 else t for i, t in enumerate(once.inputs())]
     found = trial.forward(once, inputs)
-    if found.far > trial.FORWARD[once.types[1] or torch.float32] * (1 + bool(once.binding.recipe.gate)):
+    if found.far > trial.FORWARD[once.x_type] * (1 + bool(once.binding.recipe.gate)):
         raise Unfit("it does something else with subnormal numbers")
 
 

@@ -116,7 +116,7 @@ def _layouts(module: nn.Module, weight: str | None) -> list[str]:
         return ["last", "channels"]
     shape = trial.weights(module)[weight].shape
     if shape.numel() == 1 and len(shape) == 1:
-        return ["last", "number"]
+        return ["number", "last"]  # a row of one column is tried as what it is, too
     if len(shape) == 1:
         return ["last", "channels"]
     if sum(size > 1 for size in shape) <= 1:

@@ -62,6 +62,7 @@ class Trial:
 
     def __init__(self, module: nn.Module, binding: Binding, types: Types, eps: float | None = None) -> None:
         self.binding, self.types = binding, types
+        self.x_type = types[1] or torch.float32
         self.module: Any = copy.deepcopy(module)
         for seed, (name, tensor) in enumerate(tensors(module).items()):
             if not tensor.is_floating_point():
@@ -85,7 +86,7 @@ class Trial:
         1e4, whose squares are too large for float16. For gradients those in the middle, as those of smaller rows
         overflow in float16.
         """
-        columns, x_type = self.shape.numel(), self.types[1]
+        columns, x_type = self.shape.numel(), self.x_type
         least = 1e-3 if x_type is torch.float16 else 1e-5
         recipe, eps = self.binding.recipe, eps_of(self.module, self.binding)
         square = recipe.floor(columns, eps) if recipe.floors else eps
@@ -175,7 +176,7 @@ def compare(trial: Trial, theirs: Tensor, ours: Tensor) -> Difference:
     if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
         return UNLIKE
     recipe = trial.binding.recipe
-    coarse = max(trial.types[1] or ours.dtype, ours.dtype, key=_eps)
+    coarse = max(trial.x_type, ours.dtype, key=_eps)
     size = theirs.abs().float()
     if recipe.centred or trial.bias is not None:  # these cancel: errors are relative to what was subtracted
         size = size.amax(1 if trial.binding.layout == "channels" else -1, keepdim=True)
