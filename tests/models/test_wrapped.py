@@ -1,5 +1,5 @@
 """Proves that a layer whose forward is wrapped, or calls super(), is fused inside of its wrappers, that these do what
-they did, once, and that copies compute with their own state. What transformers does from 5.23.0 on is made here, smaller.
+they did, once, and that copies compute with their own state. What transformers 5.23 does is made here, smaller.
 """
 
 from __future__ import annotations
