@@ -170,13 +170,11 @@ def add_rms_norm(
     dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
     if type(offset) is not float:
         _arguments.check_numbers("add_rms_norm", offset=offset)
-    if eps < 0:
-        sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
-    if ranks := _everyday.distributed(input, residual, weight):
+    if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
     if (
-        _foreign.wanted_by(input, residual, weight)
+        eps < 0
+        or _foreign.wanted_by(input, residual, weight)
         or not native
         or _autograd.refused()
         or residual.dtype is not input.dtype

@@ -80,7 +80,7 @@ class RMSNorm(torch.nn.RMSNorm):
         )
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, where it means the same."""
+        """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, if it means the same."""
         if type(self) is not RMSNorm or self.offset or self.casting_mode != "torch":
             raise _arguments.not_scriptable(self)
         twin = torch.nn.RMSNorm.__new__(torch.nn.RMSNorm)

@@ -4,11 +4,14 @@ accelerate, PEFT, FSDP2. Values are compared with those of the patched model tha
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
 from oracle import same_bits
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rmsnorm
 from rmsnorm.models.binding import binding_of
@@ -77,12 +80,39 @@ def test_casts(model: nn.Module, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(model: nn.Module, reentrant: bool) -> None:
-    plain = gradients(model)
+    """Each layer runs twice, as it does unpatched, with the gradients that it has without checkpointing."""
+    plain, seen = gradients(model), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again = gradients(model)
     assert plain.keys() == again.keys()
     assert all(same_bits(again[name], gradient) for name, gradient in plain.items())
+    assert len(seen) == 4
+    seen.clear()
+    rmsnorm.unpatch(model)
+    gradients(model)
+    assert len(seen) == 4
+
+
+@pytest.mark.skipif(
+    "cache" not in inspect.signature(LlamaDecoderLayer.forward).parameters,
+    reason="transformers before 5.24 renames none",
+)
+def test_a_renamed_argument_is_still_taken_and_told(model: nn.Module) -> None:
+    layer, cache = model.model.layers[0], transformers.DynamicCache()
+    x = torch.randn(2, 3, 64)
+    positions = model.model.rotary_emb(x, torch.arange(3)[None])
+    for _ in range(2):
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated") as seen:
+            layer(x, position_embeddings=positions, past_key_values=cache)
+        assert len(seen) == 1
+        rmsnorm.unpatch(model)
+    assert cache.get_seq_length() == 6
 
 
 def test_state_dicts_go_both_ways(model: nn.Module) -> None:

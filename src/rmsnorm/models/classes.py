@@ -10,6 +10,7 @@ Copies and files name the original class and the change (see :func:`restored`): 
 
 from __future__ import annotations
 
+import copyreg
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -48,16 +49,20 @@ def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
             _ORIGINAL: cls,
             CHANGE: change,
             OFF: False,
-            "forward": change.forward_for(cls),
             "__prepare_scriptable__": _scriptable,
         }
         metaclass: Any = type(cls)
         made: Any = metaclass(cls.__name__, (cls,), namespace)
+        # Set afterwards: a base's __init_subclass__ has wrapped what it found by now, and this forward has its
+        # wrappers. (Handed in, it would be wrapped twice: transformers bears that, its outermost wrapper checkpoints.)
+        made.forward = change.forward_for(cls)
 
         def reduce(module: nn.Module, protocol: Any) -> Any:
-            reduced = super(made, module).__reduce_ex__(protocol)
-            if type(module) is not made or reduced[1][:1] != (made,):
-                return reduced  # a class that was put around ours, or one with a way of its own
+            reduced = super(made, module).__reduce_ex__(max(protocol, 2))
+            if type(module) is not made:
+                return reduced  # somebody has put a class around ours, and has to say what copies are
+            if reduced[:2] != (copyreg.__newobj__, (made,)):  # type: ignore[attr-defined]
+                return reduced[0], tuple(cls if one is made else one for one in reduced[1]), *reduced[2:]
             return restored, (cls, change.kind, change.plain()), *reduced[2:]
 
         made.__reduce_ex__ = reduce
@@ -94,10 +99,20 @@ def change(module: nn.Module, how: Change) -> None:
         module.__class__ = subclass(type(module), how)
 
 
+def original(cls: type[nn.Module]) -> type[nn.Module]:
+    """What it is a subclass of, if it was made here, else the class itself."""
+    found: type[nn.Module] = vars(cls).get(_ORIGINAL, cls)
+    return found
+
+
 def restore(module: nn.Module) -> None:
     """Takes it back. Below a class that somebody put around ours (FSDP, parametrize) it is switched off."""
-    if original := vars(type(module)).get(_ORIGINAL):
-        module.__class__ = original
+    made, own = type(module), original(type(module))
+    if own is not made:
+        for name, value in list(vars(module).items()):  # accelerate keeps what it wraps as an attribute of its own
+            if getattr(value, "__func__", None) is made.forward:
+                setattr(module, name, own.forward.__get__(module))
+        module.__class__ = own
     elif hasattr(type(module), _ORIGINAL):
         vars(module)[OFF] = True
 

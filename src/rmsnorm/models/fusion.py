@@ -18,6 +18,7 @@ from .report import Entry
 GRADIENT = 16.0
 """In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Result = tuple[list[Tensor], tuple[Tensor, ...]]
 
 
 def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[list[Entry], list[Entry]]:
@@ -35,16 +36,17 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     for name, layer in layers.items():
         cls = type(layer)
         try:
+            if classes.change_of(layer) is not None:
+                raise ValueError("it is fused already")
+            if "forward" in vars(layer):
+                raise ValueError("its forward was replaced before")
             if name not in calls:
                 raise ValueError(failure)
             rewritten = rewrite.Rewritten(cls)
-            if "forward" in vars(layer):
-                raise ValueError("its forward was replaced before")
-            apart = _prove(layer, rewritten, calls[name])
+            apart = _bind(layer, rewritten, calls[name])
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
             continue
-        classes.change(layer, rewritten)
         fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
     return fused, left
 
@@ -62,7 +64,7 @@ def _words(error: Exception) -> str:
 def _adds_before_norms(layer: nn.Module) -> bool:
     """Whether its source adds before a norm that is patched, and can."""
     ours = {name for name, child in layer.named_children() if (found := binding_of(child)) and found.adds()}
-    return bool(ours and ours.intersection(rewrite.norms_behind_adds(type(layer).forward)))
+    return bool(ours and ours.intersection(rewrite.norms_behind_adds(classes.original(type(layer)).forward)))
 
 
 def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]) -> dict[str, Call]:
@@ -83,16 +85,26 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
     return calls
 
 
-def _prove(layer: nn.Module, rewritten: rewrite.Rewritten, call: Call) -> float:
-    """Compares output and gradients on the call; returns the largest difference of a gradient.
+def _bind(layer: nn.Module, rewritten: rewrite.Rewritten, call: Call) -> float:
+    """Gives the layer the rewritten forward, and takes it away again if the proof fails."""
+    with _evaluating(layer), torch.enable_grad():
+        before = _run(layer, rewritten.norms, call)
+        classes.change(layer, rewritten)
+        try:
+            # By the class, with all wrappers: some look up what the class has, and the call has their names.
+            return _compare(before, _run(layer, rewritten.norms, call))
+        except Exception:
+            classes.restore(layer)
+            raise
+
+
+def _compare(before: Result, after: Result) -> float:
+    """The largest difference of a gradient.
 
     Raises:
         ValueError: they differ.
     """
-    with _evaluating(layer), torch.enable_grad():
-        (theirs, their_gradients), (ours, our_gradients) = (
-            _run(function, layer, rewritten.norms, call) for function in (type(layer).forward, rewritten.function)
-        )
+    (theirs, their_gradients), (ours, our_gradients) = before, after
     if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
         raise ValueError("its output changes")
     worst = 0.0
@@ -104,12 +116,10 @@ def _prove(layer: nn.Module, rewritten: rewrite.Rewritten, call: Call) -> float:
     return worst
 
 
-def _run(
-    function: rewrite.Forward, layer: nn.Module, norms: tuple[str, ...], call: Call
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The output's tensors, and the gradients of the input's and of the norms' weights."""
+def _run(layer: nn.Module, norms: tuple[str, ...], call: Call) -> Result:
+    """What its class makes of the call: the output's tensors, gradients of the input's and of the norms' weights."""
     args, kwargs = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, copy.deepcopy(call))
-    outputs = [x for x in tree_leaves(function(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
+    outputs = [x for x in tree_leaves(type(layer).forward(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
     wanted = [x for x in tree_leaves((args, kwargs)) if _is_real(x)]
     wanted += [p for name in norms for p in getattr(layer, name).parameters() if p.requires_grad]
     dice = torch.Generator().manual_seed(0)

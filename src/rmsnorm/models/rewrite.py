@@ -5,29 +5,35 @@
     hidden_states = self.norm(hidden_states)        hidden_states = normed
 
 The add is a line of the layer's own forward, so no change of a norm can reach it, and copies of every layer's source
-would rot. Hence: the source of the layer's class, parsed, this one pattern replaced, compiled in its own globals.
-``fusion.py`` compares what comes out with what the layer did before.
+would rot. Hence: the source of the layer's class, parsed, this one pattern replaced, compiled for the same globals and
+closure. Text is only how the function is read: it counts if it compiles, unchanged, to the very code that the function
+runs. ``wrappers.py`` puts the decorators around the result, ``fusion.py`` compares what comes out with what the layer
+did before.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import functools
 import inspect
 import linecache
-import textwrap
 from collections.abc import Callable
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import add_rms_norm
-from . import classes
+from . import classes, wrappers
 from .binding import binding_of, eps_of, serves, shape_of
 
 Forward = Callable[..., Any]
 _ADD, _NORMED, _MAKE = "_rmsnorm_add_norm", "_rmsnorm_normed", "_rmsnorm_make"
+_FLAGS = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 
 class Rewritten:
@@ -85,34 +91,102 @@ def norms_behind_adds(original: Forward) -> tuple[str, ...]:
 
 @functools.cache
 def rewrite(original: Forward) -> tuple[Forward, tuple[str, ...]]:
-    """The function with each add before a norm fused, and the attributes of those norms.
+    """The function with each add before a norm fused, in the wrappers that it has, and the attributes of those norms.
 
     Raises:
         ValueError: it can't be rewritten, with the reason.
     """
-    definition = _definition(original)
-    if definition is None or not definition.args.args:
+    links = wrappers.links_of(original)
+    innermost, definition = links[-1], _definition(original)
+    if definition is None or not definition.args.args or not isinstance(innermost, FunctionType):
         raise ValueError("its source can't be read")
-    if definition.decorator_list or getattr(original, "__closure__", None) or hasattr(original, "__wrapped__"):
-        raise ValueError("its forward is wrapped, or calls super()")
+    # With the lines of the source: between lines that differ, compilers leave instructions that do nothing.
+    if _bare(_compile(innermost, _module(innermost, definition), "<source>")) != _bare(innermost.__code__):
+        raise ValueError("its source isn't what it runs")
     norms = tuple(_fuse(definition, definition.args.args[0].arg))
-    # A function that returns it: so add_norm is a variable of its own, and the globals stay as they are.
-    text = f"def {_MAKE}({_ADD}):\n{textwrap.indent(ast.unparse(definition), '    ')}\n    return {definition.name}\n"
-    file = f"<rmsnorm: {original.__module__}.{original.__qualname__} with fused adds>"
+    text = ast.unparse(_module(innermost, definition))
+    line = innermost.__code__.co_firstlineno
+    file = f"<rmsnorm: {innermost.__module__}.{innermost.__qualname__}, line {line}, with fused adds>"
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
-    made: dict[str, Any] = {}
-    exec(compile(text, file, "exec"), original.__globals__, made)
-    function = made[_MAKE](add_norm)
-    function.__defaults__, function.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
-    return function, norms
+    code = _compile(innermost, text, file)
+    # The cells themselves, that of ``super()`` among them: what is assigned to them later is seen here too.
+    cells = dict(zip(innermost.__code__.co_freevars, innermost.__closure__ or (), strict=True))
+    closure = tuple(cells[name] if name in cells else CellType(add_norm) for name in code.co_freevars)
+    function = FunctionType(code, innermost.__globals__, innermost.__name__, innermost.__defaults__, closure)
+    function.__kwdefaults__ = innermost.__kwdefaults__
+    wrappers.resemble(function, innermost)
+    return wrappers.rewrap(links, function), norms
 
 
 def _definition(original: Forward) -> ast.FunctionDef | None:
+    """What the source of the innermost function says, without what was evaluated when it was defined."""
     try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(original))).body
+        source = inspect.getsource(original)
+        # Not dedented, which would change strings of several lines.
+        (found,) = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
-    return definition if isinstance(definition, ast.FunctionDef) else None
+    definition = found.body[0] if isinstance(found, ast.If) else found
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    names = definition.args
+    for argument in filter(None, (*names.posonlyargs, *names.args, names.vararg, *names.kwonlyargs, names.kwarg)):
+        argument.annotation = None
+    names.defaults, names.kw_defaults = [], [None] * len(names.kwonlyargs)
+    definition.decorator_list, definition.returns = [], None
+    return definition
+
+
+def _module(function: FunctionType, definition: ast.FunctionDef) -> ast.Module:
+    """The definition in what makes its names mean what they mean in the function."""
+    body: list[ast.stmt] = [definition]
+    for name in _class_of(function):  # it becomes part of names such as __private
+        body = [ast.ClassDef(name, [], [], body, [])]
+    own = (*_class_of(function), definition.name)[0]
+    if own not in function.__code__.co_freevars:  # as in super(Layer, self)
+        body.insert(0, ast.Global([own]))
+    variables = [ast.arg(name) for name in (_ADD, *function.__code__.co_freevars)]
+    maker = ast.FunctionDef(_MAKE, ast.arguments([], variables, None, [], [], None, []), body, [])
+    # Never run: compilers call what hangs on an imported name (torch.clamp) by other instructions.
+    used = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name)}
+    names = [ast.alias(name) for name in sorted(used & _imported("".join(inspect.findsource(function)[0])))]
+    return ast.fix_missing_locations(ast.Module([ast.Import(names), maker] if names else [maker], []))
+
+
+@functools.lru_cache(8)
+def _imported(source: str) -> frozenset[str]:
+    """The names that a file's own scope imports."""
+    found, left = set[str](), list[ast.AST](ast.parse(source).body)
+    for node in left:  # grows
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            left += (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+    return frozenset(found - {"*"})
+
+
+def _class_of(function: FunctionType) -> list[str]:
+    return [name for name in function.__qualname__.split(".")[-2:-1] if name.isidentifier()]
+
+
+def _compile(function: FunctionType, module: ast.Module | str, file: str) -> CodeType:
+    """The definition's code. Nothing is run."""
+    code = compile(module, file, "exec", function.__code__.co_flags & _FLAGS, dont_inherit=True)
+    for _ in (_MAKE, *_class_of(function), function.__code__.co_name):
+        (code,) = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return code
+
+
+def _bare(code: CodeType) -> CodeType:
+    """Without where it comes from: equal if the same instructions work on the same names and constants."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, str):  # Python 3.10 keeps the qualified names of functions inside among the constants
+            return value.rpartition("<locals>.")[2]
+        return _bare(value) if isinstance(value, CodeType) else value
+
+    constants, flags = tuple(map(bare, code.co_consts)), code.co_flags & ~inspect.CO_NESTED
+    return code.replace(co_firstlineno=1, co_linetable=b"", co_flags=flags, co_consts=constants)
 
 
 def _fuse(node: ast.AST, this: str) -> list[str]:
