@@ -26,10 +26,15 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 
 def wanted_by(*tensors: Any) -> bool:
     """Whether one of the above wants a norm of these tensors."""
-    if torch.compiler._is_exporting_flag or (not is_dynamo_compiling() and torch._C._get_tracing_state() is not None):
+    if torch.compiler._is_exporting_flag:
         return True
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
-        return not torch.is_inference_mode_enabled()  # such a tensor can't be kept for backward; the formula has others
+    if not is_dynamo_compiling():
+        if torch._C._get_tracing_state() is not None:
+            return True
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            # Such a tensor can't be kept for backward; the formula keeps others.
+            if any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
+                return True
     return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
 
 
