@@ -189,7 +189,9 @@ def write(results: list[Result]) -> None:
     lines = {tuple(re.split(r" *\| *", line)[1:4]): line for line in block.strip().splitlines()[2:]}
     for result in results:
         lines[result.torch, result.transformers, result.python] = result.line()
-    ordered = [lines[key] for key in sorted(lines, key=lambda key: [list(map(int, part.split("."))) for part in key])]
+    ordered = [
+        lines[key] for key in sorted(lines, key=lambda key: [list(map(int, re.findall(r"\d+", part))) for part in key])
+    ]
     PAGE.write_text(f"{before}{BEGIN}\n{HEAD}\n" + "\n".join(ordered) + f"\n{END}{after}")
 
 
