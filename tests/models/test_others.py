@@ -1,0 +1,158 @@
+"""Proves that the RMS-type classes of other people's packages that are swapped compute what they computed before: at four
+widths, in every layout that they take, on rows of all sizes and types, with gradients; and that the others have reasons.
+
+``make census-others`` installs the packages of others.txt and runs it; without them, it is skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import product
+
+import others
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rmsnorm
+
+pytestmark = pytest.mark.heavy
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKAGES = sorted(others.PINS)
+# In eps of the coarsest type. Outputs relative to each element (to the row where a bias may cancel), as in
+# test_census.py; gradients relative to the row's norm, or the weight's: theirs rounds at each of a dozen operators.
+FAR = {torch.float32: 6.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+DIFFERENT = 0.01
+GRADIENT = 8.0
+# Sizes of rows: squares of the small ones are subnormal or 0 in float32, and sizes around 1e-12 tell whether a norm
+# is bounded below or has an eps added. 0 is the row of zeros.
+SIZES = (0, 1e-30, 1e-22, 1e-19, 1e-16, 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-8, 1e-6, 1e-4, 1e-3, 0.03, 1, 30, 1e3, 1e4)
+
+
+def of(package: str) -> list[str]:
+    """The classes of one package that run here."""
+    homes = [home for home, name in others.installed().items() if name == package]
+    if not homes:
+        pytest.skip(f"{package}=={others.PINS[package]} isn't installed")
+    return [path for path in others.classes() if path.partition(".")[0] in homes and not others.excluded(path)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_swapped_equals_its_original(package: str) -> None:
+    wrong = []
+    for path in of(package):
+        for width in others.WIDTHS:
+            for module in others.instances(path, width):
+                if taken := others.accepted(module, width):
+                    label = f"{path.rpartition('.')[2]}({width}, {module.options})"
+                    wrong += [f"{label}: {what}" for what in differences(module, taken)]
+                else:
+                    pytest.fail(f"{path} is no RMS norm; say so in others.LOOK_ALIKES")
+    assert not wrong, "\n".join(wrong)
+
+
+def differences(module: nn.Module, taken: list[tuple[tuple[int, ...], int]]) -> Iterator[str]:
+    """Where the patched module isn't what it was."""
+    theirs, ours = copy.deepcopy(module), copy.deepcopy(module)
+    if not rmsnorm.patch(ours).patched:
+        return
+    others_inputs = others.inputs_of(module)
+    for (shape, axis), x_type, w_type in product(taken, TYPES, TYPES if [*module.parameters()] else TYPES[:1]):
+        theirs.to(w_type), ours.to(w_type)
+        x = rows(shape, axis, x_type)
+        gates = [rows(shape, axis, x_type, seed=1)] * (others_inputs - 1)
+        for training, autocast in ((False, False), (True, False), (False, True)):
+            theirs.train(training), ours.train(training)
+            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+                problem = compare(theirs, ours, [x, *gates], axis, grads=training)
+            if problem:
+                how = f"{'train, ' if training else ''}{'autocast, ' if autocast else ''}weight {w_type}"
+                yield f"{shape} {x_type}, {how}: {problem}"
+        if len(shape) == 3 and axis == -1:
+            turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, *gates)]
+            if problem := compare(theirs, ours, turned, axis, grads=False):
+                yield f"{shape} {x_type} with turned strides: {problem}"
+
+
+def rows(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Random, with rows along the axis of all sizes in turn that the type has."""
+    dice = torch.Generator().manual_seed(seed + len(shape))
+    x = torch.randn(shape, generator=dice)
+    count = x.numel() // shape[axis]
+    order = torch.arange(count) * 7 % len(SIZES) if count > 1 else torch.tensor([SIZES.index(1)])
+    sizes = torch.tensor(SIZES)[order].view(x.movedim(axis, -1).shape[:-1])
+    return (x.movedim(axis, -1) * sizes[..., None]).movedim(-1, axis).contiguous().to(dtype)
+
+
+def compare(theirs: nn.Module, ours: nn.Module, inputs: list[Tensor], axis: int, grads: bool) -> str:
+    """What differs beyond rounding; empty if nothing does."""
+    leaves = [[x.clone(memory_format=torch.preserve_format).requires_grad_(grads) for x in inputs] for _ in range(2)]
+    try:
+        a = others.call(theirs, *leaves[0])
+    except (RuntimeError, TypeError):
+        return ""  # it doesn't take these types
+    b = others.call(ours, *leaves[1])
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return f"{b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+    coarse = max((*inputs, a, *ours.parameters()), key=lambda t: torch.finfo(t.dtype).eps).dtype
+    first, second = a.detach().double(), b.detach().double()
+    if not torch.equal(first.isfinite(), second.isfinite()):
+        return "one is finite where the other isn't"
+    size = first.abs()
+    if getattr(ours, "bias", None) is not None:
+        size = size.amax(axis, keepdim=True).expand_as(size)
+    far, share = apart(first, second, size, coarse, a.dtype), float((first != second).double().mean())
+    if far > FAR[coarse] or (coarse is not torch.float32 and share > DIFFERENT):
+        return f"{far:.3g} eps apart, {100 * share:.2g} % not identical"
+    return gradients(theirs, ours, leaves, (a, b), axis, coarse) if grads else ""
+
+
+def gradients(
+    theirs: nn.Module, ours: nn.Module, leaves: list[list[Tensor]], outputs: tuple[Tensor, Tensor], axis: int, coarse: torch.dtype
+) -> str:
+    """Which gradient differs, of those that are in the range of the type."""
+    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(9)).to(outputs[0].dtype) / 8
+    found = []
+    for module, inputs, output in zip((theirs, ours), leaves, outputs, strict=True):
+        wanted = [*inputs, *module.parameters()]
+        found.append(torch.autograd.grad(output, wanted, grad, allow_unused=True))
+    for index, (one, other) in enumerate(zip(*found, strict=True)):
+        if one is None or other is None:
+            if one is not other and (one if other is None else other).abs().sum() > 0:
+                return f"gradient {index} is missing"
+            continue
+        dimension = axis if index < len(leaves[0]) else None
+        first, second = one.double(), other.double()
+        seen = first.isfinite()
+        if not second[seen].isfinite().all():
+            return f"gradient {index} isn't finite"
+        first, second = first.where(seen, 0.0), second.where(seen, 0.0)
+        size = first.norm(dim=dimension, keepdim=dimension is not None)
+        error = (first - second).norm(dim=dimension, keepdim=dimension is not None)
+        far = apart(error, torch.zeros_like(error), size, coarse, one.dtype)
+        if far > GRADIENT:
+            return f"gradient {index} is {far:.3g} eps apart"
+    return ""
+
+
+def apart(first: Tensor, second: Tensor, size: Tensor, coarse: torch.dtype, dtype: torch.dtype) -> float:
+    """The largest difference in eps of the coarse type, relative to the sizes; subnormal ones count as normal."""
+    floor = max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
+    error = (first - second).abs() / (size.clamp_min(floor) * torch.finfo(coarse).eps)
+    return float(error[first.isfinite()].max()) if error.numel() else 0.0
+
+
+@pytest.mark.skipif(not others.installed().keys(), reason="no package of others.txt is installed")
+def test_what_is_left_has_a_reason() -> None:
+    for line in others.lines():
+        assert line.swapped or line.reasons or "float32" not in line.types, line
+
+
+@pytest.mark.skipif(len(others.installed()) < len(PACKAGES), reason="not all packages of others.txt are installed")
+def test_there_are_enough_classes_and_the_table_in_the_docs_is_current() -> None:
+    """Otherwise: ``make census-others``."""
+    assert len(others.lines()) >= 150, "the search has lost classes"
+    assert len({line.package for line in others.lines()}) >= 60
+    assert f"<!-- {others.LABEL} -->\n{others.table()}<!-- end -->\n" in others.DOCS.read_text()
