@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
-from itertools import product
+from itertools import islice, product
 
 import others
 import pytest
@@ -47,7 +46,7 @@ def test_what_is_swapped_equals_its_original(package: str) -> None:
             for module in others.instances(path, width):
                 if taken := others.accepted(module, width):
                     label = f"{path.rpartition('.')[2]}({width}, {module.options})"
-                    wrong += [f"{label}: {what}" for what in differences(module, taken)]
+                    wrong += [f"{label}: {what}" for what in islice(differences(module, taken), 3)]
                 else:
                     pytest.fail(f"{path} is no RMS norm; say so in others.LOOK_ALIKES")
     assert not wrong, "\n".join(wrong)
@@ -58,28 +57,34 @@ def differences(module: nn.Module, taken: list[tuple[tuple[int, ...], int]]) -> 
     theirs, ours = copy.deepcopy(module), copy.deepcopy(module)
     if not rmsnorm.patch(ours).patched:
         return
-    others_inputs = others.inputs_of(module)
-    for (shape, axis), x_type, w_type in product(taken, TYPES, TYPES if [*module.parameters()] else TYPES[:1]):
+    more = others.inputs_of(module) - 1
+    for x_type, w_type in product(TYPES, TYPES if [*module.parameters()] else TYPES[:1]):
         theirs.to(w_type), ours.to(w_type)
-        x = rows(shape, axis, x_type)
-        gates = [rows(shape, axis, x_type, seed=1)] * (others_inputs - 1)
-        for training, autocast in ((False, False), (True, False), (False, True)):
-            theirs.train(training), ours.train(training)
-            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                problem = compare(theirs, ours, [x, *gates], axis, grads=training)
-            if problem:
-                how = f"{'train, ' if training else ''}{'autocast, ' if autocast else ''}weight {w_type}"
-                yield f"{shape} {x_type}, {how}: {problem}"
-        if len(shape) == 3 and axis == -1:
-            turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, *gates)]
-            if problem := compare(theirs, ours, turned, axis, grads=False):
-                yield f"{shape} {x_type} with turned strides: {problem}"
+        types = f"{x_type}, weight {w_type}".replace("torch.", "")
+        for shape, axis in taken:
+            inputs = [rows(shape, axis, x_type, seed) for seed in range(1 + more)]
+            theirs.train(), ours.train()
+            if problem := compare(theirs, ours, inputs, axis, grads=True):
+                yield f"{shape}, {types}: {problem}"
+        shape, axis = taken[-1]
+        inputs = [rows(shape, axis, x_type, seed) for seed in range(1 + more)]
+        theirs.eval(), ours.eval()
+        if problem := compare(theirs, ours, inputs, axis, grads=False):
+            yield f"{shape}, {types}, eval: {problem}"
+        with torch.autocast("cpu", torch.bfloat16):
+            if problem := compare(theirs, ours, inputs, axis, grads=False):
+                yield f"{shape}, {types}, autocast: {problem}"
+        turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+        if problem := compare(theirs, ours, turned, axis, grads=False):
+            yield f"{shape}, {types}, turned: {problem}"
 
 
 def rows(shape: tuple[int, ...], axis: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random, with rows along the axis of all sizes in turn that the type has."""
-    dice = torch.Generator().manual_seed(seed + len(shape))
-    x = torch.randn(shape, generator=dice)
+    """Random, with rows along the axis of all sizes in turn that the type has. Gates (seed 1) are of ordinary size:
+    where exp overflows, what is left of one is no longer a matter of rounding."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)))
+    if seed:
+        return (8 * x).to(dtype)
     count = x.numel() // shape[axis]
     order = torch.arange(count) * 7 % len(SIZES) if count > 1 else torch.tensor([SIZES.index(1)])
     sizes = torch.tensor(SIZES)[order].view(x.movedim(axis, -1).shape[:-1])
@@ -96,7 +101,7 @@ def compare(theirs: nn.Module, ours: nn.Module, inputs: list[Tensor], axis: int,
     b = others.call(ours, *leaves[1])
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
-    coarse = max((*inputs, a, *ours.parameters()), key=lambda t: torch.finfo(t.dtype).eps).dtype
+    coarse = max((*inputs, a), key=lambda t: torch.finfo(t.dtype).eps).dtype
     first, second = a.detach().double(), b.detach().double()
     if not torch.equal(first.isfinite(), second.isfinite()):
         return "one is finite where the other isn't"
@@ -106,13 +111,14 @@ def compare(theirs: nn.Module, ours: nn.Module, inputs: list[Tensor], axis: int,
     far, share = apart(first, second, size, coarse, a.dtype), float((first != second).double().mean())
     if far > FAR[coarse] or (coarse is not torch.float32 and share > DIFFERENT):
         return f"{far:.3g} eps apart, {100 * share:.2g} % not identical"
-    return gradients(theirs, ours, leaves, (a, b), axis, coarse) if grads else ""
+    return gradients(theirs, ours, leaves, (a, b), axis) if grads else ""
 
 
 def gradients(
-    theirs: nn.Module, ours: nn.Module, leaves: list[list[Tensor]], outputs: tuple[Tensor, Tensor], axis: int, coarse: torch.dtype
+    theirs: nn.Module, ours: nn.Module, leaves: list[list[Tensor]], outputs: tuple[Tensor, Tensor], axis: int
 ) -> str:
     """Which gradient differs, of those that are in the range of the type."""
+    coarse = max((*leaves[0], *ours.parameters(), outputs[0]), key=lambda t: torch.finfo(t.dtype).eps).dtype
     grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(9)).to(outputs[0].dtype) / 8
     found = []
     for module, inputs, output in zip((theirs, ours), leaves, outputs, strict=True):
