@@ -63,8 +63,8 @@ census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of trans
 	PYTHONPATH=tests $(BIN)/python tests/models/census.py
 
 others: $(NATIVE) build/others/installed ## the same for 70 other packages, which it installs into build/others, and their tests; 15 minutes
-	PYTHONPATH=tests $(BIN)/python tests/models/others.py
-	$(BIN)/python -m pytest --numprocesses 2 tests/models/test_others.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/models/others.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/models/test_others.py
 
 models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; five minutes
 	$(BIN)/python tests/models/measure.py
