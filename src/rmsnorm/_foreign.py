@@ -31,10 +31,10 @@ def wanted_by(*tensors: Any) -> bool:
     if not is_dynamo_compiling():
         if torch._C._get_tracing_state() is not None:
             return True
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            # Such a tensor can't be kept for backward; the formula keeps others.
-            if any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
-                return True
+        # Such a tensor can't be kept for backward; the formula keeps others.
+        recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if recorded and any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
+            return True
     return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
 
 
@@ -43,8 +43,21 @@ def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset
     if torch.onnx.is_in_onnx_export():
         return _onnx.rms_norm(input, weight, dims, eps, offset, round_first)
     if eps >= 0 and reference.is_torchs(input, weight, dims, offset, round_first):
-        return F.rms_norm(input, input.shape[input.dim() - dims :], weight, eps)
+        return F.rms_norm(input, sizes(input, dims), weight, eps)
     return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+
+
+def sizes(input: Tensor, dims: int) -> tuple[int, ...]:
+    """The last sizes, as constants of the graph: to ``torch.jit.trace`` those of a tensor are tensors, too."""
+    if is_dynamo_compiling():
+        return tuple(input.shape[input.dim() - dims :])
+    state: Any = torch._C._get_tracing_state()
+    trace: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    trace(None)
+    try:
+        return tuple(input.shape[input.dim() - dims :])
+    finally:
+        trace(state)
 
 
 def _traced(

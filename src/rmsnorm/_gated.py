@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _autograd, _everyday, _foreign, _gated_ops, _ops, functional, module, reference
+from . import _arguments, _autograd, _everyday, _foreign, _gated_ops, _onnx, _ops, functional, module, reference
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -25,7 +25,7 @@ def gated_rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-    *,
+    *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     activation: str = "silu",
     norm_before_gate: bool = True,
     group_size: int | None = None,
@@ -73,11 +73,13 @@ def gated_rms_norm(
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if has_torch_function_variadic(input, gate, weight):
-        keywords: dict[str, Any] = {"activation": activation, "norm_before_gate": norm_before_gate}
-        keywords |= {"group_size": group_size, "offset": offset, "casting_mode": casting_mode}
-        tensors = (input, gate, weight)
-        arguments = input, gate, normalized_shape
-        return handle_torch_function(gated_rms_norm, tensors, *arguments, weight=weight, eps=eps, **keywords)
+        return handle_torch_function(
+            *(gated_rms_norm, (input, gate, weight), input, gate, normalized_shape, weight, eps),
+            **functional.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True)),
+            **functional.given(
+                group_size=(group_size, None), offset=(offset, 0.0), casting_mode=(casting_mode, "torch")
+            ),
+        )
     dims, eps, round_first, native = functional._resolve(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
@@ -195,7 +197,7 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
 
 
 def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-    if gate.dtype is not input.dtype and torch.promote_types(gate.dtype, input.dtype) is input.dtype:
+    if gate.dtype is not input.dtype and reference.promoted(gate.dtype, input.dtype) is input.dtype:
         gate = gate.to(input.dtype)  # Mamba-2's scan leaves fp32 beside a half gate
     unusual = (
         not native
@@ -205,6 +207,9 @@ def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *op
         or _foreign.wanted_by(input, gate, weight)
         or _autograd.refused()
     )
+    if torch.onnx.is_in_onnx_export():
+        arguments: Any = (input, gate, weight, *options)
+        return _gated_ops.gated_rms_norm(*arguments, normalise=_onnx.normalised)[0]
     if unusual:
         return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
     if _autograd.needed(input, weight, gate):

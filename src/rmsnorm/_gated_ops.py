@@ -38,24 +38,25 @@ def gated_rms_norm(
     silu: bool,
     mean: Callable[[Tensor, tuple[int, ...]], Tensor] = reference.mean_here,
     dtype: torch.dtype | None = None,
+    normalise: Callable[..., tuple[Tensor, Tensor]] = reference.rms_norm,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(output, rstd)``, with ``rstd`` that of what is normalised: the input, or the gated input.
 
     Rounding first (Llama) rounds the normalised value to the input's type, and, if the gate comes after, its product
     with the weight to their promoted type too. ``mean`` is that of ``reference.rms_norm``; ``dtype`` the
-    type to compute in, None for the accumulation type.
+    type to compute in, None for the accumulation type; ``normalise`` what takes the place of ``reference.rms_norm``.
     """
-    wide = input.to(dtype or reference.accumulation_dtype(input.dtype))
-    activation = (F.silu if silu else torch.sigmoid)(gate.to(wide.dtype))
+    wide = reference.cast(input, dtype or reference.accumulation_dtype(input.dtype))
+    activation = (F.silu if silu else torch.sigmoid)(reference.cast(gate, wide.dtype))
     normed = wide if norm_before_gate else wide * activation
-    normalised, rstd = reference.rms_norm(normed, None, dims, eps, 0.0, False, mean)
+    normalised, rstd = normalise(normed, None, dims, eps, 0.0, False, mean)
     if not norm_before_gate:
         return reference.apply_gain(normalised, input, weight, offset, round_first).contiguous(), rstd
     if round_first:
         normalised = reference.apply_gain(normalised, input, weight, offset, True)
     elif weight is not None:
         normalised = normalised * reference.gain(weight, input, offset)
-    return (normalised * activation).to(input.dtype).contiguous(), rstd
+    return reference.cast(normalised * activation, input.dtype).contiguous(), rstd
 
 
 def gated_rms_norm_backward(
@@ -76,7 +77,7 @@ def gated_rms_norm_backward(
         norm_before_gate      dx, dw = those of the norm, for grad · a       dgate = grad · (norm of x) · a'
         otherwise             dz, dw = those of the norm of z, for grad      dx = dz · a      dgate = dz · x · a'
     """
-    wide = input.to(torch.promote_types(reference.accumulation_dtype(input.dtype), grad.dtype))
+    wide = input.to(reference.promoted(reference.accumulation_dtype(input.dtype), grad.dtype))
     grad, gate_wide = grad.to(wide.dtype), gate.to(wide.dtype)
     sigmoid = torch.sigmoid(gate_wide)
     activation = gate_wide * sigmoid if silu else sigmoid

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _everyday, _ops
+from . import _arguments, _everyday, _foreign, _ops
 
 _NAME = "layer_norm"
 _forward = _ops.layer_norm_forward._op
@@ -154,7 +154,7 @@ _recorded: Callable[..., Tensor] = super(torch.autograd.Function, LayerNormFunct
 
 
 def _traced(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
-    return torch.nn.functional.layer_norm(input, input.shape[input.dim() - dims :], weight, bias, eps)
+    return torch.nn.functional.layer_norm(input, _foreign.sizes(input, dims), weight, bias, eps)
 
 
 _ops.library.impl("layer_norm", _traced, "Tracer")  # as _foreign.py has it for the others

@@ -12,6 +12,7 @@ Older opsets have no such operator. torch then writes ``x · Reciprocal(Sqrt(…
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset
     if weight is None or weight.dim() > dims or (round_first and not wide.dtype == input.dtype == weight.dtype):
         return reference.apply_gain(_normalise(wide, None, dims, eps), input, weight, offset, round_first)
     return _normalise(wide, reference.gain(weight, wide, offset), dims, eps).to(input.dtype)
+
+
+def normalised(wide: Tensor, weight: None, dims: int, eps: float, *_: Any) -> tuple[Tensor, Any]:
+    """``reference.rms_norm`` without a weight, for norms that do more than that."""
+    return _normalise(wide, weight, dims, eps), None
 
 
 def _normalise(wide: Tensor, gain: Tensor | None, dims: int, eps: float) -> Tensor:

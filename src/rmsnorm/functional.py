@@ -24,7 +24,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-    *,
+    *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     offset: float = 0.0,
     casting_mode: str = "torch",
     out: Tensor | None = None,
@@ -89,9 +89,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     if has_torch_function_variadic(input, weight, out):
-        keywords: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "out": out}
+        options = given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
         tensors = (input, weight, out)
-        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **keywords)
+        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
@@ -108,6 +108,11 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
     return _serve(input, weight, dims, eps, offset, round_first, native)
+
+
+def given(**options: tuple[Any, Any]) -> dict[str, Any]:
+    """Those that aren't their defaults: who overrides torch's functions knows torch's arguments."""
+    return {name: value for name, (value, default) in options.items() if value is not default and value != default}
 
 
 def _serve(
@@ -129,7 +134,7 @@ def add_rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-    *,
+    *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     offset: float = 0.0,
     casting_mode: str = "torch",
 ) -> tuple[Tensor, Tensor]:
@@ -150,10 +155,10 @@ def add_rms_norm(
         ValueError: an unknown casting mode.
     """
     if has_torch_function_variadic(input, residual):
-        keywords: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode}
-        tensors = (input, residual, weight)
+        options = given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
         arguments = input, residual, normalized_shape
-        return handle_torch_function(add_rms_norm, tensors, *arguments, weight=weight, eps=eps, **keywords)
+        both = handle_torch_function(add_rms_norm, (input, residual, weight), *arguments, weight, eps, **options)
+        return (both[0], both[1]) if isinstance(both, torch.fx.Proxy) else both  # a graph's caller may unpack it
     if has_torch_function_variadic(weight):  # the sum is none of its business
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum

@@ -105,9 +105,8 @@ _LAYERS: dict[str, type[torch.nn.Module]] = {
 
 def _forward(module: Any, *inputs: Any) -> Any:
     which = _meaning(type(module), getattr(module, "activation", None))
-    if which is None:
-        return type(module).forward(module, *inputs)
-    return binding.forward(module, _BINDINGS[which], *inputs)
+    output = None if which is None else binding.attempt(module, _BINDINGS[which], *inputs)
+    return type(module).forward(module, *inputs) if output is None else output
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler asks, and doesn't trace it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,19 +66,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalises ``x``; with a residual, returns ``(output, x + residual)``."""
-        if residual is not None:
-            return functional.add_rms_norm(
-                x,
-                residual,
-                self.normalized_shape,
-                self.weight,
-                self.eps,
-                offset=self.offset,
-                casting_mode=self.casting_mode,
-            )
-        return functional.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting_mode=self.casting_mode
-        )
+        norm = _either if isinstance(residual, torch.fx.Proxy) and _may_be_none(residual) else _norm
+        return norm(x, residual, self.normalized_shape, self.weight, self.eps, self.offset, self.casting_mode)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, if it means the same."""
@@ -95,3 +85,29 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.casting_mode != "torch":
             text += f", casting_mode={self.casting_mode!r}"
         return text
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float | None,
+    offset: float,
+    casting_mode: str,
+) -> Any:
+    if residual is None:
+        return functional.rms_norm(x, shape, weight, eps, offset=offset, casting_mode=casting_mode)
+    return functional.add_rms_norm(x, residual, shape, weight, eps, offset=offset, casting_mode=casting_mode)
+
+
+def _may_be_none(proxy: torch.fx.Proxy) -> bool:
+    """Whether it stands for an argument of a graph that has None as its default: the layer alone was traced."""
+    return proxy.node.op == "placeholder" and proxy.node.args == (None,)
+
+
+def _either(*arguments: Any) -> Any:
+    """``_norm`` as a node of such a graph, which finds out when it runs."""
+    if isinstance(arguments[0], torch.fx.Proxy):
+        return torch.fx.Proxy.__torch_function__(_either, (), arguments)
+    return _norm(*arguments)

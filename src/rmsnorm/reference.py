@@ -18,7 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Asked once: torch.export writes such a question into its graph, where it returns no tensor.
+_PROMOTED = {(a, b): torch.promote_types(a, b) for a in _FLOATING for b in _FLOATING}
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 
@@ -27,11 +29,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIDER.get(dtype, dtype)
 
 
+def promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The type of a product of two."""
+    return _PROMOTED.get((a, b)) or torch.promote_types(a, b)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without a trace in a graph where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def result_dtype(input: Tensor, weight: Tensor | None, round_first: bool) -> torch.dtype:
     """The type of the output: the input's; rounding first (Llama) multiplies under type promotion instead."""
     if weight is None or not round_first:
         return input.dtype
-    return torch.promote_types(input.dtype, weight.dtype)
+    return promoted(input.dtype, weight.dtype)
 
 
 def spans(weight: Tensor, input: Tensor, dims: int) -> bool:
@@ -59,7 +71,7 @@ def _last(dims: int) -> tuple[int, ...]:
 
 def gain(weight: Tensor, input: Tensor, offset: float) -> Tensor:
     """``offset + weight``, formed in the wider of the accumulation type and the weight's."""
-    wide = weight.to(torch.promote_types(accumulation_dtype(input.dtype), weight.dtype))
+    wide = cast(weight, promoted(accumulation_dtype(input.dtype), weight.dtype))
     return wide + offset if offset else wide
 
 
@@ -94,9 +106,9 @@ def rms_norm(
 
     ``mean`` takes the mean of the squares: over several ranks, where a row lies on several (``_ranks.py``).
     """
-    wide = input.to(accumulation_dtype(input.dtype))
+    wide = cast(input, accumulation_dtype(input.dtype))
     square = mean(wide.square(), _last(dims))
-    rstd = _rstd(square, eps).to(wide.dtype)
+    rstd = cast(_rstd(square, eps), wide.dtype)
     output = apply_gain(wide * rstd, input, weight, offset, round_first).contiguous()
     return output, torch.where(square < -eps, -rstd, rstd) if eps < 0 else rstd
 
@@ -106,9 +118,9 @@ def apply_gain(normalised: Tensor, input: Tensor, weight: Tensor | None, offset:
     output = normalised
     if weight is not None:
         if round_first:
-            output = output.to(input.dtype)
+            output = cast(output, input.dtype)
         output = output * gain(weight, input, offset)
-    return output.to(result_dtype(input, weight, round_first))
+    return cast(output, result_dtype(input, weight, round_first))
 
 
 def sum_to_weight(product: Tensor, weight: Tensor) -> Tensor:
@@ -142,7 +154,7 @@ def rms_norm_backward(
     summed over the dimensions that the weight lacks (arXiv 1910.07467, eq. 8-10, with eps kept). Where the floor holds,
     ``dx = r · h``. Roundings inside the forward count as the identity, so the two casting modes share these formulas.
     """
-    wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
+    wide = input.to(promoted(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
     rstd, mean = _constants(wide, dims, eps)
     normalised = wide * rstd
     grad = grad.to(wide.dtype)
@@ -169,7 +181,7 @@ def rms_norm_backward_tangent(
         ẋ̂ = r · (ẋ - x̂ · mean(x̂ · ẋ))      ṙ = -r² · mean(x̂ · ẋ)      ḣ = ġ · (offset + weight) + grad · ẇ
         ḋx = ṙ · (h - x̂ · m) + r · (ḣ - ẋ̂ · m - x̂ · ṁ)               ḋw = Σ_rows ġ · x̂ + grad · ẋ̂
     """
-    wide = input.to(torch.promote_types(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
+    wide = input.to(promoted(accumulation_dtype(input.dtype), accumulation_dtype(grad.dtype)))
     zero = torch.zeros((), dtype=wide.dtype, device=wide.device)
     grad_t, input_t, weight_t = (zero if t is None else t.to(wide.dtype) for t in tangents)
     rstd, mean = _constants(wide, dims, eps)

@@ -7,6 +7,7 @@ see the module's operators.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -78,7 +79,7 @@ class Binding:
         return self.recipe.adds() and not (self.bias or self.group) and self.layout == "last"
 
     def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
-        return forward
+        return _forward_like(cls, 1 + bool(self.recipe.gate))
 
     def plain(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -106,19 +107,66 @@ def binding_of(module: nn.Module) -> Binding | None:
     return change if isinstance(change, Binding) else None
 
 
-def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a patched norm does when it is called."""
-    binding: Binding | None = getattr(type(self), classes.CHANGE, None)
-    if binding is not None and not kwargs and len(args) == 1 + bool(binding.recipe.gate):
-        weight = getattr(self, binding.weight) if binding.weight else None
-        if serves(self, binding, weight, *args):
-            return apply(self, binding, weight, *args)
-    return classes.own_forward(self, *args, **kwargs)
+def _forward_like(cls: type[nn.Module], tensors: int) -> Callable[..., Any]:
+    """What a patched norm does when it is called, with the signature of its own forward: ``torch.fx``, ``torch.export``
+    and callers by keyword ask for it. The first ``tensors`` arguments are the recipe's; with any other that isn't left
+    at its default, the module's own forward answers."""
+    names, unused, passed, defaults = [], [], [], {}
+    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:
+        kind, name = parameter.kind, parameter.name
+        if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            stars = "*" if kind is parameter.VAR_POSITIONAL else "**"
+            names.append(stars + name)
+            passed.append(stars + name)
+            unused.append(f"not {name}")
+            continue
+        if kind is parameter.KEYWORD_ONLY and not any(one.startswith("*") for one in names):
+            names.append("*")
+        passed.append(f"{name}={name}" if kind is parameter.KEYWORD_ONLY else name)
+        optional = parameter.default is not parameter.empty
+        if optional:
+            defaults[f"_{name}"] = parameter.default
+        if len(passed) > tensors:
+            unused.append(f"{name} is _{name}" if optional else "False")
+        names.append(f"{name}=_{name}" if optional else name)
+    if any(one.startswith("*") for one in passed[:tensors]):
+        unused.append("False")  # nobody knows what comes
+    taken = ", ".join(passed[:tensors])
+    text = f"""
+def make(own_forward, attempt, {", ".join(defaults)}):
+    def forward(self, {", ".join(names)}):
+        if {" and ".join(unused) or "True"}:
+            output = attempt(self, {taken})
+            if output is not None:
+                return output
+        return own_forward(self, {", ".join(passed)})
+    return forward
+"""
+    made: dict[str, Any] = {}
+    exec(text, {"__name__": __name__}, made)
+    function = made["make"](classes.own_forward, _bound, **defaults)
+    function.__qualname__, function.__module__ = cls.forward.__qualname__, cls.__module__
+    return function
+
+
+def _bound(module: Any, x: Any, gate: Any = None) -> Tensor | None:
+    binding: Binding | None = getattr(type(module), classes.CHANGE, None)
+    if binding is None or module._rmsnorm_off:  # unpatched, and somebody kept its forward, or put a class around ours
+        return None
+    return attempt(module, binding, x, gate)
+
+
+def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor | None:
+    """The recipe's result, or None if such a call was not proven."""
+    weight = getattr(module, binding.weight) if binding.weight else None
+    return apply(module, binding, weight, x, gate) if serves(module, binding, weight, x, gate) else None
 
 
 def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
     """Whether such a call was proven."""
-    if has_torch_function_variadic(x, weight, gate) or _foreign.wanted_by(x, weight, gate) or module._rmsnorm_off:
+    if type(x) is not Tensor and has_torch_function_variadic(x):  # a mode sees our function, a subclass its module's
+        return False
+    if _foreign.wanted_by(x, weight, gate):
         return False
     types: Types = None if weight is None else weight.dtype, x.dtype
     if binding.recipe.gate:
