@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from . import _onnx, _ops, reference
 
 # Those of torch's compiler: what they trace is compiled here, and our operators are its nodes.
-_COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, FunctionalTensor})
+COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, FunctionalTensor})
 _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
@@ -35,7 +35,7 @@ def wanted_by(*tensors: Any) -> bool:
         recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         if recorded and any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
             return True
-    return any(type(t) not in _COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
+    return any(type(t) not in COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
 
 
 def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:

@@ -73,13 +73,11 @@ def gated_rms_norm(
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if has_torch_function_variadic(input, gate, weight):
-        return handle_torch_function(
-            *(gated_rms_norm, (input, gate, weight), input, gate, normalized_shape, weight, eps),
-            **functional.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True)),
-            **functional.given(
-                group_size=(group_size, None), offset=(offset, 0.0), casting_mode=(casting_mode, "torch")
-            ),
-        )
+        given = functional.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True))
+        given |= functional.given(group_size=(group_size, None), offset=(offset, 0.0))
+        given |= functional.given(casting_mode=(casting_mode, "torch"))
+        arguments = input, gate, normalized_shape
+        return handle_torch_function(gated_rms_norm, (input, gate, weight), *arguments, weight=weight, eps=eps, **given)
     dims, eps, round_first, native = functional._resolve(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
@@ -196,7 +194,7 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
         )
 
 
-def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Any:
     if gate.dtype is not input.dtype and reference.promoted(gate.dtype, input.dtype) is input.dtype:
         gate = gate.to(input.dtype)  # Mamba-2's scan leaves fp32 beside a half gate
     unusual = (
@@ -208,8 +206,7 @@ def _serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *op
         or _autograd.refused()
     )
     if torch.onnx.is_in_onnx_export():
-        arguments: Any = (input, gate, weight, *options)
-        return _gated_ops.gated_rms_norm(*arguments, normalise=_onnx.normalised)[0]
+        return _gated_ops.gated_rms_norm(input, gate, weight, *options, *_onnx.GATED)[0]
     if unusual:
         return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
     if _autograd.needed(input, weight, gate):

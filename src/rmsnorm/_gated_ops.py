@@ -47,8 +47,8 @@ def gated_rms_norm(
     type to compute in, None for the accumulation type; ``normalise`` what takes the place of ``reference.rms_norm``.
     """
     wide = reference.cast(input, dtype or reference.accumulation_dtype(input.dtype))
-    activation = (F.silu if silu else torch.sigmoid)(reference.cast(gate, wide.dtype))
-    normed = wide if norm_before_gate else wide * activation
+    activate = F.silu if silu else torch.sigmoid
+    normed = wide if norm_before_gate else wide * activate(reference.cast(gate, wide.dtype))
     normalised, rstd = normalise(normed, None, dims, eps, 0.0, False, mean)
     if not norm_before_gate:
         return reference.apply_gain(normalised, input, weight, offset, round_first).contiguous(), rstd
@@ -56,7 +56,8 @@ def gated_rms_norm(
         normalised = reference.apply_gain(normalised, input, weight, offset, True)
     elif weight is not None:
         normalised = normalised * reference.gain(weight, input, offset)
-    return reference.cast(normalised * activation, input.dtype).contiguous(), rstd
+    gated = normalised * activate(reference.cast(gate, wide.dtype))
+    return reference.cast(gated, input.dtype).contiguous(), rstd
 
 
 def gated_rms_norm_backward(

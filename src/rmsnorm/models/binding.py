@@ -164,9 +164,9 @@ def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor |
 
 def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
     """Whether such a call was proven."""
-    if type(x) is not Tensor and has_torch_function_variadic(x):  # a mode sees our function, a subclass its module's
+    if type(x) not in _foreign.COMPILERS and has_torch_function_variadic(x):  # a subclass sees what its module calls
         return False
-    if _foreign.wanted_by(x, weight, gate):
+    if _foreign.wanted_by(x, weight, gate) and not torch.onnx.is_in_onnx_export():  # which has its own operator for it
         return False
     types: Types = None if weight is None else weight.dtype, x.dtype
     if binding.recipe.gate:
