@@ -28,6 +28,8 @@ _forward: _Call = _ops.rms_norm_forward._op
 into: _Call = _ops.rms_norm_out._op
 weighted_into: _Call = _ops.rms_norm_weighted_out._op
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+# torch 2.10 ends the process where an operator is to write into such a view.
+_CONJUGATE_ENDS_IT = torch.__version__.startswith("2.10.")
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -53,9 +55,9 @@ def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -
     if out is not None and (
         type(out) is not Tensor
         or out.requires_grad
-        or out.device != input.device
-        or out.is_neg()  # torch 2.10 ends the process over such an out, and over a conjugate one
-        or out.is_conj()
+        or out.is_cpu is not input.is_cpu  # of two other devices the operator knows
+        or out.is_neg()
+        or (_CONJUGATE_ENDS_IT and out.is_conj())
     ):
         return None
     return _plain if weight is None else weighted

@@ -28,14 +28,14 @@ def wanted_by(*tensors: Any) -> bool:
     """Whether one of the above wants a norm of these tensors."""
     if torch.compiler._is_exporting_flag:
         return True
-    if not is_dynamo_compiling():
-        if torch._C._get_tracing_state() is not None:
-            return True
-        # Such a tensor can't be kept for backward; the formula keeps others.
-        recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        if recorded and any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
-            return True
+    if not is_dynamo_compiling() and torch._C._get_tracing_state() is not None:
+        return True
     return any(type(t) not in COMPILERS and type(t).__torch_dispatch__ is not _NO_DISPATCH for t in tensors)
+
+
+def not_to_be_kept(*tensors: Tensor | None) -> bool:
+    """Whether one was made in inference mode: it can't be kept for backward. The formula keeps others."""
+    return not is_dynamo_compiling() and any(t is not None and t.is_inference() for t in tensors)
 
 
 def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool) -> Tensor:

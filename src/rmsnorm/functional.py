@@ -65,11 +65,13 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if not (eps is not None and eps < 0) and (way := _everyday.short_way(input, weight, out)):
+        if way := _everyday.short_way(input, weight, out):
             shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
+                elif eps < 0:
+                    raise RuntimeError  # to the operators that is a floor
                 plain = not offset and casting_mode == "torch"
                 if out is not None:
                     if plain and way is _weighted:
@@ -124,6 +126,8 @@ def _serve(
     if not native or _autograd.refused():
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     if _autograd.needed(input, weight):
+        if _foreign.not_to_be_kept(input, weight):
+            return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
         return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
     return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
 

@@ -66,6 +66,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalises ``x``; with a residual, returns ``(output, x + residual)``."""
+        if residual is None:
+            return functional.rms_norm(
+                x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting_mode=self.casting_mode
+            )
         norm = _either if isinstance(residual, torch.fx.Proxy) and _may_be_none(residual) else _norm
         return norm(x, residual, self.normalized_shape, self.weight, self.eps, self.offset, self.casting_mode)
 

@@ -159,15 +159,20 @@ def _bound(module: Any, x: Any, gate: Any = None) -> Tensor | None:
 def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor | None:
     """The recipe's result, or None if such a call was not proven."""
     weight = getattr(module, binding.weight) if binding.weight else None
-    return apply(module, binding, weight, x, gate) if serves(module, binding, weight, x, gate) else None
+    if not serves(module, binding, weight, x, gate):
+        return None
+    try:
+        return apply(module, binding, weight, x, gate)
+    except RuntimeError:
+        if weight is None or _fits(binding.layout, weight, x):
+            raise
+        return None  # theirs broadcasts, or says what is wrong
 
 
 def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
-    """Whether such a call was proven."""
-    if type(x) not in _foreign.COMPILERS and has_torch_function_variadic(x):  # a subclass sees what its module calls
-        return False
-    if _foreign.wanted_by(x, weight, gate) and not torch.onnx.is_in_onnx_export():  # which has its own operator for it
-        return False
+    """Whether such a call was proven; 1 µs of each."""
+    if type(x) not in _foreign.COMPILERS and (has_torch_function_variadic(x) or _foreign.wanted_by(x)):
+        return False  # a subclass sees what its module calls
     types: Types = None if weight is None else weight.dtype, x.dtype
     if binding.recipe.gate:
         if gate is None or gate.shape != x.shape:
@@ -177,14 +182,13 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
         types in binding.proven
         and x.dim() in binding.dims
         and (binding.single or 1 not in x.shape[:-1])
-        and (weight is None or _fits(binding.layout, weight, x))
         and (binding.autocast or not torch.is_autocast_enabled("cpu"))
-        and all(getattr(module, name) == value for name, value in binding.fixed)
+        and (not binding.fixed or all(getattr(module, name) == value for name, value in binding.fixed))
     )
 
 
 def _fits(layout: str, weight: Tensor, x: Tensor) -> bool:
-    """Whether the sizes are those of a norm; else theirs broadcasts, or says what is wrong."""
+    """Whether the sizes are those of a norm."""
     if layout == "channels":
         return weight.numel() == x.shape[1]
     if layout == "heads":

@@ -94,8 +94,8 @@ class Trial:
         sizes = [0.3 * root, root, 3 * root, 1.0, 30.0]
         if not gradient:
             # Without an eps their root of a square that underflows is wrong, which ours isn't.
-            # A gate's product must not be subnormal: it would have few bits, and theirs other ones.
-            many = 4096 if recipe.gate else 8
+            # A product with a gate or a weight must not be subnormal: it would have few bits, and theirs other ones.
+            many = 4096 if recipe.gate or x_type is not torch.float16 else 8
             smallest = [0.0, torch.finfo(x_type).smallest_normal * many] if square else [1.0, 1.0]
             sizes = [*smallest, *sizes, 1e4]
         sizes *= max(2, 400 // columns)
