@@ -8,6 +8,7 @@ see the module's operators.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -57,7 +58,11 @@ class Binding:
     autocast: bool = True
     """and calls under autocast."""
     fixed: tuple[tuple[str, Any], ...] = ()
-    """Attributes that the forward reads, beside those above, and the values that they had."""
+    """Attributes that the forward reads, beside those above, and the values that they had;"""
+    outside: tuple[tuple[str, str, Any], ...] = ()
+    """globals that it reads: the module, the name, the value."""
+    width: int | None = None
+    """The only one that was proven, where no weight has it."""
 
     kind = "norm"
 
@@ -183,8 +188,15 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
         and x.dim() in binding.dims
         and (binding.single or 1 not in x.shape[:-1])
         and (binding.autocast or not torch.is_autocast_enabled("cpu"))
+        and (binding.width is None or x.shape[1 if binding.layout == "channels" else -1] == binding.width)
         and (not binding.fixed or all(getattr(module, name) == value for name, value in binding.fixed))
+        and (not binding.outside or _unchanged(binding.outside))
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked when it compiles, not traced
+def _unchanged(outside: tuple[tuple[str, str, Any], ...]) -> bool:
+    return all(vars(sys.modules[home]).get(name) == value for home, name, value in outside)
 
 
 def _fits(layout: str, weight: Tensor, x: Tensor) -> bool:

@@ -17,7 +17,6 @@ from . import reads, trial
 from .binding import TYPES, Binding, Types
 from .reads import Unfit
 
-_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _MODULES = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -28,7 +27,7 @@ def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
         Unfit: there is no saying.
     """
     once = trial.Trial(module, binding, types)
-    binding = replace(binding, fixed=_fixed(once))
+    binding = replace(binding, **_fixed(once), width=_width(module, binding, types, once.shape.numel()))
     for training in (True, False):
         once.module.training = training
         if trial.forward(once).part > 1:
@@ -39,24 +38,36 @@ def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
     return replace(binding, dims=dims, single=single, autocast=_same_under_autocast(module, binding))
 
 
+def _width(module: nn.Module, binding: Binding, types: Types, width: int) -> int | None:
+    """The one width that a norm without a weight per column was proven with, if it is right with no other."""
+    if hasattr(module, "normalized_shape") or (binding.weight and binding.layout != "number"):
+        return None  # whose sizes every call is held against
+    try:
+        other = trial.forward(trial.Trial(module, binding, types, width=width + 32)).part <= 1
+    except Exception:  # whatever it raises for another width
+        other = False
+    return None if other else width
+
+
 def signature(module: nn.Module) -> Hashable:
     """What modules have in common that compute alike: class, settings, shapes and types of their weights. None where an
     attribute can't be compared."""
     settings = [(name, type(value).__name__, value) for name, value in _attributes(module) if name != "training"]
-    if "forward" in vars(module) or module._modules or not all(_is_plain(value) for _, _, value in settings):
+    if "forward" in vars(module) or module._modules or not all(reads.is_plain(value) for _, _, value in settings):
         return None
     own = trial.tensors(module).items()
     return type(module), tuple(settings), tuple((n, t.shape, t.dtype, t.is_meta, n in module._buffers) for n, t in own)
 
 
-def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
-    """The attributes that its forward reads, beside those of the binding, and their values."""
+def _fixed(once: trial.Trial) -> dict[str, Any]:
+    """The attributes that its forward reads, beside those of the binding, and the globals; with their values."""
     module, binding = once.module, once.binding
     own = {"training", "normalized_shape"}
     own |= {name for name in (binding.weight, binding.bias, binding.eps, binding.group) if isinstance(name, str)}
     if once.weight is None:
         own.discard("normalized_shape")
     found: dict[str, Any] = {}
+    outside: set[reads.Outside] = set()
     inputs = once.inputs()
     for training in (True, False):
         module.training = training
@@ -68,18 +79,19 @@ def _fixed(once: trial.Trial) -> tuple[tuple[str, Any], ...]:
                 raise Unfit(f"it changes its {changed[0]}")
             if before:
                 raise Unfit(f"it changes its {next(iter(before))}")
-            if seen.outside:
-                raise Unfit(f"it reads {min(seen.outside)}, which is outside of it and may change")
+            if unknown := [name for name, value in seen.outside.items() if value is None]:
+                raise Unfit(f"it reads {min(unknown)}, which is outside of it and may change")
+            outside |= {value for value in seen.outside.values() if value}
             found |= {name: value for name, value in _attributes(module) if seen.all_names or name in seen.names}
     for name in own & found.keys():
         del found[name]
-    if odd := [name for name, value in found.items() if not _is_plain(value)]:
+    if odd := [name for name, value in found.items() if not reads.is_plain(value)]:
         raise Unfit(f"it reads its {odd[0]}, a {type(found[odd[0]]).__name__}, which may change")
     found |= {
         name: value for name, value in _attributes(module) if name not in own | found.keys() and _matters(once, name)
     }
     _refuse_other_tensors(once, own)
-    return tuple(sorted(found.items()))
+    return {"fixed": tuple(sorted(found.items())), "outside": tuple(sorted(outside, key=str))}
 
 
 def _check_subnormal(once: trial.Trial) -> None:
@@ -104,13 +116,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
 def _state(module: nn.Module) -> dict[str, Any]:
     """All that it could change, copied."""
-    plain = {name: value for name, value in _attributes(module) if _is_plain(value)}
+    plain = {name: value for name, value in _attributes(module) if reads.is_plain(value)}
     return plain | {name: t.detach().clone() for name, t in trial.tensors(module).items()}
 
 

@@ -93,6 +93,8 @@ def _may_be_a_norm(module: nn.Module) -> bool:
 def _ask(module: nn.Module, first: Recipe | None, layer_norm: bool, verify: bool) -> Proof | Refused:
     if reason := _left_alone(module):
         return Refused(reason)
+    if type(module) is nn.LayerNorm and not layer_norm:
+        return Refused("it is a LayerNorm; patch(model, layer_norm=True) takes it")  # as examine() says of others
     try:
         return examine(module, layer_norm=layer_norm, verify=verify, first=first)
     except Refused as refused:

@@ -55,6 +55,16 @@ _NUMBERS = frozenset({"math.pi", "math.e", "math.inf", "math.nan", "torch.pi", "
 _TORCH = torch.__name__
 
 
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+Outside = tuple[str, str, Any]
+"""A module, the name of one of its globals, and the value that was read: a plain one."""
+
+
+def is_plain(value: object) -> bool:
+    """Whether it can be compared later with what it is then."""
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
 @dataclass
 class Reads:
     """What ran has read."""
@@ -63,8 +73,8 @@ class Reads:
     """Of attributes, of whatever."""
     all_names: bool = False
     """Whether it reads attributes whose names aren't in its code."""
-    outside: set[str] = field(default_factory=set)
-    """Names of what is neither an argument nor a constant."""
+    outside: dict[str, Outside | None] = field(default_factory=dict)
+    """What is neither an argument nor a constant, by its path; None where nobody can tell whether it changes."""
 
 
 class Unfit(Exception):
@@ -135,10 +145,9 @@ def _look(frame: types.FrameType, reads: Reads) -> None:
     elif one.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
         path = [str(one.argval), *_path(listed[i + 1 :])]
         reads.all_names |= path[0] in _BY_NAME
-        if state := _state(path, frame):
-            reads.outside.add(state)
+        reads.outside |= _state(path, frame)
     elif one.opname in {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"}:
-        reads.outside.add(str(one.argval))
+        reads.outside[str(one.argval)] = None
 
 
 def _path(behind: list[dis.Instruction]) -> Iterator[str]:
@@ -149,22 +158,27 @@ def _path(behind: list[dis.Instruction]) -> Iterator[str]:
             return
 
 
-def _state(path: list[str], frame: types.FrameType) -> str:
-    """The path to what isn't constant, or nothing. Followed through modules and classes; the rest are objects."""
-    name = path[0]
+def _state(path: list[str], frame: types.FrameType) -> dict[str, Outside | None]:
+    """What isn't constant on the path, if anything. Followed through modules and classes; the rest are objects."""
+    name, home = path[0], str(frame.f_globals.get("__name__", ""))
+    if name in _STATE:
+        return {name: None}
     space = frame.f_globals if name in frame.f_globals else vars(sys.modules["builtins"])
     if name not in space:
-        return ""
+        return {}
     value = space[name]
     for depth, step in enumerate(path[1:], 1):
         if step in _STATE:
-            return ".".join(path[: depth + 1])
+            return {".".join(path[: depth + 1]): None}
         if not isinstance(value, types.ModuleType | type) or not hasattr(value, step):
             break
+        home = value.__name__ if isinstance(value, types.ModuleType) else ""
         value, name = getattr(value, step), ".".join(path[: depth + 1])
-    if path[0] in _STATE:
-        return path[0]
-    return "" if isinstance(value, _CONSTANTS) or _is_immutable(value) or name in _NUMBERS else name
+    if isinstance(value, _CONSTANTS) or _is_immutable(value) or name in _NUMBERS:
+        return {}
+    last = name.rpartition(".")[2]
+    known = is_plain(value) and vars(sys.modules.get(home, types)).get(last) is value
+    return {name: (home, last, value) if known else None}
 
 
 def _is_immutable(value: Any) -> bool:

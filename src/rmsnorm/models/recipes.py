@@ -72,6 +72,8 @@ class Recipe:
         if self.unit or steps:
             size = shape.numel()
             gain, weight = weight, x.new_full((), size**-0.5, dtype=torch.float32).expand(shape)
+            if self.unit and gain is not None:
+                weight = weight * gain
             eps = None if eps is None else eps if self.floors else eps / size
         if self.floors:
             floor = self.floor(shape.numel(), eps)
@@ -153,7 +155,9 @@ RECIPES = {
             floors="norm",
             stepwise=True,
         ),
-        Recipe("normalize to unit length", "x / max(‖x‖, eps)", "x", weight=(False,), floors="norm", unit=True),
+        Recipe(
+            "normalize to unit length", "x / max(‖x‖, eps) [· w]", "x", weight=(True, False), floors="norm", unit=True
+        ),
         Recipe("rms with a floor", "x / max(rms(x), eps) [· w]", "x", weight=(True, False), floors="rms"),
         Recipe(
             "LayerNorm",

@@ -60,7 +60,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 class Trial:
     """A copy of the module with random weights, and rows for it. ``types`` are of weight, input and gate."""
 
-    def __init__(self, module: nn.Module, binding: Binding, types: Types, eps: float | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, binding: Binding, types: Types, eps: float | None = None, width: int | None = None
+    ) -> None:
         self.binding, self.types = binding, types
         self.x_type = types[1] or torch.float32
         self.module: Any = copy.deepcopy(module)
@@ -76,7 +78,7 @@ class Trial:
             setattr(self.module, binding.eps, eps)
         self.weight = getattr(self.module, binding.weight) if binding.weight else None
         self.bias = getattr(self.module, binding.bias) if binding.bias else None
-        self.shape = _normalised(module, binding, self.weight)
+        self.shape = torch.Size([width]) if width else _normalised(module, binding, self.weight)
         self.heads = self.weight.shape[-3] if binding.layout == "heads" and self.weight is not None else 1
 
     def rows(self, *, gradient: bool = False) -> list[Tensor]:
@@ -110,16 +112,36 @@ class Trial:
         rows = self.rows(gradient=gradient)
         channels = self.binding.layout == "channels"
         if leading is None:
-            known = 0 if self.weight is None else self.weight.dim()
-            many = max(2, known if channels else 2 + (self.binding.layout == "heads"))
-            leading = (1,) * (many - 2) + (2, len(rows[0]) // 2)
-            if self.binding.layout == "heads":
-                leading = (1, self.heads, len(rows[0]) // self.heads)
+            leading = self._leading(len(rows[0]))
         count = torch.Size(leading).numel()
         shaped = [r[len(r) - count :].reshape(*leading, *self.shape) for r in rows]
         if channels:
             shaped = [r.movedim(-1, 1).contiguous() for r in shaped]
         return [r.clone().requires_grad_(gradient) for r in shaped]
+
+    def _leading(self, rows: int) -> tuple[int, ...]:
+        """The other sizes of an input with so many rows, in as many dimensions as the module takes."""
+        options: list[tuple[int, ...]]
+        if self.binding.layout == "heads":
+            options = [(1, self.heads, rows // self.heads)]
+        elif self.binding.layout == "channels":
+            shape = torch.Size([]) if self.weight is None else self.weight.shape
+            counts = [len(shape) - (shape[0] == 1)] if len(shape) > 1 else [3, 2, 1]
+            options = [((1,) * (n - 2) + (2, rows // 2))[-n:] if n > 1 else (rows,) for n in counts]
+        else:
+            options = [(2, rows // 2), (rows,), (1, 2, rows // 2)]
+        for option in options[:-1]:
+            x = torch.ones(*option, *self.shape, dtype=self.x_type)
+            x = x.movedim(-1, 1) if self.binding.layout == "channels" else x
+            try:
+                with torch.no_grad():
+                    if self.theirs([x, *[x] * bool(self.binding.recipe.gate)]).shape == x.shape:
+                        return option
+            except Unfit:
+                raise
+            except Exception:  # not in so many dimensions
+                continue
+        return options[-1]
 
     def theirs(self, inputs: list[Tensor]) -> Tensor:
         """What the module's own forward makes of (a copy of) the rows."""
@@ -145,7 +167,10 @@ def _normalised(module: nn.Module, binding: Binding, weight: Tensor | None) -> t
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
         return torch.Size(shape)
-    widths = [n for name, n in vars(module).items() if type(n) is int and n > 1 and name != binding.group]
+    settings = [(name, value) for name, value in vars(module).items() if name != binding.group]
+    widths = [value for _, value in settings if type(value) is int and value > 1]
+    roots = [(value, round(value**2)) for _, value in settings if type(value) is float and 1 < value < 1e4]
+    widths = [n for value, n in roots if abs(n**0.5 - value) < 1e-9] or widths  # a scale of √n
     return torch.Size([max(widths, default=WIDTH)])
 
 
@@ -214,7 +239,7 @@ def _largest(ours: Tensor, theirs: Tensor, size: Tensor, eps: float) -> float:
     tiny = torch.finfo(ours.dtype).smallest_normal
     apart = (ours.double() - theirs.double()).abs() / (size.double().clamp_min(tiny) * eps)
     apart = torch.where(ours.isfinite() | theirs.isfinite(), apart, 0.0)
-    return float(apart.nan_to_num(nan=float("inf")).max())
+    return float(apart.detach().nan_to_num(nan=float("inf")).max())
 
 
 def _eps(dtype: torch.dtype) -> float:
