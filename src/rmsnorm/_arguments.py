@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, dtype
 
 _OPTIONAL = frozenset({"weight", "bias", "gate", "out"})
 
@@ -81,6 +81,30 @@ def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
                 f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
                 f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
             )
+
+
+def check_out(out: Tensor, input: Tensor, dtype: dtype, expanded: bool, recorded: bool) -> None:
+    """Raises RuntimeError for an ``out`` that the result can't be written to."""
+    if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
+        raise RuntimeError(
+            f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
+            f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
+        )
+    if expanded:
+        raise RuntimeError(
+            f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
+            "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
+        )
+    if out.is_neg() or out.is_conj():
+        raise RuntimeError(
+            f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
+            "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
+        )
+    if recorded:
+        raise RuntimeError(
+            "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
+            "drop out=, or call it under torch.no_grad()"
+        )
 
 
 def not_scriptable(module: object) -> NotImplementedError:

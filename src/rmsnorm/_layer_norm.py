@@ -16,11 +16,11 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _everyday, _foreign, _ops
+from . import _arguments, _everyday, _foreign, _layer_ops, _ops
 
 _NAME = "layer_norm"
-_forward = _ops.layer_norm_forward._op
-_plain = _ops.layer_norm._op
+_forward = _layer_ops.layer_norm_forward._op
+_plain = _layer_ops.layer_norm._op
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -132,7 +132,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if is_grad_enabled() or type(grad) is not Tensor:  # a graph of the gradient is wanted, or grad is a batch
             return (*_differentiable(grad, (input, weight, bias), needs, ctx.dims, ctx.eps), None, None)
-        gradients = _ops.layer_norm_backward(grad, input, mean, rstd, weight, bias, ctx.dims, ctx.eps, *needs)
+        gradients = _layer_ops.layer_norm_backward(grad, input, mean, rstd, weight, bias, ctx.dims, ctx.eps, *needs)
         return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 

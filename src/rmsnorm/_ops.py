@@ -208,43 +208,6 @@ def define_recorded(
     return getattr(torch.ops.rmsnorm, f"{name}_recorded").default
 
 
-# LayerNorm's: CPU only, as torch has the operator for all else, and nothing but _layer_norm.py calls them.
-library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")
-library.define(
-    "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps)"
-    " -> (Tensor output, Tensor mean, Tensor rstd)"
-)
-library.define(
-    "layer_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int dims, "
-    "float eps, bool need_input, bool need_weight, bool need_bias)"
-    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
-)
-
-
-def _fake_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
-    return _like(input)
-
-
-def _fake_layer_norm_forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rstd = reference.empty_rstd(input, dims)
-    return _like(input), rstd.double(), rstd
-
-
-def _fake_layer_norm_backward(
-    grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    none = input.new_empty(0)
-    return tuple(
-        _like(t) if need and t is not None else none
-        for t, need in zip((input, weight, bias), options[-3:], strict=True)
-    )
-
-
-for _name in ("layer_norm", "layer_norm_forward", "layer_norm_backward"):
-    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
-
 _native.load()
 native = bool(_native.cpu_targets())
 
@@ -256,6 +219,3 @@ rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
 rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default
 add_rms_norm = torch.ops.rmsnorm.add_rms_norm.default
 add_rms_norm_forward = torch.ops.rmsnorm.add_rms_norm_forward.default
-layer_norm = torch.ops.rmsnorm.layer_norm.default
-layer_norm_forward = torch.ops.rmsnorm.layer_norm_forward.default
-layer_norm_backward = torch.ops.rmsnorm.layer_norm_backward.default

@@ -251,23 +251,4 @@ def check_casting_mode(name: str, casting_mode: str) -> None:
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
     _arguments.check_tensors("rms_norm", out=out)
     dtype = reference.result_dtype(input, weight, round_first)
-    if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
-        raise RuntimeError(
-            f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
-            f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
-        )
-    if _ops.is_expanded(out):
-        raise RuntimeError(
-            f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
-            "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
-        )
-    if out.is_neg() or out.is_conj():
-        raise RuntimeError(
-            f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
-            "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
-        )
-    if _autograd.needed(input, weight, out):
-        raise RuntimeError(
-            "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
-            "drop out=, or call it under torch.no_grad()"
-        )
+    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), _autograd.needed(input, weight, out))

@@ -194,9 +194,12 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked when it compiles, not traced
 def _unchanged(outside: tuple[tuple[str, str, Any], ...]) -> bool:
     return all(vars(sys.modules[home]).get(name) == value for home, name, value in outside)
+
+
+# What torch.compiler.assume_constant_result says, which imports all of dynamo: asked when it compiles, not traced.
+_unchanged._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fits(layout: str, weight: Tensor, x: Tensor) -> bool:
