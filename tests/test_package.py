@@ -119,9 +119,9 @@ def test_every_file_says_what_it_is_for(path):
         ("ctypes", ["_native"]),
         ("environ.get", ["_gpu", "_native", "study/workers"]),
         ("import triton", ["_triton", "_triton_backward"]),
-        ("library.define", ["_gated_ops", "_install", "_ops"]),
+        ("library.define", ["_gated_ops", "_install", "_layer_ops", "_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd", "_dtensor", "_everyday", "_gated", "_layer_norm", "_ranks"]),
+        ("autograd.Function", ["_autograd", "_dtensor", "_everyday", "_gated_autograd", "_layer_norm", "_ranks"]),
     ],
 )
 def test_one_owner(text, owners):

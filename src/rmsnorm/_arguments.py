@@ -6,7 +6,7 @@ An everyday call that is right never comes here.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
@@ -105,6 +105,23 @@ def check_out(out: Tensor, input: Tensor, dtype: dtype, expanded: bool, recorded
             "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
             "drop out=, or call it under torch.no_grad()"
         )
+
+
+def given(**options: tuple[Any, Any]) -> dict[str, Any]:
+    """Those that aren't their defaults: who overrides torch's functions knows torch's arguments."""
+    return {name: value for name, (value, default) in options.items() if value is not default and value != default}
+
+
+def are_objects(*values: object) -> bool:
+    """Whether none is a class, which has ``__torch_function__``, too, and is nobody's argument."""
+    return not any(isinstance(value, type) for value in values)
+
+
+def check_one_of(name: str, label: str, value: object, known: Iterable[str]) -> None:
+    """Raises ValueError for a choice that doesn't exist."""
+    if not isinstance(value, str) or value not in known:
+        choices = ", ".join(map(repr, known))
+        raise ValueError(f"{name}: unknown {label} {value!r}; choose one of {choices}")
 
 
 def not_scriptable(module: object) -> NotImplementedError:

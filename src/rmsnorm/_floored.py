@@ -42,7 +42,7 @@ def floored_rms_norm(
     if way and shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
         try:  # as in rms_norm
             way = functional._unweighted if way is _everyday.weighted else way
-            return way(input, weight, len(shape), -floor, offset, functional._ROUND_FIRST[casting_mode])
+            return way(input, weight, len(shape), -floor, offset, functional.ROUND_FIRST[casting_mode])
         except (RuntimeError, KeyError):
             pass
     dims, eps, round_first, native = functional._resolve("floored_rms_norm", input, shape, weight, -floor, casting_mode)

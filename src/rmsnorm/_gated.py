@@ -66,16 +66,17 @@ def gated_rms_norm(
 
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if has_torch_function_variadic(input, gate, weight):
-        given = functional.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True))
-        given |= functional.given(group_size=(group_size, None), offset=(offset, 0.0))
-        given |= functional.given(casting_mode=(casting_mode, "torch"))
+    if has_torch_function_variadic(input, gate, weight) and _arguments.are_objects(input, gate, weight):
+        given = _arguments.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True))
+        given |= _arguments.given(group_size=(group_size, None), offset=(offset, 0.0))
+        given |= _arguments.given(casting_mode=(casting_mode, "torch"))
         arguments = input, gate, normalized_shape
         return handle_torch_function(gated_rms_norm, (input, gate, weight), *arguments, weight=weight, eps=eps, **given)
     dims, eps, round_first, native = functional._resolve(
         "gated_rms_norm", input, normalized_shape, weight, eps, casting_mode
     )
-    silu = check_activation("gated_rms_norm", activation)
+    _arguments.check_one_of("gated_rms_norm", "activation", activation, ACTIVATIONS)
+    silu = ACTIVATIONS[activation]
     if type(offset) is not float:
         _arguments.check_numbers("gated_rms_norm", offset=offset)
     _check(input, gate, dims, group_size)
@@ -132,7 +133,7 @@ class GatedRMSNorm(module.RMSNorm):
         offset: float = 0.0,
         casting_mode: str = "torch",
     ) -> None:
-        check_activation("GatedRMSNorm", activation)
+        _arguments.check_one_of("GatedRMSNorm", "activation", activation, ACTIVATIONS)
         super().__init__(
             normalized_shape, eps, elementwise_affine, device, dtype, offset=offset, casting_mode=casting_mode
         )
@@ -159,14 +160,6 @@ class GatedRMSNorm(module.RMSNorm):
         """The text of RMSNorm, and the gate's options."""
         text = f"{super().extra_repr()}, activation={self.activation!r}, norm_before_gate={self.norm_before_gate}"
         return text if self.group_size is None else f"{text}, group_size={self.group_size}"
-
-
-def check_activation(name: str, activation: str) -> bool:
-    """Whether it is silu; raises ValueError for an activation that doesn't exist."""
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{name}: unknown activation {activation!r}; choose one of {known}")
-    return ACTIVATIONS[activation]
 
 
 def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:

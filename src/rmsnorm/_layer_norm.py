@@ -70,7 +70,7 @@ def layer_norm(
             return _plain(input, weight, bias, len(shape), eps)
     except (RuntimeError, AttributeError):
         pass
-    if has_torch_function_variadic(input, weight, bias):
+    if has_torch_function_variadic(input, weight, bias) and _arguments.are_objects(input, weight, bias):
         return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
     _arguments.check_numbers(_NAME, eps=eps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
 
-_ROUND_FIRST = {"torch": False, "llama": True}
+ROUND_FIRST = {"torch": False, "llama": True}
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
@@ -77,7 +76,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     if plain and way is _weighted:
                         _weighted_into(input, weight, eps, out)
                     else:
-                        _into(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode], out)
+                        _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
                     return out
                 if way is _weighted:
                     if plain:
@@ -86,12 +85,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                 return (
                     way(input, weight, len(shape), eps)
                     if plain
-                    else way(input, weight, len(shape), eps, offset, _ROUND_FIRST[casting_mode])
+                    else way(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
                 )
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
-    if has_torch_function_variadic(input, weight, out):
-        options = given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
+    if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
+        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
         tensors = (input, weight, out)
         return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
@@ -110,11 +109,6 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
     return _serve(input, weight, dims, eps, offset, round_first, native)
-
-
-def given(**options: tuple[Any, Any]) -> dict[str, Any]:
-    """Those that aren't their defaults: who overrides torch's functions knows torch's arguments."""
-    return {name: value for name, (value, default) in options.items() if value is not default and value != default}
 
 
 def _serve(
@@ -158,12 +152,12 @@ def add_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
     """
-    if has_torch_function_variadic(input, residual):
-        options = given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
+    if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
+        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
         arguments = input, residual, normalized_shape
         both = handle_torch_function(add_rms_norm, (input, residual, weight), *arguments, weight, eps, **options)
         return (both[0], both[1]) if isinstance(both, torch.fx.Proxy) else both  # a graph's caller may unpack it
-    if has_torch_function_variadic(weight):  # the sum is none of its business
+    if has_torch_function_variadic(weight) and _arguments.are_objects(weight):  # the sum is none of its business
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
     try:
@@ -215,8 +209,8 @@ def _resolve(
         _arguments.raise_shape(name, input, shape, None)
     if weight is not None and not reference.spans(weight, input, dims):
         _arguments.raise_shape(name, input, shape, weight)
-    check_casting_mode(name, casting_mode)
-    round_first = _ROUND_FIRST[casting_mode]
+    _arguments.check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
+    round_first = ROUND_FIRST[casting_mode]
     dtype = input.dtype
     native = dtype in _NATIVE_TYPES
     if weight is not None:
@@ -239,13 +233,6 @@ def _resolve(
 
 def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int | torch.SymInt) else tuple(normalized_shape)
-
-
-def check_casting_mode(name: str, casting_mode: str) -> None:
-    """Raises ValueError for a casting mode that doesn't exist."""
-    if not isinstance(casting_mode, str) or casting_mode not in _ROUND_FIRST:
-        modes = ", ".join(map(repr, _ROUND_FIRST))
-        raise ValueError(f"{name}: unknown casting_mode {casting_mode!r}; choose one of {modes}")
 
 
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:

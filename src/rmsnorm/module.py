@@ -51,7 +51,7 @@ class RMSNorm(torch.nn.RMSNorm):
         offset: float = 0.0,
         casting_mode: str = "torch",
     ) -> None:
-        functional.check_casting_mode("RMSNorm", casting_mode)
+        _arguments.check_one_of("RMSNorm", "casting_mode", casting_mode, functional.ROUND_FIRST)
         _arguments.check_numbers(type(self).__name__, eps=eps, offset=offset)
         self.offset = offset
         self.casting_mode = casting_mode
