@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census others models explained scaling study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models explained scaling study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -61,6 +61,9 @@ accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write th
 
 census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of transformers, and what patch() makes of it
 	PYTHONPATH=tests $(BIN)/python tests/models/census.py
+
+home: $(NATIVE) ## write the rows of tests/test_home.py, and its exceptions, into docs/home.md
+	PYTHONPATH=tests $(BIN)/python tests/test_home.py
 
 others: $(NATIVE) build/others/installed ## the same for 70 other packages, which it installs into build/others, and their tests; 15 minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/models/others.py

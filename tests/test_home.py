@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # These five fill the table.
@@ -26,6 +27,7 @@ from rmsnorm import _native
 
 pytestmark = pytest.mark.skipif(not _native.cpu_targets(), reason="without the native library ours are torch's formula")
 
+PAGE, LABEL = Path(__file__).parents[1] / "docs" / "home.md", "made by `make home`"
 # (row, column) -> why this cell can't be as torch's is. A cell that has become right fails until it is taken out.
 _FEW = (
     "patch() proves a norm's meaning on its own columns, and leaves one alone that has too few to tell meanings apart"
@@ -108,7 +110,33 @@ def test_cell(row, column):
     assert not reason, f"this cell is right now; take it out of EXCEPTIONS ({reason})"
 
 
+def page() -> str:
+    """The block of docs/home.md."""
+    rows = "; ".join(ROWS)
+    text = [
+        f"Columns: {', '.join(NORMS)}.",
+        f"Rows: {rows}.",
+        "Cells that are not as torch's:",
+        "| row | norm | why |\n|---|---|---|",
+    ]
+    text[-1] += "".join(f"\n| {row} | {column} | {reason} |" for (row, column), reason in EXCEPTIONS.items())
+    text += ["What torch itself refuses, and ours with it:", "| row | what |\n|---|---|"]
+    text[-1] += "".join(f"\n| {row} | {what} |" for row, what in REFUSALS.items())
+    return "\n\n".join(text) + "\n"
+
+
+def test_the_page_is_current():
+    """Otherwise: ``make home``."""
+    assert f"<!-- {LABEL} -->\n{page()}<!-- end -->\n" in PAGE.read_text()
+
+
 def test_no_reason_outlives_its_cell():
     assert all(row in ROWS and column in NORMS for row, column in EXCEPTIONS)
     assert set(REFUSALS) <= set(ROWS)
     assert not [row for row in REFUSALS if not any(failures(truth(row, column)) for column in NORMS)]
+
+
+if __name__ == "__main__":
+    from rmsnorm.bench.pages import replace_block
+
+    replace_block(PAGE, LABEL, page())

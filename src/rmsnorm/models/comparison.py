@@ -134,11 +134,13 @@ def _outputs(model: Any, prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
 def work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
     """What is timed, and how many tokens it takes in."""
     with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
+        output = model(ids, use_cache=True)
+    name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
+    cache = output[name]
 
     @torch.inference_mode()
     def decode() -> None:
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        model(ids[:, :1], **{name: cache}, use_cache=True)
         cache.crop(-1)  # the next call sees the same past
 
     @torch.inference_mode()
