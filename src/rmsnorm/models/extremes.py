@@ -1,4 +1,4 @@
-"""The only file that tries a norm on what models rarely give it: extreme numbers, another eps; and hears its questions."""
+"""The only file that tries a norm on what models rarely give it: extreme numbers, another eps, and an open ear."""
 
 from __future__ import annotations
 
