@@ -7,7 +7,6 @@ see the module's operators.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _foreign
 from . import classes
+from .forwards import forward_like
 from .recipes import RECIPES, Recipe
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,9 +60,17 @@ class Binding:
     fixed: tuple[tuple[str, Any], ...] = ()
     """Attributes that the forward reads, beside those above, and the values that they had;"""
     outside: tuple[tuple[str, str, Any], ...] = ()
-    """globals that it reads: the module, the name, the value."""
-    width: int | None = None
-    """The only one that was proven, where no weight has it."""
+    """globals that it reads: the module, the name, the value;"""
+    absent: tuple[str, ...] = ()
+    """those that it looks for and doesn't find;"""
+    methods: tuple[str, ...] = ()
+    """the functions among them, which are the class's;"""
+    attributes: tuple[str, ...] | None = None
+    """and the names of all of the instance's, where it reads some whose names aren't in its code."""
+    rank: int = 1
+    """The number of dimensions of the weight."""
+    columns: int | None = None
+    """The only size of the last dimension that this includes, where no weight has it."""
 
     kind = "norm"
 
@@ -84,7 +92,7 @@ class Binding:
         return self.recipe.adds() and not (self.bias or self.group) and self.layout == "last"
 
     def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
-        return _forward_like(cls, 1 + bool(self.recipe.gate))
+        return forward_like(cls, 1 + bool(self.recipe.gate), self.methods, _bound)
 
     def plain(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -112,48 +120,6 @@ def binding_of(module: nn.Module) -> Binding | None:
     return change if isinstance(change, Binding) else None
 
 
-def _forward_like(cls: type[nn.Module], tensors: int) -> Callable[..., Any]:
-    """What a patched norm does when it is called, with the signature of its own forward: ``torch.fx``, ``torch.export``
-    and callers by keyword ask for it. The first ``tensors`` arguments are the recipe's; with any other that isn't left
-    at its default, the module's own forward answers."""
-    names, unused, passed, defaults = [], [], [], {}
-    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:
-        kind, name = parameter.kind, parameter.name
-        if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            stars = "*" if kind is parameter.VAR_POSITIONAL else "**"
-            names.append(stars + name)
-            passed.append(stars + name)
-            unused.append(f"not {name}")
-            continue
-        if kind is parameter.KEYWORD_ONLY and not any(one.startswith("*") for one in names):
-            names.append("*")
-        passed.append(f"{name}={name}" if kind is parameter.KEYWORD_ONLY else name)
-        optional = parameter.default is not parameter.empty
-        if optional:
-            defaults[f"_{name}"] = parameter.default
-        if len(passed) > tensors:
-            unused.append(f"{name} is _{name}" if optional else "False")
-        names.append(f"{name}=_{name}" if optional else name)
-    if any(one.startswith("*") for one in passed[:tensors]):
-        unused.append("False")  # nobody knows what comes
-    taken = ", ".join(passed[:tensors])
-    text = f"""
-def make(own_forward, attempt, {", ".join(defaults)}):
-    def forward(self, {", ".join(names)}):
-        if {" and ".join(unused) or "True"}:
-            output = attempt(self, {taken})
-            if output is not None:
-                return output
-        return own_forward(self, {", ".join(passed)})
-    return forward
-"""
-    made: dict[str, Any] = {}
-    exec(text, {"__name__": __name__}, made)
-    function = made["make"](classes.own_forward, _bound, **defaults)
-    function.__qualname__, function.__module__ = cls.forward.__qualname__, cls.__module__
-    return function
-
-
 def _bound(module: Any, x: Any, gate: Any = None) -> Tensor | None:
     binding: Binding | None = getattr(type(module), classes.CHANGE, None)
     if binding is None or module._rmsnorm_off:  # unpatched, and somebody kept its forward, or put a class around ours
@@ -169,41 +135,64 @@ def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor |
     try:
         return apply(module, binding, weight, x, gate)
     except RuntimeError:
-        if weight is None or _fits(binding.layout, weight, x):
+        if weight is None or _fits(binding, weight, x):
             raise
         return None  # theirs broadcasts, or says what is wrong
 
 
 def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
     """Whether such a call was proven; 1 µs of each."""
+    if not isinstance(x, Tensor):
+        return False
     if type(x) not in _foreign.COMPILERS and (has_torch_function_variadic(x) or _foreign.wanted_by(x)):
         return False  # a subclass sees what its module calls
     types: Types = None if weight is None else weight.dtype, x.dtype
     if binding.recipe.gate:
-        if gate is None or gate.shape != x.shape:
+        if not isinstance(gate, Tensor) or gate.shape != x.shape:
             return False
         types = *types, gate.dtype
     return (
         types in binding.proven
         and x.dim() in binding.dims
         and (binding.single or 1 not in x.shape[:-1])
-        and (binding.autocast or not torch.is_autocast_enabled("cpu"))
-        and (binding.width is None or x.shape[1 if binding.layout == "channels" else -1] == binding.width)
-        and (not binding.fixed or all(getattr(module, name) == value for name, value in binding.fixed))
-        and (not binding.outside or _unchanged(binding.outside))
+        and (weight is None or weight.dim() == binding.rank)
+        and (binding.columns is None or x.shape[1 if binding.layout == "channels" else -1] == binding.columns)
+        and x.numel() != 0
+        and (binding.autocast or not torch.is_autocast_enabled(x.device.type))
+        and _unchanged(module, binding)
     )
 
 
-def _unchanged(outside: tuple[tuple[str, str, Any], ...]) -> bool:
+def _unchanged(module: Any, binding: Binding) -> bool:
+    """Whether all else that its forward reads is what it was."""
+    if isinstance(binding.eps, str):
+        kind = type(getattr(module, binding.eps))
+        if kind is not float and kind is not int and (binding.eps, None) not in binding.fixed:
+            return False  # where it is None, that is compared below
+    for name, value in binding.fixed:
+        now = getattr(module, name, binding)
+        if type(now) is not type(value) or now != value:
+            return False
+    if binding.absent and any(hasattr(module, name) for name in binding.absent):
+        return False
+    if binding.attributes is not None and binding.attributes != tuple(sorted(vars(module))):
+        return False
+    return not binding.outside or _same_outside(binding.outside)
+
+
+def _same_outside(outside: tuple[tuple[str, str, Any], ...]) -> bool:
     return all(vars(sys.modules[home]).get(name) == value for home, name, value in outside)
 
 
 # What torch.compiler.assume_constant_result says, which imports all of dynamo: asked when it compiles, not traced.
-_unchanged._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_same_outside._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _fits(layout: str, weight: Tensor, x: Tensor) -> bool:
+def _fits(binding: Binding, weight: Tensor, x: Tensor) -> bool:
     """Whether the sizes are those of a norm."""
+    layout = binding.layout
+    if layout == "last":
+        return weight.shape == x.shape[x.dim() - binding.rank :]
     if layout == "channels":
         return weight.numel() == x.shape[1]
     if layout == "heads":

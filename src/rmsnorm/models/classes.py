@@ -36,13 +36,13 @@ class Change(Protocol):
 
 READERS: dict[str, Callable[..., Change]] = {}
 """What makes a change of a class and what ``plain()`` returned; a ValueError says that it can't be made here."""
-_made: dict[tuple[type[nn.Module], Change], type[nn.Module]] = {}
+_made: dict[tuple[type[nn.Module], Callable[..., Any], Change], type[nn.Module]] = {}
 _count = itertools.count()
 
 
 def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
     """The class with another forward."""
-    key = cls, change
+    key = cls, cls.forward, change
     if key not in _made:
         namespace = {
             **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
@@ -96,7 +96,7 @@ def change(module: nn.Module, how: Change) -> None:
     if getattr(type(module), CHANGE, None) == how:  # switched off below a class that somebody put around it
         vars(module).pop(OFF, None)
     else:
-        module.__class__ = subclass(type(module), how)
+        object.__setattr__(module, "__class__", subclass(type(module), how))  # past what a class does with attributes
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
@@ -112,7 +112,7 @@ def restore(module: nn.Module) -> None:
         for name, value in list(vars(module).items()):  # accelerate keeps what it wraps as an attribute of its own
             if getattr(value, "__func__", None) is made.forward:
                 setattr(module, name, own.forward.__get__(module))
-        module.__class__ = own
+        object.__setattr__(module, "__class__", own)
     elif hasattr(type(module), _ORIGINAL):
         vars(module)[OFF] = True
 

@@ -6,6 +6,7 @@ does something else in training, or looks at what lies outside of itself is refu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reads, trial
-from .binding import TYPES, Binding, Types
+from . import extremes, reads, trial
+from .binding import TYPES, Binding, Types, eps_of
 from .reads import Unfit
 
 _MODULES = frozenset(vars(nn.Module())) - {"training"}
+_TORCH = (Tensor, torch, torch.nn.functional)
 
 
 def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
@@ -27,26 +29,21 @@ def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
         Unfit: there is no saying.
     """
     once = trial.Trial(module, binding, types)
-    binding = replace(binding, **_fixed(once), width=_width(module, binding, types, once.shape.numel()))
+    binding = replace(binding, **_reads(once), rank=1 if once.weight is None else once.weight.dim())
+    extremes.check_looks(once)
     for training in (True, False):
         once.module.training = training
         if trial.forward(once).part > 1:
             raise Unfit("it does something else in training, or in eval()")
     once.module.training = module.training
-    _check_subnormal(once)
+    extremes.check_subnormal(once)
+    extremes.check_extremes(once)
+    extremes.check_eps(module, binding, types)
     dims, single = _shapes(once)
-    return replace(binding, dims=dims, single=single, autocast=_same_under_autocast(module, binding))
-
-
-def _width(module: nn.Module, binding: Binding, types: Types, width: int) -> int | None:
-    """The one width that a norm without a weight per column was proven with, if it is right with no other."""
-    if hasattr(module, "normalized_shape") or (binding.weight and binding.layout != "number"):
-        return None  # whose sizes every call is held against
-    try:
-        other = trial.forward(trial.Trial(module, binding, types, width=width + 32)).part <= 1
-    except Exception:  # whatever it raises for another width
-        other = False
-    return None if other else width
+    wide = once.weight is not None and binding.layout != "number"  # and says itself what the width is
+    columns = None if wide or _any_width(once) else once.shape[-1]
+    autocast = _same_under_autocast(module, binding)
+    return replace(binding, dims=dims, single=single, columns=columns, autocast=autocast)
 
 
 def signature(module: nn.Module) -> Hashable:
@@ -59,14 +56,15 @@ def signature(module: nn.Module) -> Hashable:
     return type(module), tuple(settings), tuple((n, t.shape, t.dtype, t.is_meta, n in module._buffers) for n, t in own)
 
 
-def _fixed(once: trial.Trial) -> dict[str, Any]:
-    """The attributes that its forward reads, beside those of the binding, and the globals; with their values."""
+def _reads(once: trial.Trial) -> dict[str, Any]:
+    """What its forward reads of itself, beside what the binding names: fields of a binding."""
     module, binding = once.module, once.binding
     own = {"training", "normalized_shape"}
     own |= {name for name in (binding.weight, binding.bias, binding.eps, binding.group) if isinstance(name, str)}
     if once.weight is None:
         own.discard("normalized_shape")
     found: dict[str, Any] = {}
+    names, everything, elsewhere = set[str](), False, set[str]()
     outside: set[reads.Outside] = set()
     inputs = once.inputs()
     for training in (True, False):
@@ -83,6 +81,10 @@ def _fixed(once: trial.Trial) -> dict[str, Any]:
                 raise Unfit(f"it reads {min(unknown)}, which is outside of it and may change")
             outside |= {value for value in seen.outside.values() if value}
             found |= {name: value for name, value in _attributes(module) if seen.all_names or name in seen.names}
+            names, everything, elsewhere = names | seen.names, everything | seen.all_names, elsewhere | seen.elsewhere
+    _refuse_plain_tensors(once, names, everything)
+    if once.binding.eps in found and eps_of(module, binding) is None:
+        own.discard(str(binding.eps))  # a None stays a None
     for name in own & found.keys():
         del found[name]
     if odd := [name for name, value in found.items() if not reads.is_plain(value)]:
@@ -91,18 +93,44 @@ def _fixed(once: trial.Trial) -> dict[str, Any]:
         name: value for name, value in _attributes(module) if name not in own | found.keys() and _matters(once, name)
     }
     _refuse_other_tensors(once, own)
-    return {"fixed": tuple(sorted(found.items())), "outside": tuple(sorted(outside, key=str))}
+    methods = {name for name in names if inspect.isroutine(f := _of_class(module, name)) or isinstance(f, property)}
+    absent = {
+        name for name in names - elsewhere if not hasattr(module, name) and not any(hasattr(t, name) for t in _TORCH)
+    }
+    return {
+        "fixed": tuple(sorted(found.items())),
+        "outside": tuple(sorted(outside, key=str)),
+        "absent": tuple(sorted(absent)),
+        "methods": tuple(sorted(methods - {"forward"})),
+        "attributes": tuple(sorted(vars(module))) if everything else None,
+    }
 
 
-def _check_subnormal(once: trial.Trial) -> None:
-    """Such numbers have few bits, and products halfway between two others: only the size of a difference counts."""
-    if once.inputs()[0].abs().min() > 0 or once.binding.recipe.centred or once.binding.recipe.gate:
-        return  # without an eps theirs divides by a root that underflows; a mean or a gate's product has few bits
-    least = torch.finfo(once.x_type).smallest_normal / 64
-    inputs = [t.sign() * least if i == 0 else t for i, t in enumerate(once.inputs())]
-    found = trial.forward(once, inputs)
-    if found.far > trial.FORWARD[once.x_type] * (1 + bool(once.binding.recipe.gate)):
-        raise Unfit("it does something else with subnormal numbers")
+def _of_class(module: nn.Module, name: str) -> object:
+    """What its classes have by this name, but for what every module has."""
+    spaces = (vars(cls) for cls in type(module).__mro__ if not issubclass(nn.Module, cls))
+    return next((space[name] for space in spaces if name in space), None)
+
+
+def _refuse_plain_tensors(once: trial.Trial, names: set[str], everything: bool) -> None:
+    """Their numbers stayed what they were in every trial."""
+    spaces = (vars(once.module), *(vars(cls) for cls in type(once.module).__mro__))
+    for name, value in (item for space in spaces for item in space.items()):
+        if isinstance(value, Tensor) and (everything or name in names):
+            raise Unfit(f"it reads its {name}, a tensor that is neither parameter nor buffer")
+
+
+def _any_width(once: trial.Trial) -> bool:
+    """Whether rows of other sizes are normalised alike, where no weight has their size."""
+    kept = once.shape
+    try:
+        for columns in (3, kept[-1] + 1, 500):
+            once.shape = torch.Size([*kept[:-1], columns])
+            if not _holds(once, (2, 3)):
+                return False
+        return True
+    finally:
+        once.shape = kept
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -110,7 +138,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     seen = set(_MODULES) | {"forward"}
     for space in (vars(module), *(vars(cls) for cls in type(module).__mro__ if not issubclass(nn.Module, cls))):
         for name, value in space.items():
-            if name in seen or name.startswith("__") or isinstance(value, Tensor) or hasattr(value, "__get__"):
+            if name in seen or name.startswith("__") or isinstance(value, Tensor):
+                continue
+            if hasattr(value, "__get__") and space is not vars(module):
                 continue
             seen.add(name)
             yield name, value

@@ -67,8 +67,12 @@ def patch(
                 report.skipped.append(Entry(name, cls.__name__, reason=str(proof)))
                 continue
             binding = proof.binding
+            try:
+                classes.change(module, binding)
+            except Exception as error:  # of a metaclass, of __init_subclass__: what strangers say to a subclass
+                report.skipped.append(Entry(name, cls.__name__, reason=f"its class can't be subclassed: {error}"))
+                continue
             known[cls] = binding.recipe
-            classes.change(module, binding)
             types = binding.types()
             report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
         if fuse_add is not False:

@@ -84,6 +84,8 @@ def refuse_unasked(module: nn.Module) -> None:
         forward = vars(module)["forward"]
         by = inspect.getmodule(getattr(forward, "func", forward))
         raise Refused(f"its forward was replaced before, by {getattr(by, '__name__', 'somebody')}")
+    if not inspect.isfunction(type(module).forward) or type(module).forward is not type(module).forward:
+        raise Refused("its forward is no function")
     if module._modules:
         raise Refused("it has modules inside")
     own = trial.weights(module)

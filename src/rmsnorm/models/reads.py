@@ -48,9 +48,16 @@ _CONSTANTS: tuple[type, ...] = (
     torch.dtype,
 )
 _CONSTANTS += (torch.device, torch.layout, torch.memory_format, torch._ops.OpOverloadPacket, torch._ops.OpOverload)
-_CONSTANTS += (torch._ops._OpNamespace, torch._ops._Ops, functools.partial, type(functools.lru_cache(len)), type(None))
-_BY_NAME = frozenset({"getattr", "vars", "eval", "exec"})
+_CONSTANTS += (torch._ops._OpNamespace, torch._ops._Ops, type(None))
+_BY_NAME = frozenset({"getattr", "hasattr", "vars", "eval", "exec"})
+_DEREF = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
+# Of Python's library, those whose functions know nothing but their arguments.
+_PURE = frozenset({"builtins", "math", "functools", "operator", "_operator", "typing", "types", "inspect", "itertools"})
+_PURE |= {"collections", "contextlib", "warnings", "_warnings", "abc", "enum", "numbers", "dataclasses"}
+_LIBRARIES = frozenset({"torch", "numpy", "triton"})
+_OTHERS = (frozenset(sys.stdlib_module_names) | _LIBRARIES | {"rmsnorm"}) - {"__main__", "test"}
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_KNOWN = _LIBRARIES | {"builtins", "operator"}
 _NUMBERS = frozenset({"math.pi", "math.e", "math.inf", "math.nan", "torch.pi", "torch.e", "torch.inf", "torch.nan"})
 _TORCH = torch.__name__
 
@@ -71,6 +78,8 @@ class Reads:
 
     names: set[str] = field(default_factory=set)
     """Of attributes, of whatever."""
+    elsewhere: set[str] = field(default_factory=set)
+    """Those of what a global name leads to."""
     all_names: bool = False
     """Whether it reads attributes whose names aren't in its code."""
     outside: dict[str, Outside | None] = field(default_factory=dict)
@@ -93,6 +102,10 @@ def watch(call: Callable[[], Any], module: object) -> tuple[Any, Reads]:
     def trace(frame: types.FrameType, event: str, _: Any) -> Any:
         if event == "call" and not _looked_at(frame, module, homes):
             return None
+        if event == "call" and (function := _function(frame, module)):
+            given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            if any(isinstance(value, list | dict | set) for value in given):
+                reads.outside[f"a default of {function.__name__}"] = None
         frame.f_trace_opcodes = True
         if event == "opcode":
             _look(frame, reads)
@@ -118,13 +131,30 @@ def _dice() -> tuple[Any, ...]:
 
 
 def _looked_at(frame: types.FrameType, module: object, homes: set[str]) -> bool:
-    """Methods of the module, and functions of the package that it comes from."""
+    """Methods of the module, and functions of all packages but torch's and Python's."""
     code = frame.f_code
     if code.co_filename == torch.nn.modules.module.__file__:  # how any module finds an attribute
         return False
     if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
         return True
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in homes
+    home = _top(frame.f_globals.get("__name__"))
+    return home in homes or home not in _OTHERS
+
+
+def _top(name: object) -> str:
+    return str(name).partition(".")[0]
+
+
+def _function(frame: types.FrameType, module: object) -> types.FunctionType | None:
+    """Whose call it is, as far as a name tells."""
+    name = frame.f_code.co_name
+    for found in (getattr(type(module), name, None), frame.f_globals.get(name)):
+        link: object = found
+        while isinstance(link, types.FunctionType):
+            if link.__code__ is frame.f_code:
+                return link
+            link = getattr(link, "__wrapped__", None)
+    return None
 
 
 @functools.cache
@@ -145,9 +175,27 @@ def _look(frame: types.FrameType, reads: Reads) -> None:
     elif one.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
         path = [str(one.argval), *_path(listed[i + 1 :])]
         reads.all_names |= path[0] in _BY_NAME
-        reads.outside |= _state(path, frame)
-    elif one.opname in {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"}:
+        reads.elsewhere |= set(path[1:])
+        reads.outside |= _state(path, frame.f_globals, str(frame.f_globals.get("__name__", "")))
+    elif one.opname in _DEREF and one.argval != "__class__" and _is_outer(frame, str(one.argval)):
+        path = [str(one.argval), *_path(listed[i + 1 :])]
+        reads.outside |= dict.fromkeys(_state(path, frame.f_locals, ""))
+    elif one.opname in {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME"} or (
+        one.opname in {"STORE_DEREF", "DELETE_DEREF"} and _is_outer(frame, str(one.argval))
+    ):
         reads.outside[str(one.argval)] = None
+    elif one.opname == "IMPORT_NAME" and _top(one.argval) not in _LIBRARIES | _PURE:
+        reads.outside[f"what it imports from {one.argval or 'its package'}"] = None
+
+
+def _is_outer(frame: types.FrameType, name: str) -> bool:
+    """Whether a variable of a closure lives longer than this call: none of the calls that are running made it."""
+    if name not in frame.f_code.co_freevars:
+        return False
+    caller = frame.f_back
+    while caller and name not in caller.f_code.co_cellvars:
+        caller = caller.f_back
+    return caller is None
 
 
 def _path(behind: list[dis.Instruction]) -> Iterator[str]:
@@ -158,22 +206,31 @@ def _path(behind: list[dis.Instruction]) -> Iterator[str]:
             return
 
 
-def _state(path: list[str], frame: types.FrameType) -> dict[str, Outside | None]:
-    """What isn't constant on the path, if anything. Followed through modules and classes; the rest are objects."""
-    name, home = path[0], str(frame.f_globals.get("__name__", ""))
+def _state(  # noqa: PLR0911 - each is another kind of what it may be
+    path: list[str], space: Mapping[str, Any], home: str
+) -> dict[str, Outside | None]:
+    """What isn't constant on the path, if anything. Followed through modules, classes and what hangs on functions; the
+    rest are objects. ``home`` is the name of the module whose globals the space is."""
+    name = path[0]
+    space = space if name in space else vars(sys.modules["builtins"])
     if name in _STATE:
         return {name: None}
-    space = frame.f_globals if name in frame.f_globals else vars(sys.modules["builtins"])
     if name not in space:
         return {}
+    if name in {"globals", "locals", "__import__"} and space is vars(sys.modules["builtins"]):
+        return {f"{name}()": None}
     value = space[name]
     for depth, step in enumerate(path[1:], 1):
         if step in _STATE:
             return {".".join(path[: depth + 1]): None}
-        if not isinstance(value, types.ModuleType | type) or not hasattr(value, step):
+        holds = isinstance(value, types.ModuleType | type) or step in getattr(value, "__dict__", ())
+        if not holds or not hasattr(value, step):
             break
         home = value.__name__ if isinstance(value, types.ModuleType) else ""
         value, name = getattr(value, step), ".".join(path[: depth + 1])
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        origin = _top(getattr(value, "__module__", None) or "builtins")
+        return {name: None} if origin in sys.stdlib_module_names and origin not in _PURE | {"__main__"} else {}
     if isinstance(value, _CONSTANTS) or _is_immutable(value) or name in _NUMBERS:
         return {}
     last = name.rpartition(".")[2]
@@ -184,5 +241,7 @@ def _state(path: list[str], frame: types.FrameType) -> dict[str, Outside | None]
 def _is_immutable(value: Any) -> bool:
     """Numbers and strings are what somebody may set anew; tables of functions (transformers' activations) are not."""
     if isinstance(value, Mapping):
-        return all(callable(one[0] if isinstance(one, tuple) and one else one) for one in value.values())
-    return isinstance(value, torch.finfo | torch.iinfo) or callable(value)
+        return bool(value) and all(
+            callable(one[0] if isinstance(one, tuple) and one else one) for one in value.values()
+        )
+    return isinstance(value, torch.finfo | torch.iinfo) or (callable(value) and _top(type(value).__module__) in _KNOWN)

@@ -1,0 +1,64 @@
+"""The only file that tries a norm on what models rarely give it: extreme numbers, another eps, and an open ear."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import looks, trial
+from .binding import Binding, Types, eps_of
+from .reads import Unfit
+
+
+def check_subnormal(once: trial.Trial) -> None:
+    """Such numbers have few bits, and products halfway between two others: only the size of a difference counts."""
+    if once.inputs()[0].abs().min() > 0 or once.binding.recipe.centred or once.binding.recipe.gate:
+        return  # without an eps theirs divides by a root that underflows; a mean or a gate's product has few bits
+    least = torch.finfo(once.x_type).smallest_normal / 64
+    inputs = [t.sign() * least if i == 0 else t for i, t in enumerate(once.inputs())]
+    found = trial.forward(once, inputs)
+    if found.far > trial.FORWARD[once.x_type] * (1 + bool(once.binding.recipe.gate)):
+        raise Unfit("it does something else with subnormal numbers")
+
+
+def check_looks(once: trial.Trial) -> None:
+    own = [*once.shape, *(size for t in trial.tensors(once.module).values() for size in t.shape)]
+    for training in (True, False):
+        once.module.training = training
+        inputs = once.inputs()
+        with looks.Looks(size for size in own if size > 1) as seen:
+            type(once.module).forward(once.module, *inputs)
+        if seen.seen:
+            raise Unfit(min(seen.seen))
+
+
+def check_extremes(once: trial.Trial) -> None:
+    """Rows with one large number, huge ones, and such that hold no numbers; weights that are large, and negative."""
+    spike, huge, nan = (once.inputs() for _ in range(3))
+    axis = 1 if once.binding.layout == "channels" else -1
+    spike[0].copy_(1e-3 * trial.normal(*spike[0].shape)).select(axis, 0).fill_(8.0)  # not beside subnormal numbers
+    huge[0].mul_(1.0 if once.x_type is torch.float16 else 1e4)
+    nan[0].select(axis, 0).fill_(float("nan"))
+    rows = [("one large number", spike), ("large numbers", huge), ("NaN", nan)]
+    for words, inputs in rows[bool(once.binding.recipe.gate) :]:  # a gate's small products have few bits
+        if trial.forward(once, inputs).part > 1:
+            raise Unfit(f"it does something else with rows with {words}")
+    weights = [t for t in (once.weight, once.bias) if t is not None]
+    for factor in (-8.0, -1 / 8):
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(factor)
+        if trial.forward(once).part > 1:
+            raise Unfit("it does something else with large or negative weights")
+
+
+def check_eps(module: nn.Module, binding: Binding, types: Types) -> None:
+    """With others than that in force: one may be set later."""
+    eps = eps_of(module, binding)
+    for factor in (2.0**-12, 2.0**12):
+        if (
+            isinstance(binding.eps, str)
+            and eps
+            and trial.forward(trial.Trial(module, binding, types, eps * factor)).part > 1
+        ):
+            raise Unfit(f"it does something else with another {binding.eps}")
