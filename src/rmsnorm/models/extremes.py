@@ -36,12 +36,13 @@ def check_extremes(once: trial.Trial) -> None:
     """Rows with one large number, huge ones, and such that hold no numbers; weights that are large, and negative."""
     spike, huge, nan = (once.inputs() for _ in range(3))
     axis = 1 if once.binding.layout == "channels" else -1
-    spike[0].copy_(1e-3 * trial.normal(*spike[0].shape)).select(axis, 0).fill_(8.0)  # not beside subnormal numbers
+    spike[0].copy_(0.3 * trial.normal(*spike[0].shape)).select(axis, 0).fill_(8.0)
     huge[0].mul_(1.0 if once.x_type is torch.float16 else 1e4)
     nan[0].select(axis, 0).fill_(float("nan"))
     rows = [("one large number", spike), ("large numbers", huge), ("NaN", nan)]
     for words, inputs in rows[bool(once.binding.recipe.gate) :]:  # a gate's small products have few bits
-        if trial.forward(once, inputs).part > 1:
+        # Theirs adds the small squares to that of the large number in float32: up to 8 eps. A clamp is 100,000.
+        if trial.forward(once, inputs).part > 4:
             raise Unfit(f"it does something else with rows with {words}")
     weights = [t for t in (once.weight, once.bias) if t is not None]
     for factor in (-8.0, -1 / 8):
