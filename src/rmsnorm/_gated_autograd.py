@@ -32,6 +32,8 @@ def serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *opt
     if unusual:
         return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
     if _autograd.needed(input, weight, gate):
+        if _foreign.not_to_be_kept(input, gate, weight):
+            return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
         apply = _traced if torch.compiler.is_compiling() else _recorded
         return apply(input, gate, weight, *options)
     return _gated_ops.rms_norm(input, gate, weight, *options)

@@ -175,8 +175,10 @@ def add_rms_norm(
         _arguments.check_numbers("add_rms_norm", offset=offset)
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
+    recorded = _autograd.needed(input, weight, residual)
     if (
         eps < 0
+        or (recorded and _foreign.not_to_be_kept(input, residual, weight))
         or _foreign.wanted_by(input, residual, weight)
         or not native
         or _autograd.refused()
@@ -184,7 +186,7 @@ def add_rms_norm(
     ):
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
-    if _autograd.needed(input, weight, residual):
+    if recorded:
         return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
 
