@@ -53,7 +53,7 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/models/test_conditions.py",
 ]
 HOME = "tests/test_home.py"
-"""With --home. Its oracle is the torch of the row: what fails there is new in torch, or in ours with it. Ten minutes."""
+"""With --home. Its oracle is the torch of the row: what fails there is new in torch, or in ours with it. 10 minutes."""
 # setuptools and hypothesis are what the tests import; numpy comes in the version that pip finds for that Python.
 TOOLS = ["pytest==9.1.1", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "numpy", "setuptools", "accelerate"]
 IMPORT = """

@@ -13,7 +13,7 @@ from oracle import DTYPES, EPS, Truth, bound, gains, sample
 
 from rmsnorm import _gpu, _ops, reference, rms_norm
 
-OPERATORS = tuple(_ops._SCHEMAS)
+OPERATORS = tuple(_ops.SCHEMAS)
 OURS = ("CUDA", "XPU")
 
 

@@ -146,6 +146,8 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
         return False
     if type(x) not in _foreign.COMPILERS and (has_torch_function_variadic(x) or _foreign.wanted_by(x)):
         return False  # a subclass sees what its module calls
+    if torch.compiler._is_exporting_flag and not torch.onnx.is_in_onnx_export():  # ONNX has an operator for it
+        return False
     types: Types = None if weight is None else weight.dtype, x.dtype
     if binding.recipe.gate:
         if not isinstance(gate, Tensor) or gate.shape != x.shape:
