@@ -183,5 +183,5 @@ def test_there_are_enough_classes_and_the_table_in_the_docs_is_current() -> None
     """Otherwise: ``make others``."""
     assert len(others.lines()) >= 150, "the search has lost classes"
     assert len({line.package for line in others.lines()}) >= 60
-    assert sum(line.swapped for line in others.lines()) >= 59, "patch() has lost classes"
+    assert sum(line.swapped for line in others.lines()) >= 148, "patch() has lost classes"
     assert f"<!-- {others.LABEL} -->\n{others.table()}<!-- end -->\n" in others.DOCS.read_text()
