@@ -5,7 +5,9 @@ switches, widths, dimensions, globals. Each norm here would be silently wrong wi
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import time
 
 import pytest
 import torch
@@ -143,6 +145,26 @@ def test_settings_that_change() -> None:
         for norm in (before, after):
             setattr(norm, name, value)
         same(after(x), before(x))
+
+
+def test_what_the_collector_calls_is_not_the_norms() -> None:
+    """Python may collect garbage at any instruction; its callbacks (hypothesis has one) run within what is watched."""
+    spent = 0.0
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        nonlocal spent
+        spent += time.perf_counter()
+
+    before = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        twins(Own(), "weight, then round")
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(callback)
+    assert spent
+    assert gc.isenabled()
 
 
 def test_globals_that_change(monkeypatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import random
 import sys
 import types
@@ -111,12 +112,14 @@ def watch(call: Callable[[], Any], module: object) -> tuple[Any, Reads]:
             _look(frame, reads)
         return trace
 
-    before, dice = sys.gettrace(), _dice()
+    before, dice, collects = sys.gettrace(), _dice(), gc.isenabled()
+    gc.disable()  # else its callbacks and finalizers (hypothesis has one that counts) pass for what the module reads
     sys.settrace(trace)
     try:
         result = call()
     finally:
         sys.settrace(before)
+        (gc.enable if collects else gc.disable)()
     if _dice() != dice:
         raise Unfit("it draws random numbers")
     return result, reads
