@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models explained scaling study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -69,8 +69,11 @@ others: $(NATIVE) build/others/installed ## the same for 70 other packages, whic
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/models/others.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/models/test_others.py
 
-models: $(NATIVE) ## the table of the README: SmolLM2 before and after patch(), measured on this machine; five minutes
+models: $(NATIVE) ## the table of docs/models.md: SmolLM2 before and after patch(), measured on this machine; five minutes
 	$(BIN)/python tests/models/measure.py
+
+gain: $(NATIVE) ## the first table of the README: whole models before and after patch(); ten minutes, on a quiet machine
+	$(BIN)/python tests/models/gains.py
 
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code prints, in both languages
 	$(BIN)/python docs/figures

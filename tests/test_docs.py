@@ -3,14 +3,15 @@ somewhere, and the figures are those that the command draws."""
 
 import ast
 import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pages import Page, write
 from PIL import Image
 
@@ -35,11 +36,66 @@ def test_code_of_explained_prints_what_is_shown_below_it():
         assert printed == (shown or "")
 
 
-def test_code_of_readme_runs(capfd):
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
-    printed = [printed for printed, _, _ in page("README.md").run({"model": model})]
-    assert "1 patched" in printed[1] or "RMSNorm" in printed[1], printed
-    assert "forward" not in vars(model[1]), "unpatch has left something"
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder where the name that README loads from Hugging Face is a directory: a tiny LLaMA with a tokenizer."""
+    tokenizers, transformers = (pytest.importorskip(name) for name in ("tokenizers", "transformers"))
+    place = tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct"
+    words = {word: n for n, word in enumerate(["<unk>", "The", "sky", "is", "blue", "because"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(place)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(vocab_size=len(words), bos_token_id=0, eos_token_id=None, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(place)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_code_of_readme_runs(hub, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ten, drop_in = (printed for printed, _, _ in page(name).run())
+    assert "LlamaRMSNorm  model.layers.*" in ten
+    assert "The sky is blue because" in ten
+    assert "native" in drop_in
+    assert page(name).text.count("\n") <= 120, "README is for who arrives; docs/ has room"
+
+
+def test_numbers_of_readme_name_their_command():
+    """Each block of numbers says which command wrote it, and that is a target of the Makefile."""
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in ("README.md", "README.zh-CN.md"):
+        made = re.findall(r"<!-- made by `make (\w+)` -->\n(.*?)<!-- end -->", page(name).text, re.DOTALL)
+        assert [command for command, _ in made] == ["gain", "figure", "study"]
+        assert {command for command, _ in made} <= targets
+        assert all(content.strip() for _, content in made)
+
+
+@pytest.mark.heavy
+def test_install_lines_of_readme_work(tmp_path):
+    """In an empty environment, but for torch's packages, which are lent; without the C++, which `make wheel` builds."""
+    [lines] = [content for kind, content, _ in page("README.md").blocks if kind == "sh"]
+    pips = [line.partition("#")[0] for line in lines.splitlines() if line.startswith("pip ")]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    lent = next(path for path in sys.path if path.endswith("site-packages"))
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text(lent)
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "benchmarks", "*.so", "tests"))
+    environment = {**os.environ, "RMSNORM_BUILD_NATIVE": "0", "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    assert len(pips) == 2
+    for line in pips:
+        subprocess.run(f"{line} --quiet", shell=True, check=True, cwd=copy, env=environment, timeout=600)
+    found = subprocess.run(
+        ["rmsnorm", "info"], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "rmsnorm" in found.stdout
+
+
+def _bare(kind, content):
+    """Without the comments of a shell."""
+    return re.sub(r" *# .*", "", content) if kind == "sh" else content
 
 
 @twins
@@ -47,7 +103,7 @@ def test_twins_have_the_same_code(one, other):
     """All but comments: what was run for one holds for the other."""
     assert one.code()
     assert [*map(ast.dump, map(ast.parse, one.code()))] == [*map(ast.dump, map(ast.parse, other.code()))]
-    outputs = [[content for kind, content, _ in twin.blocks if kind != "python"] for twin in (one, other)]
+    outputs = [[_bare(kind, content) for kind, content, _ in twin.blocks if kind != "python"] for twin in (one, other)]
     assert outputs[0] == outputs[1]
 
 

@@ -1,4 +1,4 @@
-"""Measures SmolLM2 before and after ``rmsnorm.patch`` and writes the table of README.md: ``make models``.
+"""Measures SmolLM2 before and after ``rmsnorm.patch`` and writes their table in docs/models.md: ``make models``.
 
 Half precision and fused adds beside float32, in one process; what each number means is in ``models/comparison.py``.
 """
@@ -16,7 +16,7 @@ from rmsnorm.bench.pages import replace_block
 from rmsnorm.models import command, comparison, loading
 from rmsnorm.study.corpus import documentation
 
-PAGE = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/models.md"
 PROMPT = "The sky is blue because"
 SECONDS = 6.0
 

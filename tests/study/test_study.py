@@ -334,9 +334,9 @@ def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, fl
 
 
 def test_published_pages_say_what_the_data_say(tmp_path: Path):
-    """docs/study/, and the findings in README.md and docs/explained.md, from results.json alone."""
+    """docs/study/, and the findings in README and docs/explained.md, from results.json alone."""
     root = Path(__file__).parents[2]
-    written = ("README.md", "docs/explained.md", "docs/explained.zh.md")
+    written = ("README.md", "README.zh-CN.md", "docs/explained.md", "docs/explained.zh.md")
     data = ("docs/study/README.md", "docs/study/results.json", "docs/study/runs.csv", "docs/study/curves.csv")
     (tmp_path / "docs").mkdir()
     for name in written:

@@ -1,4 +1,4 @@
-"""The only file that writes measured numbers into README.md and docs/performance.md: ``make figure``.
+"""The only file that writes measured numbers into README and docs/performance.md: ``make figure``.
 
 Blocks stand between ``<!-- NAME: made by `make figure` -->`` and ``<!-- end -->``; nobody edits them by hand.
 """
@@ -20,6 +20,7 @@ from .timing import human
 
 FIGURE = Path("docs/speed.png")
 LIBRARIES = ("onnxruntime", "openvino", "jax", "mlx")
+README_TYPES = ("float32", "bfloat16")
 README_COLUMNS = ("F.rms_norm", "torch.compile", "F.layer_norm", "transformers")
 
 
@@ -64,27 +65,29 @@ def _in_readme(case: Case) -> bool:
     return (case.rows, case.cols) in README_SHAPES and case.task in ("forward", "backward")
 
 
-def readme(report: Report) -> str:
-    """The table of the README: the most threads, fresh outputs, three shapes."""
-    threads = max(report.threads())
-    rows = []
-    for result in _of(report, threads):
-        if _in_readme(result.case):
+def alone(report: Report) -> str:
+    """The table of the README: a norm alone, the most threads, fresh outputs, three shapes; two types in one cell."""
+    rows: dict[str, list[list[str]]] = {}
+    for result in _of(report, max(report.threads())):
+        if _in_readme(result.case) and result.case.dtype in README_TYPES:
             ratios = result.ratios()
-            best = max(((ratios[name], name) for name in LIBRARIES if name in ratios), default=None)
-            others = [_ratio(ratios.get(name)) for name in README_COLUMNS]
-            library = f"{best[0]:.2f} ({best[1]})" if best else ""
-            rows.append([str(result.case), *others, library, _ratio(ratios.get(FLOOR))])
+            best = max((ratios[name] for name in LIBRARIES if name in ratios), default=None)
+            cells = [*(_ratio(ratios.get(name)) for name in README_COLUMNS), _ratio(best), _ratio(ratios.get(FLOOR))]
+            rows.setdefault(f"{result.case.shape} {result.case.task}", []).append(cells)
+    both = [[name, *(" · ".join(pair) for pair in zip(*cells, strict=True))] for name, cells in rows.items()]
     titles = ("", "`F.rms_norm`", "`torch.compile`", "`F.layer_norm`", "transformers", "best other library", "`copy_`")
+    return table(titles, both)
+
+
+def readme(report: Report) -> str:
+    """That table, and how it was measured."""
     won, contested, _ = first(report.results)
     text = (
-        "Time of rmsnorm ÷ time of the other; below 1, rmsnorm is faster. One interleaved run, outputs compared first, "
-        f"medians over rounds; {threads} threads, {where(report)}. Over all shapes, thread counts and libraries "
-        f"that were measured, rmsnorm is the fastest RMSNorm in {won} of {contested} cases "
-        "([which not, and why](docs/performance.md#where-we-are-not-first))."
+        f"A norm alone: time of rmsnorm ÷ time of the other, {' · '.join(README_TYPES)}; below 1, rmsnorm is faster. "
+        f"Medians, outputs compared first, {max(report.threads())} threads, {where(report)}, `make results figure`. "
+        f"The fastest RMSNorm in {won} of {contested} cases ([which not](docs/performance.md#where-we-are-not-first))."
     )
-    text = textwrap.fill(text, 118, break_on_hyphens=False)
-    return f"{text}\n\n{table(titles, rows)}\n![Bandwidth reached, and time ÷ time, by case]({FIGURE})\n"
+    return f"{textwrap.fill(text, 118, break_on_hyphens=False)}\n\n{alone(report)}"
 
 
 def speed(report: Report) -> str:
@@ -188,7 +191,8 @@ def write(results: Path, root: Path = Path()) -> None:
     bandwidth = figures.roofline(report, threads, ("forward", "backward"))
     drawn = figures.stack([bandwidth, figures.ratios(report, threads, shown)])
     export.replace(root / FIGURE, drawn)
-    replace_block(root / "README.md", "made by `make figure`", readme(report))
+    for name, block in (("README.md", readme), ("README.zh-CN.md", alone)):
+        replace_block(root / name, "made by `make figure`", block(report))
     for name, block in PERFORMANCE.items():
         replace_block(page, f"{name}: made by `make figure`", block(report))
     contract = results.with_name(f"{results.stem}-bars.json")

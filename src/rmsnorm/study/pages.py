@@ -1,4 +1,4 @@
-"""The only file that publishes a study: docs/study/, the findings in README.md and docs/explained, ``make study``.
+"""The only file that publishes a study: docs/study/, the findings in README and docs/explained, ``make study``.
 
 No number in them is typed by hand: all come from the folder that ``rmsnorm study`` wrote.
 """
@@ -14,7 +14,7 @@ from ..bench.pages import replace_block, table
 from . import findings, report
 from .arms import ARMS
 from .results import Study
-from .summary import arms_of
+from .summary import arms_of, difference
 
 LABEL = "made by `make study`"
 WIDTH = 118
@@ -40,12 +40,41 @@ def results(study: Study) -> str:
     return table(("norm", "best rate", "largest stable rate", "held-out loss", "less RMSNorm"), rows)
 
 
-def readme(study: Study) -> str:
-    """The findings for README.md: quality, stability, cost, BatchNorm, and one figure."""
-    lines = [f"- {line}" for line in findings.headlines(study)]
-    text = "\n".join([filled(about(study)), "", *(filled(line, "  ") for line in lines)])
-    return (
-        f"{text}\n\n![Held-out loss by learning rate and norm, and the seeds at the best rates](docs/study/rates.png)\n"
+BRIEF = {
+    "README.md": (
+        "{made}: RMSNorm − LayerNorm = {loss} nats per byte held out, {quality}; a training step takes "
+        '{low:.3f} to {high:.3f} of the time of one with LayerNorm: "less computation" is {less}, '
+        '"more stable training" is {stable}.',
+        {},
+    ),
+    "README.zh-CN.md": (
+        "{made}：留出集上 RMSNorm − LayerNorm = {loss} nats/字节（{quality}）；"
+        "一个训练步的时间是 LayerNorm 的 {low:.3f} 到 {high:.3f} 倍：「计算更少」{less}，「训练更稳定」{stable}。",
+        {
+            "worse": "更差",
+            "better": "更好",
+            "within noise": "在噪声之内",
+            "too few seeds to say": "种子太少，无法判断",
+            "supported": "得到支持",
+            "not supported": "没有得到支持",
+            "contradicted": "被否定",
+            "open": "尚无定论",
+        },
+    ),
+}
+"""What README says of a study, by language: a sentence, and the words of its verdicts."""
+
+
+def readme(study: Study, name: str) -> str:
+    """The findings for README.md or its twin: quality, cost and stability in one sentence."""
+    arms, (sentence, words) = arms_of(study), BRIEF[name]
+    apart = difference(arms["rms"], arms["layer"])
+    low, _, high = study.timing["steps"]["rms"]["ratios"]["layer"]
+    verdicts = findings.verdict(apart), findings.computation(study), findings.stability(study, arms)
+    quality, less, stable = (words.get(one, one) for one in verdicts)
+    made = f"`rmsnorm study`, {study.machine['date'][:10]}, {study.machine['cpu']}, torch {study.setting.torch}"
+    return filled(
+        sentence.format(made=made, loss=apart.signed, quality=quality, low=low, high=high, less=less, stable=stable)
     )
 
 
@@ -91,7 +120,8 @@ def write(folder: Path, root: Path = Path()) -> None:
     place.mkdir(parents=True, exist_ok=True)
     names = report.write(study, place)
     replace(place / "README.md", page(study, names))
-    replace_block(root / "README.md", LABEL, readme(study))
+    for name in BRIEF:
+        replace_block(root / name, LABEL, readme(study, name))
     for twin in ("explained.md", "explained.zh.md"):
         replace_block(root / "docs" / twin, LABEL, explained(study))
 
