@@ -191,8 +191,8 @@ def write(results: Path, root: Path = Path()) -> None:
     bandwidth = figures.roofline(report, threads, ("forward", "backward"))
     drawn = figures.stack([bandwidth, figures.ratios(report, threads, shown)])
     export.replace(root / FIGURE, drawn)
-    for name, block in (("README.md", readme), ("README.zh-CN.md", alone)):
-        replace_block(root / name, "made by `make figure`", block(report))
+    for name, made in (("README.md", readme(report)), ("README.zh-CN.md", alone(report))):
+        replace_block(root / name, "made by `make figure`", made)
     for name, block in PERFORMANCE.items():
         replace_block(page, f"{name}: made by `make figure`", block(report))
     contract = results.with_name(f"{results.stem}-bars.json")
