@@ -31,6 +31,9 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 # torch 2.10 ends the process where an operator is to write into such a view.
 _CONJUGATE_ENDS_IT = torch.__version__.startswith("2.10.")
 _transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_add: _Call = _ops.add_rms_norm._op
+_ROUND_FIRST = {"torch": False, "llama": True}
 
 
 def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:
@@ -51,7 +54,7 @@ def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -
     ):
         return None
     if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
-        return _recorded if out is None and torch._C._get_tracing_state() is None else None
+        return _recorded if out is None and _tracing_state() is None else None
     if out is not None and (
         type(out) is not Tensor
         or out.requires_grad
@@ -61,6 +64,51 @@ def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -
     ):
         return None
     return _plain if weight is None else weighted
+
+
+def ordinary(input: Tensor, second: Tensor | None, third: Tensor | None) -> bool:
+    """Whether a call of another form is an everyday one: the same, on the CPU, and nobody traces."""
+    return not (
+        is_dynamo_compiling()
+        or not _plain
+        or type(input) is not Tensor
+        or not input.is_cpu
+        or has_torch_function_variadic(input, second, third)
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None,
+    eps: float | None,
+    offset: float,
+    casting_mode: str,
+) -> tuple[Tensor, Tensor] | None:
+    """The results of an everyday call of ``rmsnorm.add_rms_norm``, or None if more has to be asked first.
+
+    1 × 4096 takes 5.5 µs this way, 9.3 the other.
+    """
+    try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        if not ordinary(input, residual, weight) or type(residual) is not Tensor or type(weight) not in _PLAIN:
+            return None  # a weight with a dispatch of its own would make the sum one of its kind
+        if eps is None or eps < 0:
+            return None
+        shape = normalized_shape if type(normalized_shape) is tuple else (normalized_shape,)
+        if shape != (input.shape[-len(shape) :] if weight is None else weight.shape):
+            return None
+        options = len(shape), eps, offset, _ROUND_FIRST[casting_mode]
+        if not is_grad_enabled() or not (
+            input.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
+        ):
+            return _add(input, residual, weight, *options)
+        return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
+    except (RuntimeError, KeyError, AttributeError, TypeError):
+        return None
 
 
 def distributed(*tensors: Tensor | None) -> ModuleType | None:

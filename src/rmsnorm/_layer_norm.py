@@ -12,16 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _everyday, _foreign, _layer_ops, _ops
+from . import _arguments, _everyday, _layer_ops
 
 _NAME = "layer_norm"
 _forward = _layer_ops.layer_norm_forward._op
 _plain = _layer_ops.layer_norm._op
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def layer_norm(
@@ -56,16 +53,14 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else _arguments.as_shape(_NAME, normalized_shape)
+    shape = normalized_shape if type(normalized_shape) is tuple else _arguments.as_shape(_NAME, normalized_shape)
     try:  # the operator checks the rest; what it refuses is served, or worded, by torch
-        if _ordinary(input, weight, bias) and input.shape[-len(shape) :] == shape:
+        if _everyday.ordinary(input, weight, bias) and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
                 or (bias is not None and bias.requires_grad)
             ):
-                if torch._C._get_tracing_state() is not None:
-                    return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
                 return _recorded(input, weight, bias, len(shape), eps)
             return _plain(input, weight, bias, len(shape), eps)
     except (RuntimeError, AttributeError):
@@ -103,19 +98,6 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def _ordinary(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Plain tensors, native kernels, no compiler, no transform, no mode."""
-    return not (
-        is_dynamo_compiling()
-        or not _ops.native
-        or type(input) is not Tensor
-        or not input.is_cpu
-        or has_torch_function_variadic(input, weight, bias)
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 class LayerNormFunction(torch.autograd.Function):
     """Kept for backward: the input, weight and bias, one fp64 and one fp32 (fp64 for fp64) per row."""
 
@@ -151,10 +133,3 @@ def _differentiable(
 
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
 _recorded: Callable[..., Tensor] = super(torch.autograd.Function, LayerNormFunction).apply
-
-
-def _traced(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
-    return torch.nn.functional.layer_norm(input, _foreign.sizes(input, dims), weight, bias, eps)
-
-
-_ops.library.impl("layer_norm", _traced, "Tracer")  # as _foreign.py has it for the others

@@ -126,7 +126,7 @@ def _serve(
     return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
 
 
-def add_rms_norm(
+def add_rms_norm(  # noqa: PLR0911 - as above
     input: Tensor,
     residual: Tensor,
     normalized_shape: int | Sequence[int],
@@ -152,6 +152,8 @@ def add_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
     """
+    if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode):
+        return both
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
         arguments = input, residual, normalized_shape
