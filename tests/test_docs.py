@@ -165,6 +165,19 @@ def test_figures_are_what_the_command_draws(tmp_path):
         assert (np.abs(images[0] - images[1]).max(-1) > 32).mean() < 16e-6, f"{name}: run `make explained`"
 
 
+def test_the_tree_names_every_file():
+    """docs/design.md: each in the list of its own room, and none that is gone."""
+    rooms = re.split(
+        r"^`src/rmsnorm/(\w+)/` is", page("docs/design.md").text.partition("\n## The tree\n")[2], flags=re.M
+    )
+    for room, words in zip(["", *rooms[1::2]], rooms[::2], strict=True):
+        folders = (ROOT / "src/rmsnorm" / room, *([] if room else [ROOT / "csrc", ROOT / "src"]))
+        files = {file.name for folder in folders for file in folder.iterdir() if file.suffix in {".py", ".cpp", ".h"}}
+        named = set(re.findall(r"\w+\.(?:py|cpp|h)\b", words)) - {"pages.py" if not room else ""}  # the test's
+        assert files - named == files & {"__init__.py", "__main__.py"}, f"{room or 'the corridor'}: no place yet"
+        assert named <= files, f"{room or 'the corridor'}: gone"
+
+
 def test_figures_have_no_words_of_one_language():
     for path in ROOT.glob("docs/figures/*.py"):
         assert not CJK.search(path.read_text())

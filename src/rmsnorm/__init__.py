@@ -1,6 +1,6 @@
 """RMS normalisation for PyTorch: ``y = x / sqrt(mean(x²) + eps) · weight``, fast, exact to a stated bound.
 
-The public page is this list; everything else is private or lives beside the corridor (see README).
+The public page is this list; everything else is private or lives beside the corridor (docs/design.md has the tree).
 """
 
 from . import _gpu as _gpu

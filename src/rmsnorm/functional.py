@@ -36,8 +36,8 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     (fp64 for fp32 and fp64 inputs), never in half precision.
 
     Args:
-        input: ``[*, *normalized_shape]``; float32, bfloat16, float16, float64 run natively on CPU, complex types
-            and other devices by the reference definition. Any strides.
+        input: ``[*, *normalized_shape]``; float32, bfloat16, float16, float64 run natively on CPUs and GPUs
+            (docs/gpu.md), complex types and other devices by the reference definition. Any strides.
         normalized_shape: the sizes of the dimensions to normalise over; an int means the last one.
         weight: ``[*normalized_shape]`` in any floating type, or None for no gain (``offset`` is then unused). With the
             sizes of more of the input's last dimensions, ``[heads, head_dim]`` say, each head has a gain of its own.
