@@ -75,9 +75,10 @@ models: $(NATIVE) ## the table of docs/models.md: SmolLM2 before and after patch
 gain: $(NATIVE) ## the first table of the README: whole models before and after patch(); ten minutes, on a quiet machine
 	$(BIN)/python tests/models/gains.py
 
-explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code prints, in both languages
+explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code and that of docs/tasks.md prints
 	$(BIN)/python docs/figures
 	$(BIN)/python tests/pages.py docs/explained.md docs/explained.zh.md
+	$(BIN)/python tests/pages.py --apart docs/tasks.md docs/tasks.zh.md
 
 scaling: $(NATIVE) ## write the tables of docs/scaling.md: bytes on the wire, by formula and counted on 2 and 4 ranks; a minute
 	PYTHONPATH=tests $(BIN)/python tests/distributed/scaling.py

@@ -136,7 +136,7 @@ def collectives_of_norms(model: torch.nn.Module, window: torch.Tensor) -> dict[s
 def refusal(options: argparse.Namespace, ranks: int) -> str | None:
     """Why the model can't be trained so, with the remedy, or None."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed, whose LLaMA this is: pip install 'rmsnorm[hf]'"
+        return "transformers is not installed, whose LLaMA this is: pip install transformers"
     if not 1 <= options.steps <= MOST_STEPS:
         return f"--steps {options.steps}: the bound on the losses holds from 1 to {MOST_STEPS} steps"
     if options.heads < 1 or HIDDEN % (2 * options.heads):

@@ -1,13 +1,15 @@
 """The only file that takes pages apart: their headings, links and code, and what the code prints.
 
 ``python tests/pages.py PAGE…`` runs the Python blocks of each page as one program and writes what each block prints
-into the ``text`` block that follows it. ``make explained`` does; ``test_docs.py`` fails where they differ.
+into the ``text`` block that follows it. ``make explained`` does; ``test_docs.py`` fails where they differ. With
+``--apart`` before the pages, each block is a program of its own, and the only rank of those that want ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -55,30 +57,37 @@ class Page:
         """The Python blocks."""
         return [content for language, content, _ in self.blocks if language == "python"]
 
-    def run(self, names: dict[str, Any] | None = None) -> Iterator[tuple[str, str | None, slice | None]]:
-        """Runs the Python blocks as one program that starts with these names; for each: what it prints, what the page
-        shows below it, and where (None for a block with no ``text`` block behind it)."""
-        names = {"__name__": "__page__", **(names or {})}
+    def run(
+        self, names: dict[str, Any] | None = None, apart: bool = False
+    ) -> Iterator[tuple[str, str | None, slice | None]]:
+        """Runs the Python blocks as one program that starts with these names, or each as its own; for each: what it
+        prints, what the page shows below it, and where (None for a block with no ``text`` block behind it)."""
+        given = {"__name__": "__page__", **(names or {})}
+        names = dict(given)
         for (language, content, where), behind in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             if language != "python":
                 continue
             line = self.text.count("\n", 0, where.start)
             printed = io.StringIO()
+            names = dict(given) if apart else names
             with contextlib.redirect_stdout(printed):  # blank lines before it: tracebacks show the page's own line
                 exec(compile("\n" * line + content, str(self.path), "exec"), names)
             shown = behind[1:] if behind is not None and behind[0] == "text" else (None, None)
             yield printed.getvalue(), *shown
 
 
-def write(page: Page) -> None:
+def write(page: Page, apart: bool = False) -> None:
     """Puts what the code prints below it."""
     text = page.text
-    for printed, _, where in reversed(list(page.run())):
+    for printed, _, where in reversed(list(page.run(apart=apart))):
         if where is not None:
             text = text[: where.start] + printed + text[where.stop :]
     replace(page.path, text)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        write(Page(Path(name)))
+    apart = sys.argv[1:2] == ["--apart"]
+    if apart:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name in sys.argv[1 + apart :]:
+        write(Page(Path(name)), apart)

@@ -16,7 +16,11 @@ from pages import Page, write
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-TWINS = {"README.md": "README.zh-CN.md", "docs/explained.md": "docs/explained.zh.md"}
+TWINS = {
+    "README.md": "README.zh-CN.md",
+    "docs/explained.md": "docs/explained.zh.md",
+    "docs/tasks.md": "docs/tasks.zh.md",
+}
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 CJK = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
 
