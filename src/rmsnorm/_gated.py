@@ -35,6 +35,13 @@ def gated_rms_norm(
 
     with ``rms(x) = sqrt(mean(x²) + eps)``. Gate and product are computed in fp32 (fp64 for fp64 inputs).
 
+    | model | options |
+    |---|---|
+    | Falcon-H1 | ``norm_before_gate=config.mamba_norm_before_gate, group_size=…`` |
+    | Mamba-2, Bamba, Zamba2 | ``norm_before_gate=False, casting_mode="llama", group_size=…`` |
+    | Qwen3-Next, Qwen3.5 | ``casting_mode="llama"`` |
+    | Kimi Linear | ``activation="sigmoid"`` |
+
     Args:
         input: ``[*, *normalized_shape]``, of a real floating type. Any strides.
         gate: of the shape of ``input``, in any real floating type; or None for no gate.
@@ -46,13 +53,6 @@ def gated_rms_norm(
         casting_mode: ``"torch"`` rounds once, to the input's type. ``"llama"`` rounds the normalised value to the
             input's type, then its product with the weight, and, if a gate follows, that product too.
 
-        ======================  ==============================================================
-        Falcon-H1               ``norm_before_gate=config.mamba_norm_before_gate, group_size=…``
-        Mamba-2, Bamba, Zamba2  ``norm_before_gate=False, casting_mode="llama", group_size=…``
-        Qwen3-Next, Qwen3.5     ``casting_mode="llama"``
-        Kimi Linear             ``activation="sigmoid"``
-        ======================  ==============================================================
-
     Returns:
         A contiguous tensor of the shape and dtype of ``input``. With ``casting_mode="llama"``, a wider weight and no
         gate behind the norm, the promoted dtype.
@@ -62,7 +62,7 @@ def gated_rms_norm(
             types; a group size that doesn't divide the last dimension.
         ValueError: an unknown casting mode or activation.
 
-    Example:
+    Examples:
         >>> gated_rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0]), 2, eps=0.0, activation="sigmoid")
         tensor([0.4243, 1.1314])
 
@@ -121,7 +121,7 @@ class GatedRMSNorm(module.RMSNorm):
 
     The state_dict has one ``weight``, as those of Mamba-2, Qwen3-Next and their like.
 
-    Example:
+    Examples:
         >>> layer = GatedRMSNorm(2, eps=0.0, activation="sigmoid")
         >>> layer(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])).detach()
         tensor([0.4243, 1.1314])

@@ -16,11 +16,15 @@ class Info:
     """What ``rmsnorm.info()`` returns; prints as one ``name: value`` line each."""
 
     rmsnorm: str
+    """The version of this package,"""
     torch: str
+    """of torch,"""
     python: str
+    """and of Python."""
     native: bool
     """Whether the C++ kernels serve CPU tensors."""
     why_not_native: str | None
+    """Why they don't, in a sentence; None if they do."""
     cpu_target: str | None
     """The kernels in use, or None without the native library."""
     cpu_targets: list[str]
@@ -28,6 +32,7 @@ class Info:
     installed: bool
     """Whether torch's own ``F.rms_norm`` runs on these kernels (``rmsnorm.install()``)."""
     threads: int
+    """What ``torch.get_num_threads()`` says."""
     triton: str | None
     """Its version, or None: then GPUs have torch's fused kernel and the reference definition alone."""
     cuda: str
@@ -43,7 +48,15 @@ def version() -> str:
 
 
 def info() -> Info:
-    """Versions, the native library or why there is none, the CPU target, torch's threads, and Triton's version."""
+    """Versions, the native library or why there is none, the CPU target, torch's threads, and Triton's version.
+
+    Returns:
+        An ``Info``, plain data that prints as one ``name: value`` line each.
+
+    Examples:
+        >>> info().torch == torch.__version__
+        True
+    """
     return Info(
         rmsnorm=version(),
         torch=torch.__version__,

@@ -44,6 +44,12 @@ def install() -> None:
     Raises:
         RuntimeError: the native library is missing, torch's operator is not the one we know, or somebody else has
             filled the slot. Nothing is changed then.
+
+    Examples:
+        >>> install()
+        >>> torch.nn.RMSNorm(4, eps=0.0)(torch.tensor([0.1, 0.1, 0.2, 0.3])).detach()  # on our kernel
+        tensor([0.5164, 0.5164, 1.0328, 1.5492])
+        >>> uninstall()
     """
     global _installed, _rule
     with _lock:
@@ -67,6 +73,11 @@ def uninstall() -> None:
 
     What was recorded for autograd before can still run backward. No other thread may be inside a norm meanwhile:
     torch frees the kernel that it leaves.
+
+    Examples:
+        >>> uninstall()
+        >>> info().installed
+        False
     """
     global _installed
     with _lock:
@@ -80,7 +91,16 @@ def uninstall() -> None:
 @contextmanager
 def installed() -> Iterator[None]:
     """``install()`` for the length of a ``with`` block; leaves things as it found them. For the whole process, not
-    for one thread."""
+    for one thread.
+
+    Raises:
+        RuntimeError: as :func:`rmsnorm.install`.
+
+    Examples:
+        >>> with installed():
+        ...     info().installed
+        True
+    """
     before = is_installed()
     install()
     try:

@@ -47,7 +47,7 @@ def layer_norm(
     Raises:
         RuntimeError: torch's own, for shapes and dtypes that don't fit.
 
-    Example:
+    Examples:
         >>> layer_norm(torch.tensor([1.0, 2.0, 3.0, 6.0]), 4, eps=0.0)
         tensor([-1.0690, -0.5345,  0.0000,  1.6036])
 
@@ -79,10 +79,17 @@ class LayerNorm(torch.nn.LayerNorm):
 
         y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · weight + bias
 
+    Args:
+        normalized_shape: sizes of the last dimensions to normalise over; an int means the last one.
+        eps: added to the variance, in squared units of the input.
+        elementwise_affine: False for a layer without weight and bias.
+        bias: False for a layer without bias.
+        device, dtype: of weight and bias.
+
     Shape:
         ``[*, *normalized_shape]`` to the same; see :func:`rmsnorm.layer_norm`.
 
-    Example:
+    Examples:
         >>> LayerNorm(4, eps=0.0)(torch.tensor([1.0, 2.0, 3.0, 6.0])).detach()
         tensor([-1.0690, -0.5345,  0.0000,  1.6036])
     """

@@ -57,7 +57,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         RuntimeError: shapes, dtypes or devices that don't fit, or ``out`` together with gradients.
         ValueError: an unknown casting mode.
 
-    Example:
+    Examples:
         >>> rms_norm(torch.tensor([0.1, 0.1, 0.2, 0.3]), 4, eps=0.0)
         tensor([0.5164, 0.5164, 1.0328, 1.5492])
 
@@ -143,14 +143,19 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
-        normalized_shape, weight, eps, offset, casting_mode: as in :func:`rms_norm`.
+        normalized_shape, weight, eps, offset, casting_mode: as in :func:`rmsnorm.rms_norm`.
 
     Returns:
         ``(output, sum)``, both contiguous. Either, both or none may be used in a loss.
 
     Raises:
-        RuntimeError: as :func:`rms_norm`, and for a residual of another shape (it is not broadcast) or device.
+        RuntimeError: as :func:`rmsnorm.rms_norm`, and for a residual of another shape (it is not broadcast) or device.
         ValueError: an unknown casting mode.
+
+    Examples:
+        >>> y, s = add_rms_norm(torch.tensor([0.1, 0.0, 0.1, 0.3]), torch.tensor([0.0, 0.1, 0.1, 0.0]), 4, eps=0.0)
+        >>> s
+        tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
     if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode):
         return both

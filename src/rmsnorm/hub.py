@@ -30,6 +30,10 @@ def register() -> None:
 
     Raises:
         ImportError: ``kernels`` is not installed.
+
+    Examples:
+        >>> rmsnorm.hub.register()  # then model.use_kernels = True
+        >>> rmsnorm.hub.unregister()
     """
     kernels = _kernels()
     kernels.register_kernel_mapping(mapping())
@@ -40,12 +44,26 @@ def unregister() -> None:
 
     Raises:
         ImportError: ``kernels`` is not installed.
+
+    Examples:
+        >>> rmsnorm.hub.unregister()
     """
     _kernels().register_kernel_mapping({name: {"cpu": {}} for name in _LAYERS})
 
 
 def mapping() -> dict[str, dict[str, dict[Any, Any]]]:
-    """What ``register()`` registers; for ``with kernels.use_kernel_mapping(rmsnorm.hub.mapping()):``."""
+    """What ``register()`` registers; for ``with kernels.use_kernel_mapping(rmsnorm.hub.mapping()):``.
+
+    Returns:
+        By name and device, the layer for each mode of ``kernels``.
+
+    Raises:
+        ImportError: ``kernels`` is not installed.
+
+    Examples:
+        >>> sorted(rmsnorm.hub.mapping())
+        ['RMSNorm', 'RMSNormGated', 'RMSNormZeroCentered']
+    """
     mode = _kernels().Mode
     modes = [kind | compiled for kind in (mode.INFERENCE, mode.TRAINING) for compiled in (mode(0), mode.TORCH_COMPILE)]
     return {name: {"cpu": dict.fromkeys(modes, _Repository(name))} for name in _LAYERS}

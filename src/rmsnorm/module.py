@@ -30,10 +30,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
     The state_dict is torch's: one ``weight``, both ways.
 
-    Example:
+    Examples:
         >>> layer = RMSNorm(4, eps=0.0)
         >>> layer(torch.tensor([0.1, 0.1, 0.2, 0.3])).detach()
         tensor([0.5164, 0.5164, 1.0328, 1.5492])
+        >>> layer.load_state_dict(torch.nn.RMSNorm(4).state_dict())
+        <All keys matched successfully>
     """
 
     # Class-level defaults: pickles of torch's layer and layers whose class is swapped in place need no migration.

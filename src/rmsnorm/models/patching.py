@@ -42,9 +42,12 @@ def patch(
         layer_norm: whether LayerNorms are taken too.
 
     Returns:
-        A :class:`PatchReport`: print it, or ``.to_dict()`` it.
+        A :class:`rmsnorm.PatchReport`: print it, or ``.to_dict()`` it.
 
-    Example:
+    Raises:
+        TypeError: the model is no ``torch.nn.Module``.
+
+    Examples:
         >>> report = patch(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8)))
         >>> report.patched[0].name, report.patched[0].meaning
         ('1', 'weight, then round')
@@ -118,7 +121,21 @@ def _left_alone(module: nn.Module) -> str:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every norm its own forward back. Does nothing to modules that :func:`patch` left alone."""
+    """Gives every norm its own forward back. Does nothing to modules that :func:`rmsnorm.patch` left alone.
+
+    Args:
+        model: one that was patched, or a part of one, or a copy.
+
+    Raises:
+        TypeError: it is no ``torch.nn.Module``.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.RMSNorm(8))
+        >>> report = patch(model)
+        >>> unpatch(model)
+        >>> type(model[0]) is torch.nn.RMSNorm
+        True
+    """
     _check(model, "unpatch")
     for module in model.modules():
         classes.restore(module)
@@ -126,7 +143,21 @@ def unpatch(model: nn.Module) -> None:
 
 @contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[PatchReport]:
-    """:func:`patch` for the length of a ``with`` block, with the same options."""
+    """:func:`rmsnorm.patch` for the length of a ``with`` block.
+
+    Args:
+        model: as for :func:`rmsnorm.patch`; at the end of the block it is unpatched, whatever happens inside.
+        options: those of :func:`rmsnorm.patch`, by name.
+
+    Yields:
+        The :class:`rmsnorm.PatchReport`.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
+        >>> with patched(model) as report:
+        ...     len(report.patched)
+        1
+    """
     report = patch(model, **options)
     try:
         yield report

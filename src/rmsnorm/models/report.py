@@ -23,6 +23,7 @@ class Entry:
     name: str
     """Its path in the model."""
     cls: str
+    """The name of its class."""
     meaning: str = ""
     """Which recipe it follows; empty if it was skipped."""
     reason: str = ""
@@ -41,6 +42,13 @@ class PatchReport:
     difference of an output, in eps (1.2e-7); ``bfloat16`` and ``float16`` are the share of outputs that are not
     identical, but one rounding apart; ``gradient`` is the largest difference of a gradient, in eps of the coarsest type
     and relative to the row's largest.
+
+    Examples:
+        >>> report = patch(torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8)))
+        >>> [entry.name for entry in report.patched], [entry.name for entry in report.skipped]
+        (['1'], ['0'])
+        >>> report.to_dict()["patched"][0]["meaning"]
+        'weight, then round'
     """
 
     patched: list[Entry] = field(default_factory=list)
