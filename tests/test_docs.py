@@ -21,7 +21,8 @@ TWINS = {
     "docs/explained.md": "docs/explained.zh.md",
     "docs/tasks.md": "docs/tasks.zh.md",
 }
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+FOLDERS = ("*.md", "docs/**/*.md", "examples/*.md", "findings/*.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(folder))
 CJK = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
 
 
