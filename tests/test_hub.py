@@ -244,5 +244,5 @@ def test_missing_package(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "kernels", None)
         for call in (hub.register, hub.unregister, hub.mapping):
-            with pytest.raises(ImportError, match=r"rmsnorm\.hub needs the package kernels, .*: pip install kernels"):
+            with pytest.raises(ImportError, match=r"rmsnorm\.hub needs the package kernels, .*: pip install .kernels"):
                 call()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference
+from ._extras import extra_line
 
 CHOICES = ("torch", "triton")
 KEYS = ("CUDA", "XPU")
@@ -45,7 +46,7 @@ def choice() -> str:
     if chosen not in CHOICES:
         raise ValueError(f"RMSNORM_CUDA={chosen!r} is not a choice: set it to {' or '.join(CHOICES)}, or unset it")
     if chosen == "triton" and not has_triton():
-        warnings.warn("RMSNORM_CUDA=triton has no effect: Triton is missing; pip install triton", stacklevel=2)
+        warnings.warn(f"RMSNORM_CUDA=triton has no effect: Triton is missing; {extra_line('gpu')}", stacklevel=2)
     return chosen
 
 

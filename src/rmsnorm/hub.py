@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._extras import extra_line
 from .models import binding, probe
 
 
@@ -74,7 +75,7 @@ def _kernels() -> Any:
         import kernels
     except ImportError as error:
         raise ImportError(
-            "rmsnorm.hub needs the package kernels, which is not installed: pip install kernels, in the version that "
+            f"rmsnorm.hub needs the package kernels, which is not installed: {extra_line('hub')}, or the version that "
             "your transformers asks for (kernels==0.17.2 for transformers 5.20 to 5.22)"
         ) from error
     return kernels

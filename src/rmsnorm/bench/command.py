@@ -120,11 +120,11 @@ def redraw(
     file: Annotated[Path, typer.Argument(help="Where to: .html, .png or .csv.")],
 ) -> None:
     """Make a report of results that were measured before."""
-    check_file("--report", file, ".html", ".png", ".csv")
+    check_file("FILE", file, ".html", ".png", ".csv")
     try:
         found = Report.load(results)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="results") from error
+        raise typer.BadParameter(str(error), param_hint="RESULTS") from error
     Console().print(f"wrote {export.write(found, file)}", markup=False, soft_wrap=True)
 
 
@@ -142,9 +142,10 @@ def run_bars(
     if not chosen:
         names = ", ".join(dict.fromkeys(bar.cell for bar in bars.BARS))
         raise typer.BadParameter(f"{only!r} is in none of {names}", param_hint="--only")
+    wanted = thread_counts(threads) or [torch.get_num_threads()]
     out, here, groups = Console(), console.machine(), bars.groups(chosen)
     out.print(console.header(here))
-    outcomes = {(bar, count): bars.Outcome(bar, count) for count in thread_counts(threads) or () for bar in chosen}
+    outcomes = {(bar, count): bars.Outcome(bar, count) for count in wanted for bar in chosen}
     counts = [count for _ in range(runs) for count in dict.fromkeys(count for _, count in outcomes)]
     labels = [f"{group[0].cell}, {count} threads" for count in counts for group in groups]
 

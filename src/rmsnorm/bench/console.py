@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,12 @@ from rich.text import Text
 
 from .._info import info
 from .bars import Outcome
+from .fitting import Fitted
 from .results import OURS, Report, Result, first, verdict
 from .timing import human
 
 T = TypeVar("T")
+COLUMNS = "time", "quartiles", "best", "GB/s", "copy", "ours ÷"
 VERDICTS = {"holds": "green", "holds by minima": "yellow", "missed": "red", "not measured": "red"}
 
 
@@ -92,28 +95,32 @@ def tables(results: Sequence[Result]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(results: Sequence[Result]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    grid.add_column("case, contender", no_wrap=True)
-    for name in ("time", "quartiles", "best", "GB/s", "copy", "ours ÷"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        grid.add_row(f"[bold]{result.case}")
-        ratios = {name: _ratio(ratio) for name, ratio in result.ratios().items()}
-        for name, line in result.contenders.items():
-            grid.add_row(
-                f"  {name}",
-                human(line.median_s),
-                human(*line.quartiles_s),
-                human(line.min_s),
-                f"{line.gb_per_s:.{1 if line.gb_per_s < 100 else 0}f}",
-                "" if line.share_of_copy is None else f"{line.share_of_copy:.0%}",
-                ratios.get(name, ""),
-            )
-        for name in result.skipped:
-            grid.add_row(f"  {name}", "skipped")
-        grid.add_section()
-    return grid
+def _table(results: Sequence[Result]) -> Fitted:
+    def make(gone: Collection[str]) -> Table:
+        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+        grid.add_column("case, contender", min_width=20)
+        for name in (name for name in COLUMNS if name not in gone):
+            grid.add_column(name, justify="right", no_wrap=True)
+        for result in results:
+            grid.add_row(f"[bold]{result.case}")
+            ratios = {name: _ratio(ratio) for name, ratio in result.ratios().items()}
+            for name, line in result.contenders.items():
+                cells = (
+                    human(line.median_s),
+                    human(*line.quartiles_s),
+                    human(line.min_s),
+                    f"{line.gb_per_s:.{1 if line.gb_per_s < 100 else 0}f}",
+                    "" if line.share_of_copy is None else f"{line.share_of_copy:.0%}",
+                    ratios.get(name, ""),
+                )
+                named = zip(COLUMNS, cells, strict=True)
+                grid.add_row(f"  {name}", *(cell for column, cell in named if column not in gone))
+            for name in result.skipped:
+                grid.add_row(f"  {name}", "skipped")
+            grid.add_section()
+        return grid
+
+    return Fitted(make, ("best", "quartiles", "copy", "GB/s"))
 
 
 def _ratio(ratio: float) -> str:
@@ -136,48 +143,61 @@ def summary(results: Sequence[Result], rival: str = "F.rms_norm") -> str:
     return "\n".join(lines)
 
 
-def footprints(report: Report) -> Table:
+def footprints(report: Report) -> Fitted:
     """The bytes of forward and backward, absolute and in tensors of the input's size."""
-    grid = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        title="Memory of forward and backward",
-    )
-    grid.add_column("case, contender", no_wrap=True)
-    for name in ("peak", "÷ input", "kept for backward", "÷ input"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    case = ""
-    for one in report.footprints:
-        if case != (case := f"{one.rows}×{one.cols} {one.dtype}"):
-            grid.add_row(f"[bold]{case}")
-        sizes = (one.peak_bytes, one.kept_bytes)
-        cells = [cell for size in sizes for cell in (mebibytes(size), f"{size / one.tensor_bytes:.2f}")]
-        grid.add_row(f"  {one.contender}", *cells)
-    return grid
+    titles = "peak", "peak ÷\ninput", "kept for\nbackward", "kept ÷\ninput"
+
+    def make(gone: Collection[str]) -> Table:
+        grid = Table(
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+            title="Memory of forward and backward",
+        )
+        grid.add_column("case, contender", min_width=20)
+        for name in (name for name in titles if name not in gone):
+            grid.add_column(name, justify="right", no_wrap=True)
+        case = ""
+        for one in report.footprints:
+            if case != (case := f"{one.rows}×{one.cols} {one.dtype}"):
+                grid.add_row(f"[bold]{case}")
+            sizes = (one.peak_bytes, one.kept_bytes)
+            cells = [cell for size in sizes for cell in (mebibytes(size), f"{size / one.tensor_bytes:.2f}")]
+            named = zip(titles, cells, strict=True)
+            grid.add_row(f"  {one.contender}", *(cell for name, cell in named if name not in gone))
+        return grid
+
+    return Fitted(make, (titles[1], titles[3], titles[0]))
 
 
 def bars(outcomes: Sequence[Outcome]) -> RenderableType:
     """The performance contract: a table for each thread count, a line for each bar, a number for each run."""
     parts: list[RenderableType] = []
     for count in dict.fromkeys(one.threads for one in outcomes):
-        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        grid.add_column("ours ÷ other", width=26)
-        for name in ("bound", "medians", "minima"):
-            grid.add_column(name, justify="right", no_wrap=True)
-        grid.add_column("")
-        cell = ""
-        for one in outcomes:
-            if one.threads == count:
-                if cell != (cell := f"{one.bar.cell}, {one.bar.case().shape} {one.bar.dtype}"):
-                    grid.add_section()
-                    grid.add_row(f"[bold]{cell}")
-                runs = [" ".join(f"{value:.2f}" for value in values) for values in (one.medians, one.minima)]
-                verdict = f"[{VERDICTS[one.verdict]}]{one.verdict}[/]"
-                grid.add_row(f"÷ {one.bar.other}", f"{one.bar.bound:.2f}", *runs, verdict)
-        parts += [Text(f"{count} thread{'s' * (count > 1)}", style="bold"), grid]
+        mine = [one for one in outcomes if one.threads == count]
+        parts.append(Text(f"{count} thread{'s' * (count > 1)}", style="bold"))
+        parts.append(Fitted(partial(_bars, mine), ("minima", "medians")))
     return Group(*parts)
+
+
+def _bars(outcomes: Sequence[Outcome], gone: Collection[str]) -> Table:
+    titles = "bound", "medians", "minima"
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("ours ÷ other", min_width=26)
+    for name in (name for name in titles if name not in gone):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("", no_wrap=True)
+    cell = ""
+    for one in outcomes:
+        if cell != (cell := f"{one.bar.cell}, {one.bar.case().shape} {one.bar.dtype}"):
+            grid.add_section()
+            grid.add_row(f"[bold]{cell}")
+        runs = [" ".join(f"{value:.2f}" for value in values) for values in (one.medians, one.minima)]
+        named = zip(titles, (f"{one.bar.bound:.2f}", *runs), strict=True)
+        verdict = f"[{VERDICTS[one.verdict]}]{one.verdict}[/]"
+        grid.add_row(f"÷ {one.bar.other}", *(text for name, text in named if name not in gone), verdict)
+    return grid
 
 
 def mebibytes(size: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .._extras import extra_line
 from .results import Report
 
 
@@ -65,7 +66,7 @@ def refusal(file: Path, *suffixes: str) -> str | None:
     if not file.parent.is_dir():
         return f"{file.parent} is not a directory; make it first"
     if file.suffix in NEEDS_MATPLOTLIB and importlib.util.find_spec("matplotlib") is None:
-        return "figures need matplotlib: pip install 'rmsnorm[bench]'"
+        return f"figures need matplotlib: {extra_line('bench')}"
     return None
 
 

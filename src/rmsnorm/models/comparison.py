@@ -1,26 +1,17 @@
-"""The only file that measures what patching changes in a language model: logits, text, loss, speed and memory."""
+"""The only file that compares what a model says before and after patching: outputs, text, loss."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity
 
-from ..bench.memory import kept
-from ..bench.timing import measure
-from .classes import switch
-from .patching import patch
-from .report import PatchReport
+from .inputs import positions
+from .workload import Turn, tensors
 
-READ = 128
-"""Tokens of real text that are read at once when times are taken, and that a training step takes."""
 WINDOW = 500
 """Tokens of a text that are scored at once: as many rows of logits."""
 
@@ -29,151 +20,88 @@ WINDOW = 500
 class Outputs:
     """What a model says."""
 
-    logits: Tensor
-    """Of the prompt, in float32."""
+    tensors: dict[str, Tensor]
+    """All that it returns in floating point, in float32."""
     written: list[int]
-    """The tokens that it writes behind the prompt, greedily."""
+    """The tokens that it writes behind the prompt, greedily; none if it doesn't write."""
     losses: Tensor
-    """Of each token of a real text, in nats."""
+    """Of each token of a real text, in nats; none if it doesn't write."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Of one kind of work, in tokens a second (from the median time)."""
-
-    before: float
-    after: float
-    ratio: float
-    """Time after ÷ time before, the median over rounds; below 1, faster."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of a training step, in bytes of tensors, without the model's weights."""
-
-    kept: int
-    """From forward for backward."""
-    peak: int
-    """Held at once."""
-
-
-@dataclass
 class Comparison:
-    """A model before and after :func:`rmsnorm.patch`."""
+    """A model with its norms as they were, and as :func:`rmsnorm.patch` left them."""
 
-    report: PatchReport
     before: Outputs
     after: Outputs
-    speeds: dict[str, Speed] = field(default_factory=dict)
-    memory: dict[str, Memory] = field(default_factory=dict)
 
-    def numbers(self) -> dict[str, float]:
-        """The differences."""
+    def differences(self) -> dict[str, tuple[float, float]]:
+        """Of each tensor that the model returns, the largest difference, and the largest element."""
+        found = {}
+        for name, one in self.before.tensors.items():
+            # Compared where both are finite: a mask of -inf is no difference.
+            other = self.after.tensors[name]
+            apart = torch.where(one == other, 0.0, (other - one).abs())
+            found[name] = apart.max().item(), one[one.isfinite()].abs().max().item()
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """The differences, for JSON."""
         before, after = self.before, self.after
-        return {
-            "same_tokens": sum(a == b for a, b in zip(before.written, after.written, strict=False)),
-            "written_tokens": len(before.written),
-            "logit_difference": (after.logits - before.logits).abs().max().item(),
-            "logit_size": before.logits.abs().max().item(),
-            "loss_before": before.losses.double().mean().item(),
-            "loss_after": after.losses.double().mean().item(),
-            "loss_difference_per_token": (after.losses - before.losses).abs().max().item(),
-            "scored_tokens": before.losses.numel(),
+        found: dict[str, Any] = {
+            "outputs": {n: {"difference": d, "size": s} for n, (d, s) in self.differences().items()}
         }
+        if before.written:
+            found["same_tokens"] = sum(a == b for a, b in zip(before.written, after.written, strict=False))
+            found["written_tokens"] = len(before.written)
+        if before.losses.numel():
+            found["loss_before"] = before.losses.double().mean().item()
+            found["loss_after"] = after.losses.double().mean().item()
+            found["loss_difference_per_token"] = (after.losses - before.losses).abs().max().item()
+            found["scored_tokens"] = before.losses.numel()
+        return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        speeds = {name: asdict(speed) for name, speed in self.speeds.items()}
-        held = {when: asdict(memory) for when, memory in self.memory.items()}
-        return {"report": self.report.to_dict(), **self.numbers(), "tokens_per_second": speeds, "bytes": held}
+
+def writes(model: Any) -> bool:
+    """Whether it continues a text: it generates, from tokens, without an encoder."""
+    return model.can_generate() and model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
 
 
-def compare(model: Any, prompt: Tensor, text: Tensor, tokens: int, seconds: float, **options: Any) -> Comparison:
-    """Patches a causal language model and compares.
+def compare(model: Any, turn: Turn, inputs: dict[str, Tensor], prompt: Tensor, text: Tensor, tokens: int) -> Comparison:
+    """Asks a patched model with its norms off, then on.
 
     Args:
         model: from transformers, on the CPU.
-        prompt, text: tokens ``[n]``; the first are continued by ``tokens`` more, the second are scored.
-        seconds: of timing for each kind of work; 0 leaves it out.
-        options: of :func:`rmsnorm.patch`.
+        turn: switches its norms.
+        inputs: what its forward takes; for one that writes, ``prompt`` alone.
+        prompt, text: tokens ``[n]`` for one that writes: the first are continued by ``tokens`` more, the second scored.
     """
-    before = _outputs(model, prompt, text, tokens)
-    report = patch(model, **options)
-    result = Comparison(report, before, _outputs(model, prompt, text, tokens))
-    if seconds:
-        turn = switch(model)
-        for name, (call, count) in work(model, text[None, :READ]).items():
-
-            def timed(on: bool, call: Callable[[], object] = call) -> Callable[[], object]:
-                return lambda: (turn(on), call())
-
-            times = measure({"before": timed(False), "after": timed(True)}, seconds)
-            before_s, after_s = times["before"], times["after"]
-            result.speeds[name] = Speed(count / before_s.median, count / after_s.median, after_s.ratio(before_s))
-        for when in ("before", "after"):
-            turn(when == "after")
-            result.memory[when] = memory(model, text[None, :READ])
-    return result
+    sides = []
+    try:
+        for on in (False, True):
+            turn(on)
+            sides.append(_outputs(model, inputs, prompt, text, tokens))
+    finally:
+        turn(True)
+    return Comparison(*sides)
 
 
-def _outputs(model: Any, prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
-    with torch.inference_mode():
-        logits = model(prompt[None]).logits[0].float()
+def _outputs(model: Any, inputs: dict[str, Tensor], prompt: Tensor, text: Tensor, tokens: int) -> Outputs:
+    # Some draw masks or noise in evaluation mode, too.
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = {name: one.float() for name, one in tensors(model(**inputs))}
+        if not writes(model):
+            return Outputs(found, [], torch.empty(0))
+        window = min(WINDOW, positions(model))
+        tokens = max(1, min(tokens, positions(model) - len(prompt)))
         mask = torch.ones_like(prompt[None])
         written = model.generate(
             prompt[None], attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
         )
         losses = [
-            cross_entropy(model(window[None, :-1]).logits[0].float(), window[1:], reduction="none")
-            for window in text.split(WINDOW)
-            if len(window) > 1
+            cross_entropy(model(part[None, :-1]).logits[0].float(), part[1:], reduction="none")
+            for part in text.split(window)
+            if len(part) > 1
         ]
-    return Outputs(logits, written[0, len(prompt) :].tolist(), torch.cat(losses))
-
-
-def work(model: Any, ids: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, and how many tokens it takes in."""
-    with torch.inference_mode():
-        output = model(ids, use_cache=True)
-    name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
-    cache = output[name]
-
-    @torch.inference_mode()
-    def decode() -> None:
-        model(ids[:, :1], **{name: cache}, use_cache=True)
-        cache.crop(-1)  # the next call sees the same past
-
-    @torch.inference_mode()
-    def prefill() -> None:
-        model(ids, use_cache=True)
-
-    return {
-        "decode": (decode, 1),
-        "prefill": (prefill, ids.numel()),
-        "training step": (lambda: train(model, ids), ids.numel()),
-    }
-
-
-def train(model: Any, ids: Tensor) -> None:
-    """Forward and backward; the optimizer is not ours to compare."""
-    model.zero_grad(set_to_none=True)
-    _loss(model, ids).backward()
-
-
-def _loss(model: Any, ids: Tensor) -> Tensor:
-    loss: Tensor = model(ids, labels=ids, use_cache=False).loss
-    return loss
-
-
-def memory(model: Any, ids: Tensor) -> Memory:
-    """Of one training step, the gradients included. torch's own count of tensors: what the process holds in all also
-    depends on what it held before."""
-    model.zero_grad(set_to_none=True)
-    storages = kept(lambda: _loss(model, ids), model.parameters())
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop otherwise
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-        train(model, ids)
-    model.zero_grad(set_to_none=True)
-    events: Any = profile.profiler
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]")
-    return Memory(sum(size for size, _ in storages), max(accumulate(size for _, size in changes)))
+    return Outputs(found, written[0, len(prompt) :].tolist(), torch.cat(losses) if losses else torch.empty(0))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 ERRORS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "gradient": "grad"}
 """The keys of ``errors``, and how the table heads them."""
+TITLES = ("norms", "class", "modules", *ERRORS.values(), "what")
+NOTE = "float32 and gradients: largest difference in eps · bfloat16, float16: share that is not identical"
+WHOLE = "whole names"
+"""What gives way last on a narrow screen."""
+MOST_NAMES = 8
+"""Module names in a row; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class PatchReport:
         return asdict(self)
 
     def rows(self) -> list[list[str]]:
-        """What the table shows: modules of one class with one fate in one row."""
+        """What the table shows below ``TITLES``: modules of one class with one fate in one row."""
         groups: dict[tuple[str, str], list[Entry]] = {}
         for title, entries in (("patched", self.patched), ("fused", self.fused), ("skipped", self.skipped)):
             for entry in entries:
@@ -71,13 +78,7 @@ class PatchReport:
                 fate = f"{title}: {entry.meaning or entry.reason}{types}"
                 groups.setdefault((fate, entry.cls), []).append(entry)
         return [
-            [
-                str(len(group)),
-                cls,
-                ", ".join(dict.fromkeys(_pattern(entry.name) for entry in group)),
-                fate,
-                *_worst(group),
-            ]
+            [str(len(group)), cls, ", ".join(_names(group)), *_worst(group), fate]
             for (fate, cls), group in groups.items()
         ]
 
@@ -90,7 +91,16 @@ class PatchReport:
         return f"{len(self.patched)} norms run on rmsnorm{fused}{left}."
 
     def __str__(self) -> str:
-        return "\n".join([*("  ".join(filter(None, row)) for row in self.rows()), self.summary()])
+        if not (rows := self.rows()):
+            return self.summary()
+        columns = [column for column in zip(TITLES, *rows, strict=True) if any(column[1:])]
+        titles, widths = [column[0] for column in columns], [max(map(len, column)) for column in columns]
+        lines = []
+        for row in zip(*columns, strict=True):
+            aligned = zip(titles, row, widths, strict=True)
+            cells = (cell.rjust(width) if _is_number(title) else cell.ljust(width) for title, cell, width in aligned)
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([*lines, self.summary()])
 
     def __rich__(self) -> RenderableType:
         from rich import box
@@ -98,20 +108,57 @@ class PatchReport:
         from rich.markup import escape
         from rich.table import Table
 
-        note = "float32 and gradients: largest difference in eps · bfloat16, float16: share that is not identical"
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=note)
-        for title in ("", "class", "modules", "what"):
-            table.add_column(title, overflow="fold")
-        for title in ERRORS.values():
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in self.rows():
-            table.add_row(*map(escape, row))
-        return Group(table, self.summary()) if table.row_count else self.summary()
+        from ..bench.fitting import Fitted
+
+        rows = self.rows()
+        empty = [title for title, *cells in zip(TITLES, *rows, strict=True) if not any(cells)]
+
+        def make(gone: Collection[str]) -> Table:
+            gone = {*gone, *empty}
+            caption = None if "grad" in gone else NOTE
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+            for title in (title for title in TITLES if title not in gone):
+                justify: Literal["left", "right"] = "right" if _is_number(title) else "left"
+                table.add_column(title, justify=justify, no_wrap=title != "what", min_width=16 * (title == "what"))
+            for row in rows:
+                cells = dict(zip(TITLES, row, strict=True))
+                names = cells["modules"].split(", ")
+                cells["modules"] = "\n".join(shortened(name, 26) if WHOLE in gone else name for name in names)
+                table.add_row(*(escape(cell) for title, cell in cells.items() if title not in gone))
+            return table
+
+        table = Fitted(make, ("|".join(ERRORS.values()), "class", WHOLE))
+        return Group(table, self.summary()) if rows else self.summary()
+
+
+def _is_number(title: str) -> bool:
+    return title == "norms" or title in ERRORS.values()
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    """The places of a row: with stars for layer numbers, each once, shortened."""
+    names = list(dict.fromkeys(shortened(_pattern(entry.name)) for entry in entries))
+    more = len(names) - MOST_NAMES
+    return [*names[:MOST_NAMES], f"and {more} more"] if more > 0 else names
 
 
 def _pattern(name: str) -> str:
     """The name with its layer numbers as stars."""
     return re.sub(r"\b\d+\b", "*", name) or "(the model)"
+
+
+def shortened(name: str, width: int = 40) -> str:
+    """A dotted name of about so many characters at most: parts in its middle give way to one ``…``, none is cut.
+
+    The last part always stays: it tells one norm of a layer from another.
+    """
+    parts = name.split(".")
+    for gone in range(1, len(parts)):
+        if len(name) <= width:
+            break
+        left = (len(parts) - gone) // 2
+        name = ".".join([*parts[:left], "…", *parts[left + gone :]])
+    return name
 
 
 def _worst(entries: Sequence[Entry]) -> list[str]:

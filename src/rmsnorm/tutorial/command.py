@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from .._extras import extra_line
 from ..bench import export
 from . import texts
 
@@ -41,7 +42,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         if lang not in texts.LANGUAGES:
             refuse(f"unknown language {lang!r}; choose one of {', '.join(texts.LANGUAGES)}")
         if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            refuse(f"{', '.join(absent)} missing: pip install 'rmsnorm[tutorial]'")
+            refuse(f"{', '.join(absent)} missing: {extra_line('tutorial')}")
         if export_to is not None:
             if reason := unwritable(export_to):
                 refuse(reason)
