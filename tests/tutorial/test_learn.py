@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from rmsnorm import cli
+from rmsnorm._extras import extra_line
 from rmsnorm.models import loading
 from rmsnorm.tutorial import blocks, command, cost, depth, server, static, texts
 from rmsnorm.tutorial.chapters import PANELS
@@ -139,7 +140,7 @@ def test_a_port_that_is_taken_is_refused():
 @pytest.mark.parametrize("package", command.NEEDED)
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    one_line(learn("--no-browser"), package, "pip install 'rmsnorm[tutorial]'")
+    one_line(learn("--no-browser"), package, extra_line("tutorial"))
 
 
 def test_export_into_a_place_that_cannot_be_written(tmp_path):

@@ -69,7 +69,9 @@ def run_bench(
         device,
     )
     if not todo:
-        raise typer.BadParameter("warm memory is for the direction forward only", param_hint="--memory")
+        typed = {"--preset": preset, "--memory": output, "--direction": direction}
+        hint = " and ".join(option for option, value in typed.items() if value)
+        raise typer.BadParameter("warm memory is for the direction forward only", param_hint=hint)
     try:
         names = [one.name for one in contenders.named(against or chosen.against)]
     except ValueError as error:

@@ -40,12 +40,12 @@ def register(app: "typer.Typer") -> "typer.Typer":
             raise typer.Exit(2)
 
         if lang not in texts.LANGUAGES:
-            refuse(f"unknown language {lang!r}; choose one of {', '.join(texts.LANGUAGES)}")
+            refuse(f"--lang: unknown language {lang!r}; choose one of {', '.join(texts.LANGUAGES)}")
         if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
             refuse(f"{', '.join(absent)} missing: {extra_line('tutorial')}")
         if export_to is not None:
             if reason := unwritable(export_to):
-                refuse(reason)
+                refuse(f"--export: {reason}")
             from . import static
 
             with Console(stderr=True).status("") as status:
