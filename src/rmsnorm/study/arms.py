@@ -69,6 +69,11 @@ ARMS = {
 }
 
 
+def run_name(arm: str, rate: float, seed: int) -> str:
+    """A run, as it is shown: arms have one name wherever somebody reads it."""
+    return f"{ARMS[arm].title} at {rate:g}, seed {seed}"
+
+
 def chosen(text: str) -> tuple[str, ...]:
     """Arms as the command line gives them, in the order of the table; nothing means all.
 

@@ -19,7 +19,7 @@ from ..bench import console as machines
 from ..models.loading import missing
 from . import arms as table
 from . import corpus as texts
-from . import findings, plan, stopwatch, workers
+from . import findings, plan, preface, stopwatch, workers
 from .checkpoint import Refused
 from .folder import Folder
 from .results import Study
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> typer.Typer:
 
 def run(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small model and few steps: a minute, and no verdict.")
+        bool, typer.Option("--quick", help="A rehearsal: a small model, few steps, a minute; no finding.")
     ] = False,
     out: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("rmsnorm-study"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
@@ -59,6 +59,9 @@ def run(
     try:
         with workers.Ranks() as ranks:
             folder = opened(out, setting, resume, ranks)
+            if text.name == "python" and not corpus and not ranks.rank:
+                hint = f"for the Bible's 4 million bytes: {extra_line('study')}"
+                typer.echo(f"the text is Python's documentation; {hint}", err=True)
             processes = jobs or (1 if ranks.count > 1 else min(2, os.cpu_count() or 1))
             study = carried_out(folder, text, processes, ranks)
         if study:
@@ -71,6 +74,14 @@ def run(
         stop(f"{error.filename or out} can't be used: {error.strerror}; give another --out", 1)
     except KeyboardInterrupt:
         stop(f"Ctrl-C: {SUSPENDED}", 130)
+
+
+def begin(setting: plan.Setting) -> None:
+    """Says what is done, and what the words mean, before anything is."""
+    screen = Console()
+    for paragraph in preface.preface(setting):
+        screen.print(paragraph, markup=False, highlight=False)
+    screen.print()
 
 
 def finish(study: Study, folder: Folder, text: texts.Corpus, seconds: float, *, again: bool) -> None:
@@ -107,10 +118,6 @@ def settle(size: plan.Setting, arms: str, corpus: str, seeds: int, steps: int) -
         text.check(size.context, size.windows)
     except texts.Unusable as reason:
         stop(f"--corpus: {reason}")
-    if text.name == "python" and not corpus:
-        typer.echo(
-            f"the text is Python's documentation; for the Bible's 4 million bytes: {extra_line('study')}", err=True
-        )
     here = info()
     setting = replace(
         size,
@@ -148,6 +155,9 @@ def carried_out(folder: Folder, text: texts.Corpus, jobs: int, ranks: workers.Ra
     mine = ranks.share(folder.setting.arms)
     done = [outcome for outcome in folder.outcomes() if outcome.arm in mine]
     complete = True
+    folder.timing()  # a damaged one is refused now
+    if not ranks.rank:
+        begin(folder.setting)
     try:
         with watch(folder.setting, mine, done, quiet=ranks.rank > 0) as hear:
             workers.carry_out(folder, mine, text, jobs, done, hear)
@@ -194,9 +204,12 @@ class watch:
         for outcome in self.done[self.known :]:
             self.running.pop(outcome.trained.run, None)
             loss = "diverged" if outcome.held_out is None else f"{outcome.held_out:.4f} nats per byte"
-            self.progress.console.print(f"{outcome.trained.run.name}: {loss}", markup=False, highlight=False)
+            ended = table.run_name(outcome.arm, outcome.rate, outcome.seed)
+            self.progress.console.print(f"{ended}: {loss}", markup=False, highlight=False)
         self.known = len(self.done)
         trained = [outcome.trained for outcome in self.done]
         total = plan.expected(self.setting, self.arms, trained) * self.setting.steps
         completed = self.known * self.setting.steps + sum(self.running.values())
-        self.progress.update(self.task, description=run.name, total=total, completed=completed)
+        self.progress.update(
+            self.task, description=table.run_name(run.arm, run.rate, run.seed), total=total, completed=completed
+        )

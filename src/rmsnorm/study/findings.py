@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from . import preface
 from .results import Study
 from .summary import Arm, Spread, arms_of, difference
 
@@ -19,10 +20,9 @@ def conclusions(study: Study) -> list[str]:
     if not study.complete:
         return ["The study is unfinished: there is nothing to conclude yet."]
     arms = arms_of(study)
-    found = [sentence for about in ABOUT if (sentence := about(study, arms))]
-    if study.setting.seeds < 3:
-        found.append("Fewer than three seeds make a band that is too wide for a verdict: this is a rehearsal.")
-    return found
+    if study.setting.rehearsal:
+        return [preface.REHEARSAL, *filter(None, (about(study, arms) for about in REHEARSED))]
+    return [sentence for about in ABOUT if (sentence := about(study, arms))]
 
 
 def headlines(study: Study) -> list[str]:
@@ -40,10 +40,13 @@ def verdict(spread: Spread) -> str:
     return "worse" if spread.mean > 0 else "better"
 
 
-def less_rms(arm: Arm, arms: Arms) -> str:
-    """An arm's loss less that of RMSNorm with its band, and what it means; for a cell of a table."""
+def less_rms(arm: Arm, arms: Arms, *, rehearsal: bool = False) -> str:
+    """An arm's loss less that of RMSNorm with its band, and what it means; for a cell of a table. A rehearsal's means
+    nothing."""
     apart = difference(arm, arms["rms"]) if "rms" in arms and arm.name != "rms" else None
-    return f"{apart.signed}, {verdict(apart)}" if apart and apart.values else ""
+    if not apart or not apart.values:
+        return ""
+    return apart.signed if rehearsal else f"{apart.signed}, {verdict(apart)}"
 
 
 def _loss(study: Study, arms: Arms) -> str:
@@ -155,7 +158,38 @@ def _edges(study: Study, arms: Arms) -> str:
     at_edge = [arm.title for arm in arms.values() if arm.edge]
     failed = [f"{arm.title}: {arm.failed} of {arm.failed + len(arm.seeds)}" for arm in arms.values() if arm.failed]
     text = f"The best rate is the last one tried for {', '.join(at_edge)}: theirs may be better. " if at_edge else ""
-    return text + (f"Seeds that diverged at the arm's best rate: {', '.join(failed)}." if failed else "")
+    text += f"Seeds that diverged at the arm's best rate: {', '.join(failed)}." if failed else ""
+    return text.rstrip()
 
 
+def _losses(study: Study, arms: Arms) -> str:
+    """What a rehearsal says of losses: the arms in the order of the table, and which are apart."""
+    found = {arm.title: arm.held_out for arm in arms.values() if arm.seeds}
+    if not found:
+        return "No arm has a run at a best rate."
+    rates = {arm.title: arm.best_rate for arm in arms.values()}
+    listed = "; ".join(f"{title} {spread} at rate {rates[title]:g}" for title, spread in found.items())
+    pairs = [(one, other) for one in found for other in found if not found[one].overlaps(found[other])]
+    apart = [f"{one} below {other}" for one, other in pairs if found[one].mean < found[other].mean]
+    order = (
+        f"Bands apart: {'; '.join(apart)}; all others overlap." if apart else "All bands overlap: no order is given."
+    )
+    return f"Held-out loss in nats per byte, in the order of --arms: {listed}. {order}"
+
+
+def _rates(study: Study, arms: Arms) -> str:
+    rates = "; ".join(f"{arm.title} {rate(arm)}" for arm in arms.values())
+    return f"Largest learning rate that still trains, on a grid of factor {study.setting.ratio:g}: {rates}."
+
+
+def _step(study: Study, arms: Arms) -> str:
+    ratios = ((study.timing or {}).get("steps", {}).get("rms") or {}).get("ratios", {}).get("layer")
+    if not ratios:
+        return ""
+    low, middle, high = ratios
+    text = f"A training step with {arms['rms'].title} takes {middle:.3f} of the time of one with {arms['layer'].title}"
+    return f"{text} (quartiles {low:.3f} to {high:.3f}){': no difference measurable' if low <= 1 <= high else ''}."
+
+
+REHEARSED: tuple[Callable[[Study, Arms], str], ...] = (_losses, _rates, _step, _edges)
 ABOUT: tuple[Callable[[Study, Arms], str], ...] = (_loss, _others, _stable, _any_norm, _batch_norm, _cost, _edges)

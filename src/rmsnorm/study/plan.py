@@ -40,6 +40,12 @@ class Setting:
         """Bytes that a run is trained on."""
         return self.steps * self.batch * self.context
 
+    @property
+    def rehearsal(self) -> bool:
+        """Whether it is smaller than the study in a way that its results can't be trusted for."""
+        sizes = "steps", "layers", "width", "context", "batch", "windows", "rates"
+        return self.seeds < 3 or any(getattr(self, name) < getattr(FULL, name) for name in sizes)
+
     def grid(self) -> list[float]:
         """The sweep's rates, before any is added."""
         return [self.lowest * self.ratio**i for i in range(self.rates)]

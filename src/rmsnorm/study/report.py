@@ -9,7 +9,8 @@ from pathlib import Path
 from ..bench import html
 from ..bench.export import replace
 from ..bench.figures import stack
-from . import figures, findings, network
+from . import figures, findings, network, preface
+from .arms import ARMS
 from .results import Study, curves_csv, runs_csv
 from .summary import NEAR, Arm, arms_of
 
@@ -41,10 +42,15 @@ def page(study: Study, drawn: dict[str, bytes]) -> str:
         "batchnorm": "BatchNorm",
         "cost": "Cost",
     }
-    tables = {"rates": _results(arms) + _sweep(study, arms), "batchnorm": _leaks(arms), "cost": _times(study)}
+    tables = {
+        "rates": _results(arms, study.setting.rehearsal) + _sweep(study, arms),
+        "batchnorm": _leaks(arms),
+        "cost": _times(study),
+    }
     body = [
         f"<h1>{TITLE}</h1>",
         f'<p class="dim">{escape(where(study))}</p>',
+        *(f"<p>{escape(text)}</p>" for text in (preface.preface(study.setting) if study.setting.rehearsal else ())),
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings.conclusions(study)) + "</ul>",
     ]
     for name, title in titles.items():
@@ -84,7 +90,7 @@ def method(study: Study) -> list[str]:
     ]
 
 
-def _results(arms: dict[str, Arm]) -> str:
+def _results(arms: dict[str, Arm], rehearsal: bool) -> str:
     rows = []
     for arm in arms.values():
         rows.append(
@@ -95,7 +101,7 @@ def _results(arms: dict[str, Arm]) -> str:
                 ", ".join(f"{rate:g}" for rate in arm.good_rates),
                 str(arm.over_seeds("train_loss")),
                 str(arm.held_out),
-                findings.less_rms(arm, arms),
+                findings.less_rms(arm, arms, rehearsal=rehearsal),
                 str(arm.spikes),
             )
         )
@@ -135,7 +141,7 @@ def _times(study: Study) -> str:
         alone = norms.get(name)
         rows.append(
             (
-                name,
+                ARMS[name].title,
                 f"{1e3 * one['median_s']:.1f} ms",
                 f"{against[1]:.3f} ({against[0]:.3f} to {against[2]:.3f})",
                 f"{1e3 * alone['median_s']:.2f} ms" if alone else "",

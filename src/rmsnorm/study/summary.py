@@ -44,6 +44,10 @@ class Spread:
         """Zero is inside the band, or the band is unknown."""
         return not abs(self.mean) > self.band
 
+    def overlaps(self, other: Spread) -> bool:
+        """Their bands have a point in common, or one is unknown: neither can be put before the other."""
+        return not abs(self.mean - other.mean) > self.band + other.band
+
     def __str__(self) -> str:
         band = "?" if math.isnan(self.band) else f"{self.band:.4f}"
         return f"{self.mean:.4f} ± {band}"
