@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -85,6 +86,32 @@ def test_version(package: str) -> None:
     done = python(blocked(*filter(None, [package])), "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{rmsnorm.info().rmsnorm}\n", "")
     assert invoke("--version").stdout == done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "waits"), [(["--version"], True), (["run", "-h"], False)])
+def test_something_is_said_before_torch_is_imported(arguments: list[str], waits: bool) -> None:
+    """On a terminal, and cleared again; elsewhere nothing."""
+    program = "import sys; sys.argv = ['rmsnorm', *sys.argv[1:]]; import rmsnorm_command; rmsnorm_command.main()"
+    assert python(program, *arguments).stderr == ""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL, stderr=theirs
+    ) as done:
+        os.close(theirs)
+        said = b""
+        while part := _read(ours):
+            said += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert said.decode() == ("importing torch …\r" + " " * 17 + "\r") * waits
+
+
+def _read(terminal: int) -> bytes:
+    """What was said since, or nothing at the end, which Linux calls an error."""
+    try:
+        return os.read(terminal, 1000)
+    except OSError:
+        return b""
 
 
 COMMANDS = ["demo", "info", "patch", "run", "bench", "report", "bars", "graph", "study", "learn"]

@@ -86,7 +86,10 @@ def times(speeds: Mapping[str, Speed]) -> Fitted:
             cells = [
                 cell for side in (speed.before, speed.after) for cell in (human(side.median), human(*side.quartiles))
             ]
-            cells += [" → ".join(f"{one:,.1f}" for one in speed.per_second) if speed.tokens else "", ratio(speed)]
+            cells += [
+                " → ".join(f"{one:,.{1 if one < 100 else 0}f}" for one in speed.per_second) if speed.tokens else "",
+                ratio(speed),
+            ]
             named = zip(titles, cells, strict=True)
             what = f"{name}, {speed.tokens} token{'s' * (speed.tokens > 1)}" if speed.tokens else name
             table.add_row(what, *(cell for title, cell in named if title not in gone))

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from ..bench.memory import kept
 from ..bench.timing import Timing, measure
+from .inputs import Uncallable
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """What outputs call the past; transformers 5.24 renamed it, and state space models have another name."""
@@ -105,7 +106,9 @@ def decoding(model: Any, ids: Tensor) -> Callable[[], None]:
     """One token more, behind the same past at each call."""
     with torch.inference_mode():
         output = model(ids, use_cache=True)
-    name = next(name for name in CACHES if output.get(name) is not None)
+    name = next((name for name in CACHES if output.get(name) is not None), "")
+    if not name:
+        raise Uncallable("it returns no past that a token could follow")
     cache = output[name]
     # A layer of a cache holds tensors and counts, and a call puts others in their place: so the past is put back. What
     # is written in place is a state of fixed size. (Cropping would do, but a sliding window can't be cropped.)
