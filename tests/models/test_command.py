@@ -340,16 +340,21 @@ def nobody() -> Iterator[None]:
 def test_what_may_not_be_read_is_one_line(directory: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     place = _hidden(directory, tmp_path / "mine")
     place.chmod(0)
+    tmp_path.chmod(0o555)
     for parent in tmp_path.parents:
         if parent.name.startswith("pytest-"):
             parent.chmod(0o755)
     try:
         request.getfixturevalue("nobody")
         one_line(invoke(place), "can't be read: permission denied")
+        result = invoke("absent", "--json", tmp_path / "x.json")  # refused before anything is looked for
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "can't be written to; choose another directory" in result.stderr
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
         place.chmod(0o755)
+        tmp_path.chmod(0o755)
 
 
 def test_a_name_of_the_hub_is_looked_up_in_the_cache(

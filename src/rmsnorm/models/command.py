@@ -45,14 +45,14 @@ def register(app: "typer.Typer") -> "typer.Typer":
         """
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
-        if json and not json.parent.is_dir():
-            raise typer.BadParameter(f"{json.parent} is not a directory; make it first", param_hint="--json")
+        if json and (reason := export.closed(json)):
+            raise typer.BadParameter(reason, param_hint="--json")
         what = {"fuse_add": fuse_add, "layer_norm": layer_norm}
         course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what))
         try:
             status = course.run()
-        except loading.Unusable as reason:
-            typer.echo(f"rmsnorm patch: {reason}", err=True)
+        except loading.Unusable as unusable:
+            typer.echo(f"rmsnorm patch: {unusable}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("rmsnorm patch: Ctrl-C: the rest was not measured", err=True)

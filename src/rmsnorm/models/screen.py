@@ -25,7 +25,8 @@ class Doing:
     """Says what is being done, on a terminal and while it lasts; elsewhere nothing."""
 
     def __init__(self) -> None:
-        self._status = Console(stderr=True).status("")
+        # One refresh a second: its thread must not take time from what is being timed.
+        self._status = Console(stderr=True).status("", refresh_per_second=1)
 
     def __call__(self, what: str) -> None:
         self._status.update(escape(what) + " …")
