@@ -21,8 +21,7 @@ import transformers
 import rmsnorm
 from rmsnorm.bench.console import machine
 from rmsnorm.bench.pages import replace_block, table
-from rmsnorm.bench.timing import measure
-from rmsnorm.models import comparison, loading
+from rmsnorm.models import loading, workload
 from rmsnorm.models.classes import switch
 
 ROOT = Path(__file__).parents[2]
@@ -94,17 +93,11 @@ def row(name: str, dtype: str, seconds: float = SECONDS) -> list[str]:
     # The proof of every norm is patch's own. Here: that the model as a whole says the same, up to its type's noise.
     assert (after - before).abs().max() <= 0.05 * before.abs().max(), f"{name} {dtype} says something else"
     turn, cells = switch(model), []
-    for call, _ in comparison.work(model, ids).values():
-
-        def timed(on: bool, call: Callable[[], object] = call) -> Callable[[], object]:
-            return lambda: (turn(on), call())
-
-        times = measure({"before": timed(False), "after": timed(True)}, seconds)
-        cells.append(str(Cell(tuple(times["after"].quotients(times["before"])))))
-    held = []
-    for on in (False, True):
-        turn(on)
-        held.append(comparison.memory(model, ids).kept)
+    inputs = {"input_ids": ids}
+    for work in workload.kinds(model, inputs, writes=True).values():
+        speed = workload.time(work, turn, seconds)
+        cells.append(str(Cell(tuple(speed.after.quotients(speed.before)))))
+    held = [one.kept for one in workload.memories(model, inputs, turn, writes=True).values()]
     norms = f"{len(report.patched)} norms, {len(report.fused)} adds"
     print(name, dtype, norms, *cells, f"{held[1] / held[0]:.2f}", sep=" | ", flush=True)
     return [f"{name}, {dtype}", norms, *cells, f"{held[1] / held[0]:.2f}"]
