@@ -285,7 +285,7 @@ def test_demo_without_model_still_reads_the_clock() -> None:
     assert re.search(r"faster than nn\.RMSNorm in \d of 8 cases", result.output)
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [60, 80, 200])
 def test_demo_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     text = invoke("demo", "--no-model").output

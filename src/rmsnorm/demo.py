@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from rich import box
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _smollm
 from .bench import cases, console, contenders, race
+from .bench.fitting import Fitted
 from .bench.results import Result, verdict
 from .module import RMSNorm
 
@@ -119,20 +121,25 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, atol=1e-5)
 
 
-def _matrix(title: str, x: Tensor, rulers: str) -> Table:
+def _matrix(title: str, x: Tensor, rulers: str) -> Fitted:
     """The matrix with the statistics of its rulers, "rows" or "columns"; of both for the input, "none"."""
+    return Fitted(partial(_table, title, x, rulers), ("→ std", "→ mean", "→ rms"))
+
+
+def _table(title: str, x: Tensor, rulers: str, gone: Collection[str]) -> Table:
     palettes: dict[str, Sequence[Sequence[str]]] = {
         "rows": [[colour] * x.shape[1] for colour in ROW_COLOURS],
         "columns": [COLUMN_COLOURS] * x.shape[0],
         "none": [["default"] * x.shape[1]] * x.shape[0],
     }
     across = _statistics(x, 1) if rulers != "columns" else {}
+    across = {name: values for name, values in across.items() if f"→ {name}" not in gone}
     down = _statistics(x, 0) if rulers != "rows" else {}
     table = Table(
         title, "f1", "f2", "f3", "f4", *(f"→ {name}" for name in across), box=box.SIMPLE_HEAD, show_edge=False
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns:
+        column.justify, column.no_wrap = "right" if column is not table.columns[0] else "left", True
     for i, label in enumerate("abc"):
         statistics_of_row = (_number(values[i], "dim") for values in across.values())
         table.add_row(label, *map(_number, x[i], palettes[rulers][i]), *statistics_of_row)
