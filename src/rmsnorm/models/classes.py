@@ -99,6 +99,27 @@ def change(module: nn.Module, how: Change) -> None:
         object.__setattr__(module, "__class__", subclass(type(module), how))  # past what a class does with attributes
 
 
+def inner(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class below those that torch puts around a module's: FSDP2's, DDP's, parametrize's."""
+    for one in cls.__mro__:
+        if "forward" in vars(one):
+            return one
+        if one.__module__.partition(".")[0] != "torch":
+            break
+    return cls
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module without them, their hooks and their state, if there are any: FSDP2's modules refuse to be copied."""
+    cls = inner(type(module))
+    if cls is type(module):
+        return module
+    twin = cls.__new__(cls)
+    vars(twin).update((name, value) for name, value in vars(module).items() if not name.startswith("__composable_api_"))
+    vars(twin).update((name, none) for name, none in vars(nn.Module()).items() if "hook" in name)
+    return twin
+
+
 def original(cls: type[nn.Module]) -> type[nn.Module]:
     """What it is a subclass of, if it was made here, else the class itself."""
     found: type[nn.Module] = vars(cls).get(_ORIGINAL, cls)

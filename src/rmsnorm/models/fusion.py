@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     layers = {name: layer for name, layer in model.named_modules() if _adds_before_norms(layer)}
     failure, calls = "the model doesn't call it", dict[str, Call]()
     try:
+        _check_sharding(model)
         calls = _record(model, layers, _dummy_inputs(model) if example is None else example)
     except Exception as error:  # whatever a model raises on inputs that don't suit it
         failure = f"the model can't be run on its example: {_words(error)}"
@@ -49,6 +51,13 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
             continue
         fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
     return fused, left
+
+
+def _check_sharding(model: nn.Module) -> None:
+    """Running it would leave gathered parameters in the place of the sharded ones, for an optimizer to find."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise ValueError("FSDP2 has sharded it; patch it before fully_shard()")
 
 
 def _dummy_inputs(model: Any) -> Mapping[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._arguments import described
 from . import classes
@@ -56,8 +58,7 @@ def patch(
     report = PatchReport()
     known: dict[type, Recipe] = {}
     found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
-    # Proofs need gradients, whatever the mode of the caller.
-    with torch.inference_mode(False), torch.enable_grad():
+    with _undisturbed():
         for name, module in model.named_modules():
             cls = type(module)
             if not _may_be_a_norm(module):
@@ -78,10 +79,24 @@ def patch(
             known[cls] = binding.recipe
             types = binding.types()
             report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
-        if fuse_add is not False:
+    if fuse_add is not False:
+        with torch.inference_mode(False), torch.enable_grad():  # the caller's modes stay: the model may count on them
             report.fused, left = fuse(model, None if fuse_add is True else fuse_add)
-            report.skipped += left
+        report.skipped += left
     return report
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without modes of the caller's: proofs need gradients, real numbers, and our kernels on trial instead of what we
+    hand over to. A FakeTensorMode is one, and so is ``with torch.device(...)``."""
+    with ExitStack() as stack:
+        while torch._C._len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def _check(model: object, name: str) -> None:
@@ -112,7 +127,7 @@ def _left_alone(module: nn.Module) -> str:
     """Why a module isn't even asked what it does."""
     if binding_of(module):
         return "it is patched already"
-    home = type(module).__module__.partition(".")[0]
+    home = classes.inner(type(module)).__module__.partition(".")[0]
     if home == "rmsnorm":
         return "it is rmsnorm's own layer"
     if home == "torch" and not isinstance(module, (nn.RMSNorm, nn.LayerNorm)):

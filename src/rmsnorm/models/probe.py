@@ -15,8 +15,9 @@ from itertools import product
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from . import conditions, trial
+from . import classes, conditions, trial
 from .binding import TYPES, Binding, Types
 from .reads import Unfit
 from .recipes import RECIPES, Recipe
@@ -45,6 +46,7 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
     Raises:
         Refused: nothing reproduces it, or it can't be asked.
     """
+    module = classes.bare(module)
     refuse_unasked(module)
     candidates = sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
     partial: list[Proof] = []
@@ -95,6 +97,8 @@ def refuse_unasked(module: nn.Module) -> None:
         raise Refused(f"its weight is {odd.pop()}")
     if any(tensor.is_meta for tensor in own.values()):
         raise Refused("its weight is on the device meta, without values; patch the model when it is loaded")
+    if any(isinstance(tensor, FakeTensor) for tensor in own.values()):
+        raise Refused("its weight is a FakeTensor, without values; patch the model before torch.export and the like")
 
 
 def _eps_names(module: nn.Module) -> list[str]:

@@ -70,17 +70,16 @@ class Trial:
     ) -> None:
         self.binding, self.types = binding, types
         self.x_type = types[1] or torch.float32
-        self.module: Any = copy.deepcopy(module)
+        own = [(seed, name, t) for seed, (name, t) in enumerate(tensors(module).items()) if t.is_floating_point()]
+        values = {name: (1 + 0.7 * normal(*t.shape, seed=seed)).to(types[0] or types[1]) for seed, name, t in own}
+        values |= {name: nn.Parameter(value) for name, value in values.items() if name in module._parameters}
+        # In place of copies of the weights: torch can't copy a DTensor that begins inside of its storage (rank 1's).
+        self.module: Any = copy.deepcopy(module, {id(t): values[name] for _, name, t in own})
         if any(ours is theirs for ours, theirs in zip(_spaces(self.module), _spaces(module), strict=True)):
             raise Unfit("its copy is itself")  # what is tried would change the model
-        for seed, (name, tensor) in enumerate(tensors(module).items()):
-            if not tensor.is_floating_point():
-                continue
-            value = (1 + 0.7 * normal(*tensor.shape, seed=seed)).to(types[0] or types[1])
-            if name in module._parameters:
-                self.module._parameters[name] = nn.Parameter(value)
-            else:
-                self.module._buffers[name] = value
+        value: Any
+        for name, value in values.items():
+            (self.module._parameters if name in module._parameters else self.module._buffers)[name] = value
         if eps is not None and isinstance(binding.eps, str):
             setattr(self.module, binding.eps, eps)
         self.weight = getattr(self.module, binding.weight) if binding.weight else None
