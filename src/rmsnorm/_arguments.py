@@ -74,10 +74,10 @@ def raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor
 
 
 def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
-    """Raises RuntimeError for types that have no fractions."""
+    """Raises torch's own NotImplementedError, which is a RuntimeError, for types that have no fractions."""
     for label, tensor in (("input", input), ("weight", weight)):
         if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise RuntimeError(
+            raise NotImplementedError(
                 f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
                 f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
             )

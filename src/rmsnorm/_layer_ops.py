@@ -38,9 +38,8 @@ def _fake_layer_norm_forward(
 def _fake_layer_norm_backward(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    none = input.new_empty(0)
-    return tuple(
-        _ops._like(t) if need and t is not None else none
+    return tuple(  # an empty one each: no two outputs of an operator are one tensor
+        _ops._like(t) if need and t is not None else input.new_empty(0)
         for t, need in zip((input, weight, bias), options[-3:], strict=True)
     )
 

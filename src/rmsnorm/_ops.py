@@ -95,8 +95,10 @@ def _rms_norm_backward(
     dx, dw = reference.rms_norm_backward(grad, input, weight, dims, eps, offset)
     if grad_sum is not None:
         dx = dx + grad_sum
-    none = input.new_empty(0)
-    return dx.contiguous() if need_input else none, dw if need_weight and dw is not None else none
+    return (  # an empty one each: no two outputs of an operator are one tensor
+        dx.contiguous() if need_input else input.new_empty(0),
+        dw if need_weight and dw is not None else input.new_empty(0),
+    )
 
 
 def _add_rms_norm(
