@@ -97,7 +97,7 @@ def backward(apply: _Apply, normalise: _Apply) -> _Rule:
         assert weight is not None
         # Each problem has a weight's gradient of its own, so none is summed over the batch.
         dtype, wide = input.dtype, reference.accumulation_dtype(input.dtype)
-        dx = dw = input.new_empty(0)
+        dx, dw = input.new_empty(0), input.new_empty(0)
         if need_input:
             gain = _own_weights(weight, in_dims[4], input) if own else weight
             scaled = grad.to(wide) * reference.gain(gain, input, offset)
