@@ -9,10 +9,10 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs clean
+.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs wheels aarch64 workflow clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
@@ -39,6 +39,10 @@ lint: $(NATIVE) ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
+
+workflow: build/wheels/env/installed ## read the release workflow as GitHub would: its schema, and what is unsafe in it
+	build/wheels/env/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/release.yml
+	build/wheels/env/bin/zizmor --offline --quiet --config .github/zizmor.yml .github/workflows/release.yml
 
 format: $(NATIVE) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
@@ -96,6 +100,12 @@ wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empt
 	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	PYTHON=$(PYTHON) tests/wheel_smoke.sh dist/rmsnorm-*-py3-none-*.whl
 
+wheels: $(VENV)/installed build/wheels/env/installed ## a sdist and the wheels for Linux x86-64, AArch64 and macOS into dist/, checked; 3 minutes
+	build/wheels/env/bin/python packaging/wheels.py
+
+aarch64: $(NATIVE) ## the aarch64 wheel in dist/ beside torch's, under qemu: bits, values, gradients, install()
+	packaging/aarch64.sh
+
 matrix: $(NATIVE) ## the wheel on other versions of torch, transformers and Python; writes docs/versions.md; an hour, 6 GB
 	$(BIN)/python tests/matrix.py --write
 
@@ -114,6 +124,12 @@ $(VENV)/installed: requirements.txt pyproject.toml
 build/docs/venv/installed: docs/site/requirements.txt
 	$(PYTHON) -m venv build/docs/venv
 	build/docs/venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# What makes and reads wheels: none of it is needed by what it makes.
+build/wheels/env/installed: packaging/requirements.txt $(VENV)/installed
+	$(PYTHON) -m venv build/wheels/env
+	build/wheels/env/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 # Without what they depend on: others.txt says why.

@@ -1,22 +1,38 @@
 """Builds librmsnorm.so: the torch boundary once, and the kernels once per CPU target, each with its own flags.
 
 The library has no Python symbols and uses only torch's stable ABI, so one wheel serves every Python and every
-torch from 2.10 on. A failing compiler leaves it out with a warning, so that a pure-Python install still works;
-RMSNORM_BUILD_NATIVE=0 leaves it out on purpose, and =1 makes a failure an error.
+torch from 2.10 on. Without a compiler, with one that fails, and on Windows it is left out with one line that says why,
+so that a pure-Python install still works; RMSNORM_BUILD_NATIVE=0 leaves it out on purpose, and =1 makes that an error.
+
+For another machine (packaging/wheels.py): CXX is a compiler for it, with flags; LDFLAGS as always; RMSNORM_TORCH a
+folder with its torch's include/ and lib/; _PYTHON_HOST_PLATFORM its name, as Python's own cross builds have it.
 """
 
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ModuleNotFoundError:  # before setuptools 70.1 it was in the package wheel, which pip asks for then
+    from wheel.bdist_wheel import bdist_wheel
+
 WANTED = os.environ.get("RMSNORM_BUILD_NATIVE", "")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+LINK_FLAGS = shlex.split(os.environ.get("LDFLAGS", ""))
+SYSTEM = "macos" if get_platform().startswith("macosx") else get_platform().partition("-")[0]  # linux, win
+MACHINE = next((name for name in ("x86_64", "aarch64", "arm64") if get_platform().endswith(name)), platform.machine())
 
 # -ffp-contract=off is part of the numerics contract: a multiply-add is fused where the source says so, nowhere else.
 # gcc 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
@@ -25,13 +41,37 @@ KERNEL_FLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-un
 # Passes that take time and leave kernels written in vectors as they were. (-fno-tree-pre saves as much, but gradients
 # that go past the caches then take 4 to 6 % longer.)
 KERNEL_FLAGS += ["-fno-gcse", "-fno-tree-vectorize"]
+# What clang doesn't know, or takes for unknown.
+NOT_CLANGS = {"-fno-gcse", "-fno-tree-pta", "-Wno-maybe-uninitialized"}
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # The baseline is the portable one: -O1, as -O2 takes twice as long to compile its emulated operations for the same
-# speed, and -O3 unrolls them into four times the code.
-TARGETS = {"baseline": ["-O1", "-fno-tree-pta"]}
-if platform.machine() in ("x86_64", "AMD64"):
+# speed, and -O3 unrolls them into four times the code. AArch64's is no emulation, and -O1 would leave sums in
+# memory: 79 instructions for the squares of 32 columns of fp32, not 43.
+TARGETS = {"baseline": ["-fno-tree-pta"] if MACHINE in ("aarch64", "arm64") else ["-O1", "-fno-tree-pta"]}
+if MACHINE == "x86_64":
     TARGETS |= {"avx2": [*AVX2, "-fno-tree-pta"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def link_flags(torch: Path) -> list[str]:
+    """Every symbol must be found: in torch's libraries, which are loaded before ours, or the system's."""
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if SYSTEM == "macos":  # where an undefined symbol is an error by itself, and libraries are found by their path
+        return ["-shared", *libraries, "-Wl,-rpath,@loader_path/../torch/lib"]
+    # Only weak symbols of libc10 are wanted (raise.h), which don't count where --as-needed is the compiler's habit.
+    return ["-shared", "-Wl,--no-undefined,--no-as-needed", *libraries]
+
+
+def is_clang() -> bool:
+    """Whether the compiler is one; says which is missing if there is none."""
+    if SYSTEM == "win":
+        raise OSError("there are no kernels for Windows: they need g++ 12 or clang, and torch there is of another ABI")
+    if shutil.which(COMPILER[0]) is None:
+        raise FileNotFoundError(
+            f"no C++ compiler: {COMPILER[0]!r} isn't there (apt-get install g++; xcode-select --install; or set CXX)"
+        )
+    said = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search("clang", said) is not None
 
 
 class BuildNative(build_ext):
@@ -39,10 +79,11 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # no Python version in the name
 
     def build_extension(self, ext: Extension) -> None:
+        clang, build = is_clang(), Path(self.build_temp)
         torch = find_spec("torch")  # found, not imported, which takes two seconds; only a native build needs it
-        if torch is None or torch.origin is None:
+        if (torch is None or torch.origin is None) and "RMSNORM_TORCH" not in os.environ:
             raise ModuleNotFoundError("torch is not installed: pip install torch==2.13.0")
-        root, build = Path(torch.origin).parent, Path(self.build_temp)
+        root = Path(os.environ.get("RMSNORM_TORCH") or Path(torch.origin).parent)
         build.mkdir(parents=True, exist_ok=True)
         common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
         boundary = [*common, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(root / "include")]
@@ -53,20 +94,20 @@ class BuildNative(build_ext):
                 define.append("-DRMSNORM_LENDER=target_avx512")
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
         units += [(f"csrc/{name}.cpp", f"{name}.o", boundary) for name in ("ops", "gated_ops", "layer_ops", "aten")]
-        units.append(("csrc/dispatch.cpp", "dispatch.o", [*common, "-O2"]))
-        compiler = os.environ.get("CXX", "c++")
+        units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "older")]
 
         def compile_unit(unit: tuple[str, str, list[str]]) -> str:
             source, target, flags = unit
-            self.spawn([compiler, *flags, "-c", source, "-o", str(build / target)])
+            if clang:
+                flags = [flag for flag in flags if flag not in NOT_CLANGS]
+            self.spawn([*COMPILER, *flags, "-c", source, "-o", str(build / target)])
             return str(build / target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = ["-shared", "-Wl,--no-undefined", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        self.spawn([compiler, *objects, *link, "-o", f"{output}.tmp"])
+        self.spawn([*COMPILER, *objects, *link_flags(root), *LINK_FLAGS, "-o", f"{output}.tmp"])
         os.replace(f"{output}.tmp", output)
 
     def run(self) -> None:
@@ -75,7 +116,7 @@ class BuildNative(build_ext):
         except Exception as error:
             if WANTED == "1":
                 raise
-            print(f"rmsnorm: the native library was NOT built: {error}", file=sys.stderr)
+            print(f"rmsnorm: the native library was NOT built, pure Python is installed: {error}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -86,7 +127,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+KERNELS = Extension("rmsnorm.librmsnorm", sources=["csrc/ops.cpp"], depends=sorted(map(str, Path("csrc").iterdir())))
 setup(
-    ext_modules=[] if WANTED == "0" else [Extension("rmsnorm.librmsnorm", sources=["csrc/ops.cpp"])],
+    ext_modules=[] if WANTED == "0" else [KERNELS],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

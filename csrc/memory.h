@@ -119,7 +119,7 @@ inline bool should_walk_back(std::initializer_list<const char*> loads, std::init
 // Asks for 2 MiB pages before a fresh output is touched: with 4 KiB pages, 80 % of the time to write 128 MiB goes to
 // page faults. An output of this size has pages of its own (glibc maps from 32 MiB on, others earlier); where it has
 // not, or the system keeps its huge pages for itself, the request does nothing.
-inline void ask_for_huge_pages(void* data, int64_t bytes) {
+inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;

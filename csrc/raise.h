@@ -1,5 +1,6 @@
 // The only file that knows torch's exceptions beyond the stable ABI, which has none: NotImplementedError in Python is
-// c10::NotImplementedError in C++. Where this torch lacks what is looked for, RuntimeError, its base, has to do.
+// c10::NotImplementedError in C++. Where this torch lacks what is looked for, RuntimeError, its base, has to do: always
+// on macOS, where torch's libraries keep these types to themselves.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 
 namespace rmsnorm {
 
+#if !defined(__APPLE__)
 struct SourceLocation {  // as c10 has it
   const char* function;
   const char* file;
@@ -29,9 +31,14 @@ void construct_torch_error(void* place, SourceLocation where, std::string text)
 void* allocate_exception(size_t size) noexcept __asm__("__cxa_allocate_exception");
 [[noreturn]] void throw_exception(void* object, const std::type_info* type,
                                   void (*destroy)(void*)) __asm__("__cxa_throw");
+#endif
 
 // Raises the exception that Python knows by this name, with these words.
 [[noreturn]] inline void raise_as_torch(const std::string& name, const std::string& text) {
+#if defined(__APPLE__)
+  (void)name;
+  refuse(text);
+#else
   const std::type_info* type = name == "NotImplementedError" ? &torch_not_implemented
                                : name == "ValueError"        ? &torch_value
                                : name == "TypeError"         ? &torch_type
@@ -40,6 +47,7 @@ void* allocate_exception(size_t size) noexcept __asm__("__cxa_allocate_exception
   void* object = allocate_exception(1024);  // c10::Error has 128 bytes in torch 2.13
   construct_torch_error(object, {"", "", 0}, text);
   throw_exception(object, type, [](void* error) { static_cast<std::exception*>(error)->~exception(); });
+#endif
 }
 
 }  // namespace rmsnorm

@@ -23,20 +23,22 @@ RMSNORM_INLINE double reduce(DoubleReg x) {
   return two[0] + two[1];
 }
 
+template <int Distance, int... Lower>
+RMSNORM_INLINE DoubleReg halves(DoubleReg a, DoubleReg b) {
+  return __builtin_shufflevector(a, b, Lower...) + __builtin_shufflevector(a, b, (Lower + Distance)...);
+}
+
 // reduce() of as many registers as one has lanes, each a row's: they are transposed on the way, so that one addition is
 // a step for several rows.
 RMSNORM_INLINE DoubleReg reduce_each(const DoubleReg* x) {
-  const auto halves = [](DoubleReg a, DoubleReg b, WideBitsReg lower, int64_t distance) {
-    return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + distance);
-  };
 #if defined(RMSNORM_AVX512)
-  const auto two = [&](int i) { return halves(x[i], x[i + 2], WideBitsReg{0, 1, 2, 3, 8, 9, 10, 11}, 4); };
-  const auto four = [&](int i) { return halves(two(i), two(i + 4), WideBitsReg{0, 1, 4, 5, 8, 9, 12, 13}, 2); };
-  return halves(four(0), four(1), WideBitsReg{0, 8, 2, 10, 4, 12, 6, 14}, 1);
+  const auto two = [&](int i) { return halves<4, 0, 1, 2, 3, 8, 9, 10, 11>(x[i], x[i + 2]); };
+  const auto four = [&](int i) { return halves<2, 0, 1, 4, 5, 8, 9, 12, 13>(two(i), two(i + 4)); };
+  return halves<1, 0, 8, 2, 10, 4, 12, 6, 14>(four(0), four(1));
 #elif defined(__AVX2__)
-  const auto two = [&](int i) { return halves(x[i], x[i + 2], WideBitsReg{0, 1, 4, 5}, 2); };
-  return halves(two(0), two(1), WideBitsReg{0, 4, 2, 6}, 1);
+  const auto two = [&](int i) { return halves<2, 0, 1, 4, 5>(x[i], x[i + 2]); };
+  return halves<1, 0, 4, 2, 6>(two(0), two(1));
 #else
-  return halves(x[0], x[1], WideBitsReg{0, 2}, 1);
+  return halves<1, 0, 2>(x[0], x[1]);
 #endif
 }

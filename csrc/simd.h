@@ -1,9 +1,9 @@
 // The only file that knows vector registers: packs of them, whatever their width, and what all targets can do with
 // them.
 //
-// A pack is 16 lanes (one zmm, two ymm, or four xmm registers; rows of bf16 have their own, split.h), and every
-// operation is the same IEEE operation in each lane. So all targets give the same bits as long as no multiply-add is
-// contracted (-ffp-contract=off): fma() is one rounding, and emulated exactly where the CPU has none.
+// A pack is 16 lanes (one zmm, two ymm, or four xmm or AArch64's q registers; rows of bf16 have their own, split.h),
+// and every operation is the same IEEE operation in each lane. So all targets give the same bits as long as no
+// multiply-add is contracted (-ffp-contract=off): fma() is one rounding, and emulated exactly where the CPU has none.
 // Included inside an unnamed namespace by target.cpp: nothing here may be shared between targets.
 #pragma once
 
@@ -17,6 +17,9 @@
 #endif
 #if defined(__AVX512BF16__)
 #define RMSNORM_AVX512BF16
+#endif
+#if defined(__aarch64__)
+#define RMSNORM_NEON  // what every AArch64 has: its baseline is no emulation
 #endif
 
 #if defined(RMSNORM_AVX512)
@@ -133,6 +136,8 @@ RMSNORM_INLINE DoubleReg widen(HalfFloatReg x) {
   return (DoubleReg)_mm512_cvtps_pd((__m256)x);
 #elif defined(__AVX2__)
   return (DoubleReg)_mm256_cvtps_pd((__m128)x);  // gcc 12 splits __builtin_convertvector into two halves
+#elif defined(RMSNORM_NEON)
+  return (DoubleReg)vcvt_f64_f32((float32x2_t)x);  // gcc 12 converts lane by lane
 #else
   return __builtin_convertvector(x, DoubleReg);
 #endif
@@ -143,6 +148,8 @@ RMSNORM_INLINE HalfFloatReg narrow(DoubleReg x) {
   return (HalfFloatReg)_mm512_cvtpd_ps((__m512d)x);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_cvtpd_ps((__m256d)x);
+#elif defined(RMSNORM_NEON)
+  return (HalfFloatReg)vcvt_f32_f64((float64x2_t)x);
 #else
   return __builtin_convertvector(x, HalfFloatReg);
 #endif
@@ -153,6 +160,8 @@ RMSNORM_INLINE HalfFloatReg lower(FloatReg x) {
   return (HalfFloatReg)_mm512_castps512_ps256((__m512)x);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_castps256_ps128((__m256)x);
+#elif defined(RMSNORM_NEON)
+  return (HalfFloatReg)vget_low_f32((float32x4_t)x);
 #else
   return HalfFloatReg{x[0], x[1]};
 #endif
@@ -163,6 +172,8 @@ RMSNORM_INLINE HalfFloatReg upper(FloatReg x) {
   return (HalfFloatReg)_mm512_extractf32x8_ps((__m512)x, 1);
 #elif defined(__AVX2__)
   return (HalfFloatReg)_mm256_extractf128_ps((__m256)x, 1);
+#elif defined(RMSNORM_NEON)
+  return (HalfFloatReg)vget_high_f32((float32x4_t)x);
 #else
   return HalfFloatReg{x[2], x[3]};
 #endif
@@ -173,14 +184,32 @@ RMSNORM_INLINE FloatReg join(HalfFloatReg low, HalfFloatReg high) {
   return (FloatReg)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
 #elif defined(__AVX2__)
   return (FloatReg)_mm256_set_m128((__m128)high, (__m128)low);
+#elif defined(RMSNORM_NEON)
+  return (FloatReg)vcombine_f32((float32x2_t)low, (float32x2_t)high);
 #else
   return FloatReg{low[0], low[1], high[0], high[1]};
 #endif
 }
 
+// widen(upper(x)), and join(narrow(low), narrow(high)): AArch64 has them as one instruction, and as no move and one.
+RMSNORM_INLINE DoubleReg widen_upper(FloatReg x) {
+#if defined(RMSNORM_NEON)
+  return (DoubleReg)vcvt_high_f64_f32((float32x4_t)x);
+#else
+  return widen(upper(x));
+#endif
+}
+RMSNORM_INLINE FloatReg narrow(DoubleReg low, DoubleReg high) {
+#if defined(RMSNORM_NEON)
+  return (FloatReg)vcvt_high_f32_f64((float32x2_t)narrow(low), (float64x2_t)high);
+#else
+  return join(narrow(low), narrow(high));
+#endif
+}
+
 RMSNORM_INLINE D widen(const F& x) {
-  return D::of([&](int i)
-                   __attribute__((always_inline)) { return widen(i % 2 ? upper(x.v[i / 2]) : lower(x.v[i / 2])); });
+  return D::of(
+      [&](int i) __attribute__((always_inline)) { return i % 2 ? widen_upper(x.v[i / 2]) : widen(lower(x.v[i / 2])); });
 }
 
 // The first eight lanes plus the last eight, in fp64: half the conversions, which take longer than additions (256x128
@@ -191,25 +220,24 @@ RMSNORM_INLINE Eight widen_halves(const F& x) {
   else
     return Eight::of([&](int i) __attribute__((always_inline)) {
       const FloatReg sum = x.v[i / 2] + x.v[i / 2 + kFloatRegs / 2];
-      return widen(i % 2 ? upper(sum) : lower(sum));
+      return i % 2 ? widen_upper(sum) : widen(lower(sum));
     });
 }
 
 RMSNORM_INLINE F narrow(const D& x) {
-  return F::of([&](int i) __attribute__((always_inline)) { return join(narrow(x.v[2 * i]), narrow(x.v[2 * i + 1])); });
+  return F::of([&](int i) __attribute__((always_inline)) { return narrow(x.v[2 * i], x.v[2 * i + 1]); });
 }
 
 // ---- fused multiply-add ----------------------------------------------------------------------------------------
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(RMSNORM_NEON)
 RMSNORM_INLINE DoubleReg fma(DoubleReg a, DoubleReg b, DoubleReg c) {
 #if defined(RMSNORM_AVX512)
   return (DoubleReg)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__FMA__)
   return (DoubleReg)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
-  for (int j = 0; j < kBytes / 8; ++j) c[j] = __builtin_fma(a[j], b[j], c[j]);
-  return c;
+  return (DoubleReg)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #endif
 }
 RMSNORM_INLINE FloatReg fma(FloatReg a, FloatReg b, FloatReg c) {
@@ -218,8 +246,7 @@ RMSNORM_INLINE FloatReg fma(FloatReg a, FloatReg b, FloatReg c) {
 #elif defined(__FMA__)
   return (FloatReg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  for (int j = 0; j < kBytes / 4; ++j) c[j] = __builtin_fmaf(a[j], b[j], c[j]);
-  return c;
+  return (FloatReg)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #endif
 }
 template <int N, class Register>
@@ -254,7 +281,7 @@ RMSNORM_EMULATED F fma(const F& a, const F& b, const F& c) {
 // instruction the result is the same.
 template <class V>
 RMSNORM_INLINE V add_exact_product(const V& a, const V& b, const V& c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(RMSNORM_NEON)
   return fma(a, b, c);
 #else
   return a * b + c;
@@ -273,8 +300,12 @@ RMSNORM_INLINE D load(const double* p) {
 
 // widen(load(p)), without taking a register of floats apart: on a Zen 4 a sum takes 3.6 cycles for 64 bytes, not 4.5.
 RMSNORM_INLINE D load_wide(const float* p) {
+#if defined(RMSNORM_NEON)
+  return widen(load(p));  // its conversions reach both halves
+#else
   return D::of([&](int i)
                    __attribute__((always_inline)) { return widen(load_register<HalfFloatReg>(p + i * (kBytes / 8))); });
+#endif
 }
 
 RMSNORM_INLINE void store(float* p, const F& x) {
@@ -313,6 +344,8 @@ RMSNORM_INLINE DoubleReg root(DoubleReg x) {
   return (DoubleReg)_mm512_sqrt_pd((__m512d)x);
 #elif defined(__AVX2__)
   return (DoubleReg)_mm256_sqrt_pd((__m256d)x);
+#elif defined(RMSNORM_NEON)
+  return (DoubleReg)vsqrtq_f64((float64x2_t)x);
 #else
   for (int i = 0; i < kBytes / 8; ++i) x[i] = __builtin_sqrt(x[i]);
   return x;

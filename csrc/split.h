@@ -19,9 +19,9 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
   // before; else the long way. One test of what was packed, as two of what goes in cost a tenth of 512x4096.
   typedef uint16_t Shorts __attribute__((vector_size(64)));
   const Shorts evens_then_odds = (Shorts)_mm512_cvtne2ps_pbh((__m512)x.v[1], (__m512)x.v[0]);
-  const BitsReg packed = (BitsReg)__builtin_shuffle(
-      evens_then_odds, (Shorts){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  const BitsReg packed =
+      (BitsReg)__builtin_shufflevector(evens_then_odds, evens_then_odds, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
+                                       22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   const Shorts magnitude = Shorts{} + 0x7fff;
   if (__builtin_expect(!_mm512_testn_epi16_mask((__m512i)packed, (__m512i)magnitude), 1)) return packed;
   if (_mm512_kortestz(_mm512_fpclass_ps_mask((__m512)x.v[0], 0x20), _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20)))
@@ -62,13 +62,13 @@ RMSNORM_INLINE void store_few(bf16* p, const Split& x, int64_t count) {
 #if defined(RMSNORM_AVX512)
 RMSNORM_INLINE Split load_split(const float* p) {
   const FloatReg a = load_register<FloatReg>(p), b = load_register<FloatReg>(p + 16);
-  const BitsReg even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  return {{__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)}};
+  return {{__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)}};
 }
 RMSNORM_INLINE void store_split(float* p, const Split& x) {
-  const BitsReg first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  store_register(p, __builtin_shuffle(x.v[0], x.v[1], first));
-  store_register(p + 16, __builtin_shuffle(x.v[0], x.v[1], first + 8));
+  const FloatReg a = x.v[0], b = x.v[1];
+  store_register(p, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  store_register(p + 16, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 }
 #else
 RMSNORM_INLINE Split load_split(const float* p) {
@@ -96,7 +96,7 @@ RMSNORM_INLINE F halve(const Vector<T> (&x)[32 / kStep<T>]) {
   } else if constexpr (std::is_same_v<T, bf16>) {
     return F::of([&](int i) __attribute__((always_inline)) {
       const FloatReg a = x[i / 2].v[i % 2 * 2], b = x[i / 2].v[i % 2 * 2 + 1];
-      return __builtin_shuffle(a, b, BitsReg{0, 2, 4, 6}) + __builtin_shuffle(a, b, BitsReg{1, 3, 5, 7});
+      return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
     });
 #endif
   } else {

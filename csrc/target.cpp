@@ -7,6 +7,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(RMSNORM_EMULATE_AVX512)
 #include "../tests/native/emulate_avx512.h"  // the tests' way to run these sources on a CPU without AVX-512

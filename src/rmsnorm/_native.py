@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -36,10 +37,7 @@ def load() -> None:
     if os.environ.get("RMSNORM_NATIVE", "1") == "0":
         _why_not = "RMSNORM_NATIVE=0 turned it off"
     elif not LIBRARY.exists():
-        _why_not = (
-            f"{LIBRARY.name} was not built when the package was installed: it needs a C++20 compiler "
-            "(g++ 11 or newer); install one, then reinstall rmsnorm"
-        )
+        _why_not = _why_not_built(sys.platform, platform.machine())
     else:
         try:
             torch.ops.load_library(LIBRARY)
@@ -57,6 +55,22 @@ def load() -> None:
         _library.rmsnorm_large_bytes.restype = ctypes.c_int64
         if target:
             set_cpu_target(target)
+
+
+def _why_not_built(system: str, machine: str) -> str:
+    """Why a package has no library, on what ``sys.platform`` and ``platform.machine()`` call this platform."""
+    if system == "win32":
+        return "there are no native kernels for Windows (they are written for g++ and clang); WSL runs those for Linux"
+    wheels = {"linux": ("x86_64", "aarch64"), "darwin": ("arm64",)}
+    if machine not in wheels.get(system, ()):
+        return (
+            f"no wheel of rmsnorm is made for {system} on {machine}, and {LIBRARY.name} was not built when the package "
+            "was installed; the kernels are portable: install g++ 12 or newer, or clang, then reinstall rmsnorm"
+        )
+    return (
+        f"{LIBRARY.name} was not built when the package was installed: it needs a C++20 compiler "
+        "(g++ 12 or newer, or clang); install one, then reinstall rmsnorm"
+    )
 
 
 def why_not() -> str | None:
