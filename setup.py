@@ -21,6 +21,7 @@ from pathlib import Path
 from sysconfig import get_platform
 
 from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -128,7 +129,9 @@ class PlatformWheel(bdist_wheel):
 
 
 KERNELS = Extension("rmsnorm.librmsnorm", sources=["csrc/ops.cpp"], depends=sorted(map(str, Path("csrc").iterdir())))
+LICENSE = "license" if int(setuptools_version.partition(".")[0]) < 77 else "license_expression"
 setup(
+    **{LICENSE: "Apache-2.0"},
     ext_modules=[] if WANTED == "0" else [KERNELS],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -110,14 +111,16 @@ def wheel() -> Path:
     """The wheel in dist/, built anew if a source is younger."""
     sources = [p for place in ("src", "csrc") for p in (ROOT / place).rglob("*") if p.suffix in (".py", ".h", ".cpp")]
     youngest = max(path.stat().st_mtime for path in [*sources, ROOT / "setup.py", ROOT / "pyproject.toml"])
-    found = sorted((ROOT / "dist").glob("rmsnorm-*-py3-none-*.whl"))
+    # `make wheels` puts those of other platforms beside it.
+    mine = f"rmsnorm-*-py3-none-*linux*_{platform.machine()}.whl"
+    found = sorted((ROOT / "dist").glob(mine), key=lambda path: path.stat().st_mtime)
     if found and found[-1].stat().st_mtime > youngest:
         return found[-1]
     print("building the wheel", flush=True)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     environment = os.environ | {"RMSNORM_BUILD_NATIVE": "1"}
     subprocess.run([*command, "--wheel-dir", str(ROOT / "dist"), str(ROOT)], env=environment, check=True)
-    return max((ROOT / "dist").glob("rmsnorm-*-py3-none-*.whl"), key=lambda path: path.stat().st_mtime)
+    return max((ROOT / "dist").glob(mine), key=lambda path: path.stat().st_mtime)
 
 
 def install(python: Path, *what: str) -> None:

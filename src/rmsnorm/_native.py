@@ -65,11 +65,11 @@ def _why_not_built(system: str, machine: str) -> str:
     if machine not in wheels.get(system, ()):
         return (
             f"no wheel of rmsnorm is made for {system} on {machine}, and {LIBRARY.name} was not built when the package "
-            "was installed; the kernels are portable: install g++ 12 or newer, or clang, then reinstall rmsnorm"
+            "was installed; they are portable: install g++ 12 or newer, or clang, then reinstall it with --no-cache-dir"
         )
     return (
         f"{LIBRARY.name} was not built when the package was installed: it needs a C++20 compiler "
-        "(g++ 12 or newer, or clang); install one, then reinstall rmsnorm"
+        "(g++ 12 or newer, or clang); install one, then reinstall rmsnorm, with pip's --no-cache-dir"
     )
 
 
