@@ -31,6 +31,7 @@ SYSTEM_LIBRARIES = {
 }
 LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
 LIMIT = 5_000_000
+PACKAGE = {"rmsnorm", "rmsnorm_autoload.py", "rmsnorm_command.py"}
 NEEDED_IN_SDIST = {
     "setup.py",
     "pyproject.toml",
@@ -134,8 +135,7 @@ def check_wheel(wheel: Path) -> str:
         names = archive.namelist()
         binaries = [name for name in names if name.endswith((".so", ".dylib", ".o", ".a")) or ".so." in name]
         require(binaries == ["rmsnorm/librmsnorm.so"], f"{wheel.name} has the binaries {binaries}")
-        strange = {name.partition("/")[0] for name in names}
-        strange = {name for name in strange if not name.startswith("rmsnorm-")} - {"rmsnorm", "rmsnorm_autoload.py"}
+        strange = {name.partition("/")[0] for name in names if not name.startswith("rmsnorm-")} - PACKAGE
         require(not strange, f"{wheel.name} has {sorted(strange)} beside the package")
         library = Path(archive.extract("rmsnorm/librmsnorm.so", where))
         if target.mac:

@@ -51,6 +51,7 @@ PARTS = [
         ("Inside", "内部"),
         {
             "docs/design.md": ("Design", "为什么这样设计"),
+            "docs/releasing.md": ("Releasing", "发布"),
             "CONTRIBUTING.md": ("Contributing", "参与贡献"),
             "CHANGELOG.md": ("Changes", "变更记录"),
         },
