@@ -147,6 +147,23 @@ def test_settings_that_change() -> None:
         same(after(x), before(x))
 
 
+class LoneGainNorm(nn.Module):
+    """x-transformers' ScaleNorm: 1 + g is rounded to the type of g. Of lone numbers, half are exact there by chance."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale, self.g_norm = size**0.5, nn.Parameter(torch.full((1,), 0.37))
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1) * self.scale * (self.g_norm + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_lone_gain_in_another_type(dtype: torch.dtype) -> None:
+    before, after = (norm.to(dtype) for norm in twins(LoneGainNorm(96), "normalize, 1 + weight"))
+    same(after(rows(7, 96)), before(rows(7, 96)))
+
+
 def test_what_the_collector_calls_is_not_the_norms() -> None:
     """Python may collect garbage at any instruction; its callbacks (hypothesis has one) run within what is watched."""
     spent = 0.0

@@ -71,7 +71,9 @@ class Trial:
         self.binding, self.types = binding, types
         self.x_type = types[1] or torch.float32
         own = [(seed, name, t) for seed, (name, t) in enumerate(tensors(module).items()) if t.is_floating_point()]
-        values = {name: (1 + 0.7 * normal(*t.shape, seed=seed)).to(types[0] or types[1]) for seed, name, t in own}
+        # A lone one is 0.3: 1.3 is rounded in bfloat16 and float16, and what type a sum has must show.
+        draws = {name: normal(*t.shape, seed=n).clamp(*((-1, -1) if t.numel() == 1 else (-9, 9))) for n, name, t in own}
+        values = {name: (1 + 0.7 * draw).to(types[0] or types[1]) for name, draw in draws.items()}
         values |= {name: nn.Parameter(value) for name, value in values.items() if name in module._parameters}
         # In place of copies of the weights: torch can't copy a DTensor that begins inside of its storage (rank 1's).
         self.module: Any = copy.deepcopy(module, {id(t): values[name] for _, name, t in own})
