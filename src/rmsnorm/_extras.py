@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import re
 import shlex
 
@@ -45,6 +46,13 @@ def packages(extra: str) -> list[str]:
             inner = re.fullmatch(rf"{NAME}\[(.+)\]", package)
             found += packages(inner[1]) if inner else [package]
     return list(dict.fromkeys(found))
+
+
+def hush() -> None:
+    """Leaves warnings that optional packages log about themselves, when transformers imports them, out of a command's
+    output: torchao's, which has libraries for GPUs and uses an interface of torch that is on its way out."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _quoted(text: str) -> str:

@@ -10,7 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Annotated
 
 from . import _run
-from ._extras import extra_line
+from ._extras import extra_line, hush
 from ._info import info, version
 from .models import command as models_command
 from .tutorial import command as tutorial_command
@@ -32,6 +32,7 @@ def main() -> None:
             raise
         print(f"The command rmsnorm needs two more packages: {extra_line('cli')}", file=sys.stderr)
         sys.exit(2)
+    hush()
     return app()
 
 

@@ -90,6 +90,22 @@ def readme(report: Report) -> str:
     return f"{textwrap.fill(text, 118, break_on_hyphens=False)}\n\n{alone(report)}"
 
 
+def chinese(report: Report) -> str:
+    """The same in Chinese."""
+    here, (won, contested, _) = report.machine, first(report.results)
+    made = alone(report)
+    for words, theirs in (("forward", "前向"), ("backward", "反向"), ("best other library", "其他库中最快的")):
+        made = made.replace(words, theirs)
+    return (
+        f"单独一个归一化层：本库的时间 ÷ 对方的时间，{' · '.join(README_TYPES)}；小于 1 表示本库更快。"
+        f"取中位数，先核对输出；"
+        f"{max(report.threads())} 线程，{here['cpu']}，{here['cores']} 核，目标 {here['cpu_target']}，"
+        f"大页 {here['huge_pages']}，torch {here['torch']}，{here['date'][:10]}，`make results figure`。"
+        f"{contested} 种情形中有 {won} 种是最快的 RMSNorm"
+        f"（[其余几种](docs/performance.md#where-we-are-not-first)）。\n\n{made}"
+    )
+
+
 def speed(report: Report) -> str:
     """Every ratio, a table for each thread count."""
     names = [name for name in report.contenders() if name != OURS]
@@ -191,7 +207,7 @@ def write(results: Path, root: Path = Path()) -> None:
     bandwidth = figures.roofline(report, threads, ("forward", "backward"))
     drawn = figures.stack([bandwidth, figures.ratios(report, threads, shown)])
     export.replace(root / FIGURE, drawn)
-    for name, made in (("README.md", readme(report)), ("README.zh-CN.md", alone(report))):
+    for name, made in (("README.md", readme(report)), ("README.zh-CN.md", chinese(report))):
         replace_block(root / name, "made by `make figure`", made)
     for name, block in PERFORMANCE.items():
         replace_block(page, f"{name}: made by `make figure`", block(report))

@@ -157,7 +157,11 @@ def _cost(study: Study, arms: Arms) -> str:
 def _edges(study: Study, arms: Arms) -> str:
     at_edge = [arm.title for arm in arms.values() if arm.edge]
     failed = [f"{arm.title}: {arm.failed} of {arm.failed + len(arm.seeds)}" for arm in arms.values() if arm.failed]
-    text = f"The best rate is the last one tried for {', '.join(at_edge)}: theirs may be better. " if at_edge else ""
+    text = (
+        f"The best rate is at an end of the grid for {', '.join(at_edge)}: one beyond it may do better. "
+        if at_edge
+        else ""
+    )
     text += f"Seeds that diverged at the arm's best rate: {', '.join(failed)}." if failed else ""
     return text.rstrip()
 

@@ -42,14 +42,14 @@ def results(study: Study) -> str:
 
 BRIEF = {
     "README.md": (
-        "{made}: RMSNorm − LayerNorm = {loss} nats per byte held out, {quality}; a training step takes "
+        "{made}: held-out loss, RMSNorm − LayerNorm = {loss} nats per byte, {quality}; a training step takes "
         '{low:.3f} to {high:.3f} of the time of one with LayerNorm: "less computation" is {less}, '
         '"more stable training" is {stable}.',
         {},
     ),
     "README.zh-CN.md": (
-        "{made}：留出集上 RMSNorm − LayerNorm = {loss} nats/字节（{quality}）；"
-        "一个训练步的时间是 LayerNorm 的 {low:.3f} 到 {high:.3f} 倍：「计算更少」{less}，「训练更稳定」{stable}。",
+        "{made}：留出集损失，RMSNorm − LayerNorm = {loss} nats/字节（{quality}；越小越好）；"
+        "一个训练步的时间是 LayerNorm 的 {low:.3f} 到 {high:.3f} 倍：“计算更少”{less}，“训练更稳定”{stable}。",
         {
             "worse": "更差",
             "better": "更好",

@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from .._extras import hush
 from . import plan
 from .checkpoint import Refused
 from .corpus import Corpus
@@ -109,6 +110,7 @@ def _workers(count: int, folder: Folder, corpus: Corpus) -> Iterator[list[Connec
 
 def _serve(connection: Connection, folder: Folder, corpus: Corpus) -> None:
     """The life of a worker: a run comes in, steps and an outcome go out. It ends with the one who asks."""
+    hush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the main process decides
 
     def tell(step: int) -> None:
