@@ -61,7 +61,7 @@ NEEDS_MATPLOTLIB = (".html", ".png")
 
 def refusal(file: Path, *suffixes: str) -> str | None:
     """Why a file can't be written, or None: known before anything is measured."""
-    if file.suffix not in suffixes and not (file.is_dir() and ".json" in suffixes):
+    if file.suffix not in suffixes and not (os.path.isdir(file) and ".json" in suffixes):
         return f"{file.name} must end in {' or '.join(suffixes)}"
     if reason := closed(file):
         return reason
@@ -72,9 +72,13 @@ def refusal(file: Path, *suffixes: str) -> str | None:
 
 def closed(file: Path) -> str | None:
     """Why there can be no file in its directory, or None."""
-    if not file.parent.is_dir():
-        return f"{file.parent} is not a directory; make it first"
-    if not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+    try:
+        if not file.parent.is_dir():
+            return f"{file.parent} is not a directory; make it first"
+        closed = False
+    except PermissionError:  # a directory above it keeps us out
+        closed = True
+    if closed or not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"{file.parent} can't be written to; choose another directory"
     return None
 
