@@ -29,7 +29,7 @@ LABEL = "made by `make gain`"
 VOCABULARY = 8192
 """Of the models with random weights: a real one's head would be as large as all of these layers."""
 READ = 128
-SECONDS = 6.0
+SECONDS = 15.0
 """For each cell, and at least seven rounds."""
 
 
