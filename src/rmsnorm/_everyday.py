@@ -33,7 +33,8 @@ _CONJUGATE_ENDS_IT = torch.__version__.startswith("2.10.")
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _add: _Call = _ops.add_rms_norm._op
-_ROUND_FIRST = {"torch": False, "llama": True}
+ROUND_FIRST = {"torch": False, "llama": True}
+"""The casting modes, and whether each rounds the normalised value before the gain."""
 
 
 def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:
@@ -80,6 +81,14 @@ def ordinary(input: Tensor, second: Tensor | None, third: Tensor | None) -> bool
     )
 
 
+def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> int:
+    """How many dimensions a call that is :func:`ordinary` normalises; 0 if more has to be asked first."""
+    if eps is None or eps < 0:  # to the operators that is a floor
+        return 0
+    shape = normalized_shape if type(normalized_shape) is tuple else (normalized_shape,)
+    return len(shape) if shape == (input.shape[-len(shape) :] if weight is None else weight.shape) else 0
+
+
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,
@@ -96,17 +105,12 @@ def add_rms_norm(
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if not ordinary(input, residual, weight) or type(residual) is not Tensor or type(weight) not in _PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
-        if eps is None or eps < 0:
+        if not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
-        shape = normalized_shape if type(normalized_shape) is tuple else (normalized_shape,)
-        if shape != (input.shape[-len(shape) :] if weight is None else weight.shape):
-            return None
-        options = len(shape), eps, offset, _ROUND_FIRST[casting_mode]
-        if not is_grad_enabled() or not (
-            input.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
-        ):
-            return _add(input, residual, weight, *options)
-        return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
+        options = dims, eps, offset, ROUND_FIRST[casting_mode]
+        if _autograd.needed(input, weight, residual):
+            return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
+        return _add(input, residual, weight, *options)
     except (RuntimeError, KeyError, AttributeError, TypeError):
         return None
 

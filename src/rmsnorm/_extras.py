@@ -1,4 +1,4 @@
-"""The only file that knows how this package and its extras are installed: each line that says so is made here."""
+"""The only file that knows optional packages: the lines that install them and this one, and what some log unasked."""
 
 from __future__ import annotations
 

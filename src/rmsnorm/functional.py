@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
 
-ROUND_FIRST = {"torch": False, "llama": True}
+ROUND_FIRST = _everyday.ROUND_FIRST
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here

@@ -7,10 +7,8 @@ before, and the quartiles. A cell whose quartiles have 1 between them is shown a
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -68,16 +66,11 @@ MODELS: dict[str, Callable[[torch.dtype], Any]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Time after ÷ time before, by round."""
-
-    quotients: tuple[float, ...]
-
-    def __str__(self) -> str:
-        low, middle, high = statistics.quantiles(self.quotients, n=4, method="inclusive")
-        span = f"{low:.2f}–{high:.2f}"
-        return f"no difference ({span})" if low <= 1 <= high else f"**{middle:.2f}** ({span})"
+def cell(speed: workload.Speed) -> str:
+    """Time after ÷ time before, and its quartiles."""
+    low, high = speed.ratio_quartiles
+    span = f"({low:.2f}–{high:.2f})"
+    return f"**{speed.ratio:.2f}** {span}" if speed.measurable else f"no difference {span}"
 
 
 def row(name: str, dtype: str, seconds: float = SECONDS) -> list[str]:
@@ -95,8 +88,7 @@ def row(name: str, dtype: str, seconds: float = SECONDS) -> list[str]:
     turn, cells = switch(model), []
     inputs = {"input_ids": ids}
     for work in workload.kinds(model, inputs, writes=True).values():
-        speed = workload.time(work, turn, seconds)
-        cells.append(str(Cell(tuple(speed.after.quotients(speed.before)))))
+        cells.append(cell(workload.time(work, turn, seconds)))
     held = [one.kept for one in workload.memories(model, inputs, turn, writes=True).values()]
     norms = f"{len(report.patched)} norms, {len(report.fused)} adds"
     print(name, dtype, norms, *cells, f"{held[1] / held[0]:.2f}", sep=" | ", flush=True)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from .._info import info
 from .bars import Outcome
-from .fitting import Fitted
+from .fitting import Fitted, add_numbers, kept
 from .results import OURS, Report, Result, first, verdict
 from .timing import human
 
@@ -99,8 +99,7 @@ def _table(results: Sequence[Result]) -> Fitted:
     def make(gone: Collection[str]) -> Table:
         grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
         grid.add_column("case, contender", min_width=20)
-        for name in (name for name in COLUMNS if name not in gone):
-            grid.add_column(name, justify="right", no_wrap=True)
+        add_numbers(grid, COLUMNS, gone)
         for result in results:
             grid.add_row(f"[bold]{result.case}")
             ratios = {name: _ratio(ratio) for name, ratio in result.ratios().items()}
@@ -113,8 +112,7 @@ def _table(results: Sequence[Result]) -> Fitted:
                     "" if line.share_of_copy is None else f"{line.share_of_copy:.0%}",
                     ratios.get(name, ""),
                 )
-                named = zip(COLUMNS, cells, strict=True)
-                grid.add_row(f"  {name}", *(cell for column, cell in named if column not in gone))
+                grid.add_row(f"  {name}", *kept(COLUMNS, cells, gone))
             for name in result.skipped:
                 grid.add_row(f"  {name}", "skipped")
             grid.add_section()
@@ -156,16 +154,14 @@ def footprints(report: Report) -> Fitted:
             title="Memory of forward and backward",
         )
         grid.add_column("case, contender", min_width=20)
-        for name in (name for name in titles if name not in gone):
-            grid.add_column(name, justify="right", no_wrap=True)
+        add_numbers(grid, titles, gone)
         case = ""
         for one in report.footprints:
             if case != (case := f"{one.rows}×{one.cols} {one.dtype}"):
                 grid.add_row(f"[bold]{case}")
             sizes = (one.peak_bytes, one.kept_bytes)
             cells = [cell for size in sizes for cell in (mebibytes(size), f"{size / one.tensor_bytes:.2f}")]
-            named = zip(titles, cells, strict=True)
-            grid.add_row(f"  {one.contender}", *(cell for name, cell in named if name not in gone))
+            grid.add_row(f"  {one.contender}", *kept(titles, cells, gone))
         return grid
 
     return Fitted(make, (titles[1], titles[3], titles[0]))
@@ -185,8 +181,7 @@ def _bars(outcomes: Sequence[Outcome], gone: Collection[str]) -> Table:
     titles = "bound", "medians", "minima"
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("ours ÷ other", min_width=26)
-    for name in (name for name in titles if name not in gone):
-        grid.add_column(name, justify="right", no_wrap=True)
+    add_numbers(grid, titles, gone)
     grid.add_column("", no_wrap=True)
     cell = ""
     for one in outcomes:
@@ -194,9 +189,8 @@ def _bars(outcomes: Sequence[Outcome], gone: Collection[str]) -> Table:
             grid.add_section()
             grid.add_row(f"[bold]{cell}")
         runs = [" ".join(f"{value:.2f}" for value in values) for values in (one.medians, one.minima)]
-        named = zip(titles, (f"{one.bar.bound:.2f}", *runs), strict=True)
         verdict = f"[{VERDICTS[one.verdict]}]{one.verdict}[/]"
-        grid.add_row(f"÷ {one.bar.other}", *(text for name, text in named if name not in gone), verdict)
+        grid.add_row(f"÷ {one.bar.other}", *kept(titles, (f"{one.bar.bound:.2f}", *runs), gone), verdict)
     return grid
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,10 @@ def refusal(file: Path, *suffixes: str) -> str | None:
 
 def closed(file: Path) -> str | None:
     """Why there can be no file in its directory, or None."""
-    try:
+    with suppress(PermissionError):  # of a directory above, which keeps us out: then this can't be written to either
         if not file.parent.is_dir():
             return f"{file.parent} is not a directory; make it first"
-        closed = False
-    except PermissionError:  # a directory above it keeps us out
-        closed = True
-    if closed or not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not os.access(file.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"{file.parent} can't be written to; choose another directory"
     return None
 

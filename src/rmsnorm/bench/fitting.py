@@ -39,6 +39,17 @@ class Fitted:
             yield Text(f"no room for: {names}", style="dim italic")
 
 
+def add_numbers(table: Table, titles: Sequence[str], gone: Collection[str]) -> None:
+    """Adds the columns of numbers that are not left out."""
+    for title in kept(titles, titles, gone):
+        table.add_column(title, justify="right", no_wrap=True)
+
+
+def kept(titles: Sequence[str], cells: Sequence[str], gone: Collection[str]) -> list[str]:
+    """The cells below the titles that are not left out."""
+    return [cell for title, cell in zip(titles, cells, strict=True) if title not in gone]
+
+
 def _needed(table: Table, console: Console, options: ConsoleOptions) -> int:
     """The width at which nothing is cut: columns that wrap at their narrowest, the others at their widest."""
     wrapping = [(column, column.max_width) for column in table.columns if not column.no_wrap]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench.console import mebibytes
-from ..bench.fitting import Fitted
+from ..bench.fitting import Fitted, add_numbers, kept
 from ..bench.timing import human
 from .comparison import Comparison
 from .report import PatchReport
@@ -81,8 +81,7 @@ def times(speeds: Mapping[str, Speed]) -> Fitted:
     def make(gone: Collection[str]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         table.add_column("in turns, medians", min_width=13)
-        for title in (title for title in titles if title not in gone):
-            table.add_column(title, justify="right", no_wrap=True)
+        add_numbers(table, titles, gone)
         for name, speed in speeds.items():
             cells = [
                 cell for side in (speed.before, speed.after) for cell in (human(side.median), human(*side.quartiles))
@@ -91,9 +90,8 @@ def times(speeds: Mapping[str, Speed]) -> Fitted:
                 " → ".join(f"{one:,.{1 if one < 100 else 0}f}" for one in speed.per_second) if speed.tokens else "",
                 ratio(speed),
             ]
-            named = zip(titles, cells, strict=True)
             what = f"{name}, {speed.tokens} token{'s' * (speed.tokens > 1)}" if speed.tokens else name
-            table.add_row(what, *(cell for title, cell in named if title not in gone))
+            table.add_row(what, *kept(titles, cells, gone))
         return table
 
     return Fitted(make, ("tokens/s", "quartiles|quartiles "))

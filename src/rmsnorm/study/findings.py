@@ -25,12 +25,6 @@ def conclusions(study: Study) -> list[str]:
     return [sentence for about in ABOUT if (sentence := about(study, arms))]
 
 
-def headlines(study: Study) -> list[str]:
-    """The conclusions that answer the title's claim, for a page with little room."""
-    arms = arms_of(study)
-    return [sentence for about in (_loss, _stable, _batch_norm, _cost) if (sentence := about(study, arms))]
-
-
 def verdict(spread: Spread) -> str:
     """What a difference of losses means for the first of the two."""
     if math.isnan(spread.band):
@@ -89,8 +83,7 @@ def stability(study: Study, arms: Arms) -> str:
 
 
 def _stable(study: Study, arms: Arms) -> str:
-    rates = ", ".join(f"{arm.title} {rate(arm)}" for arm in arms.values())
-    text = f"Largest learning rate that still trains, on a grid of factor {study.setting.ratio:g}: {rates}."
+    text = _rates(study, arms, ", ")
     if {"rms", "layer"} <= arms.keys():
         grid = study.setting.grid()
         bend = {name: arms[name].sensitivity(grid) for name in ("rms", "layer")}
@@ -130,10 +123,16 @@ def _batch_norm(study: Study, arms: Arms) -> str:
     )
 
 
+def step_ratios(study: Study) -> tuple[float, float, float] | None:
+    """Time of a training step with RMSNorm ÷ with LayerNorm: the median between its quartiles; None without timing."""
+    found: tuple[float, float, float] | None
+    found = ((study.timing or {}).get("steps", {}).get("rms") or {}).get("ratios", {}).get("layer")
+    return found
+
+
 def computation(study: Study) -> str:
     """The verdict on "less computation" than LayerNorm, of a whole step; "open" without timing."""
-    ratios = ((study.timing or {}).get("steps", {}).get("rms") or {}).get("ratios", {}).get("layer")
-    if not ratios:
+    if not (ratios := step_ratios(study)):
         return "open"
     low, _, high = ratios
     return "supported" if high < 1 else "contradicted" if low > 1 else "not supported"
@@ -181,14 +180,13 @@ def _losses(study: Study, arms: Arms) -> str:
     return f"Held-out loss in nats per byte, in the order of --arms: {listed}. {order}"
 
 
-def _rates(study: Study, arms: Arms) -> str:
-    rates = "; ".join(f"{arm.title} {rate(arm)}" for arm in arms.values())
+def _rates(study: Study, arms: Arms, between: str = "; ") -> str:
+    rates = between.join(f"{arm.title} {rate(arm)}" for arm in arms.values())
     return f"Largest learning rate that still trains, on a grid of factor {study.setting.ratio:g}: {rates}."
 
 
 def _step(study: Study, arms: Arms) -> str:
-    ratios = ((study.timing or {}).get("steps", {}).get("rms") or {}).get("ratios", {}).get("layer")
-    if not ratios:
+    if not (ratios := step_ratios(study)):
         return ""
     low, middle, high = ratios
     text = f"A training step with {arms['rms'].title} takes {middle:.3f} of the time of one with {arms['layer'].title}"

@@ -69,7 +69,9 @@ def readme(study: Study, name: str) -> str:
     """The findings for README.md or its twin: quality, cost and stability in one sentence."""
     arms, (sentence, words) = arms_of(study), BRIEF[name]
     apart = difference(arms["rms"], arms["layer"])
-    low, _, high = (study.timing or {})["steps"]["rms"]["ratios"]["layer"]
+    ratios = findings.step_ratios(study)
+    assert ratios is not None  # write() refuses a study without timing
+    low, _, high = ratios
     verdicts = findings.verdict(apart), findings.computation(study), findings.stability(study, arms)
     quality, less, stable = (words.get(one, one) for one in verdicts)
     made = f"`rmsnorm study`, {study.machine['date'][:10]}, {study.machine['cpu']}, torch {study.setting.torch}"
