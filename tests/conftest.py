@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from rmsnorm import _everyday, _gated_ops, _native, _ops
+from rmsnorm import _everyday, _native, _ops
+from rmsnorm.forms import gated_ops
 
 _OPERATORS = (
     "rms_norm",
@@ -67,7 +68,7 @@ def target(request, restored_target, monkeypatch):
         for name in _OPERATORS:
             monkeypatch.setattr(_ops, name, getattr(_ops, f"_{name}"))
         for name, default in (("rms_norm", ""), ("forward", "_forward"), ("backward", "_backward")):
-            monkeypatch.setattr(_gated_ops, name, getattr(_gated_ops, f"_gated_rms_norm{default}"))
+            monkeypatch.setattr(gated_ops, name, getattr(gated_ops, f"_gated_rms_norm{default}"))
         monkeypatch.setattr(_everyday, "_plain", None)
     else:
         _use(request.param)

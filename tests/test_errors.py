@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _gpu, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
+from rmsnorm import _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
+from rmsnorm.gpu import route
 
 X = torch.ones(2, 3, 5)
 
@@ -80,7 +81,7 @@ def test_operators_check_out_themselves(out):
         (_ops.rms_norm_out, whole),
         (_ops.rms_norm_weighted_out, (1e-6,)),
         (_ops._rms_norm_out, whole),  # other devices' default
-        (_gpu.rms_norm_out, whole),
+        (route.rms_norm_out, whole),
     ):
         with pytest.raises(RuntimeError, match="out must be on the device of input, of its shape and the dtype of the"):
             operator(2 * X, torch.ones(5), *arguments, out)

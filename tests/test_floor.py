@@ -15,8 +15,9 @@ from oracle import DTYPES, HALVES, MODES, Bounds, Truth, bound, exact, gain, gai
 from test_derivatives import TRANSFORMS
 
 import rmsnorm
-from rmsnorm import _autograd, _gated_ops, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
-from rmsnorm._floored import floored_rms_norm
+from rmsnorm import _autograd, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
+from rmsnorm.forms import gated_ops
+from rmsnorm.forms.floored import floored_rms_norm
 
 COLUMNS = (1, 3, 127, 129, 576, 1027, 5137)
 # F.normalize's own; one that ordinary rows can be below; and one whose 1/rms no fp32 holds.
@@ -162,10 +163,10 @@ def test_targets_give_the_same_bits(dtype, restored_target):
             tensors = gradients(x, weight, grad, floor)
             tensors += _ops.add_rms_norm_forward(x, grad, weight, 1, -floor, 0.0, False)
             for first in (False, True):
-                y, rstd = _gated_ops.forward(x, grad, weight, 1, -floor, 0.0, False, not first, True)
+                y, rstd = gated_ops.forward(x, grad, weight, 1, -floor, 0.0, False, not first, True)
                 tensors += [y, rstd]
                 options = (weight, 1, -floor, 0.0, not first, True, True, True, True)
-                tensors += _gated_ops.backward(grad, x, grad, rstd, *options)
+                tensors += gated_ops.backward(grad, x, grad, rstd, *options)
             results.append([t.nan_to_num(nan=7.0) for t in tensors])
         for other in results[1:]:
             assert all(map(same_bits, results[0], other)), f"{columns} columns, {kind}"
@@ -187,12 +188,12 @@ def test_add_and_gated_operators_know_it(target):
     for first in (False, True):
         options = (w, 1, -0.01, 0.0, False, not first, True)
         leaves = [t.clone().requires_grad_() for t in (x * 10, other)]
-        formula = _gated_ops.gated_rms_norm(*leaves, *options)[0]
-        y, rstd = _gated_ops.forward(x * 10, other, *options)
+        formula = gated_ops.gated_rms_norm(*leaves, *options)[0]
+        y, rstd = gated_ops.forward(x * 10, other, *options)
         torch.testing.assert_close(y, formula)
         assert 0 < (rstd < 0).sum() < 7
         wanted = torch.autograd.grad(formula.sum(), leaves)
-        got = _gated_ops.backward(
+        got = gated_ops.backward(
             torch.ones_like(y), x * 10, other, rstd, w, 1, -0.01, 0.0, not first, True, True, True, True
         )
         torch.testing.assert_close(got[:2], wanted)

@@ -22,29 +22,36 @@ MAY_IMPORT = {
     "_ops": {"_native", "reference"},
     "_vmap": {"_ops", "reference"},
     "_autograd": {"_ops", "_vmap", "reference"},
-    "_gpu": {"_extras", "_launch", "_ops", "reference"},
     "_extras": set(),
-    "_launch": {"_triton", "_triton_backward", "reference"},
-    "_triton": set(),
-    "_triton_backward": {"_triton"},
     "_onnx": {"reference"},
     "_arguments": set(),
     "_foreign": {"_onnx", "_ops", "reference"},
     "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "reference"},
-    "_floored": {"_everyday", "functional"},
-    "_everyday": {"_autograd", "_dtensor", "_ops"},  # the latter when a DTensor arrives
-    "_dtensor": {"_floored", "_gated", "_layer_norm", "_ranks", "functional"},
-    "_ranks": {"_gated_ops", "reference"},
-    "_layer_norm": {"_arguments", "_everyday", "_foreign", "_layer_ops", "_ops"},
-    "_layer_ops": {"_ops", "reference"},
+    "_everyday": {"_autograd", "_ops", "distributed/placement"},  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
-    "_gated_ops": {"_native", "_ops", "reference"},
-    "_gated": {"_arguments", "_everyday", "_gated_autograd", "_gated_ops", "functional", "module", "reference"},
-    "_gated_autograd": {"_autograd", "_foreign", "_gated_ops", "_onnx", "_ops", "reference"},
-    "hub": {"_extras", "models"},
+    "forms/floored": {"_everyday", "functional"},
+    "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops"},
+    "forms/layer_ops": {"_ops", "reference"},
+    "forms/gated_ops": {"_native", "_ops", "reference"},
+    "forms/gated_autograd": {"_autograd", "_foreign", "_onnx", "_ops", "forms/gated_ops", "reference"},
+    "forms/gated": {
+        *("_arguments", "_everyday", "functional", "module", "reference"),
+        *("forms/gated_autograd", "forms/gated_ops"),
+    },
+    "distributed/placement": {"distributed/ranks"},
+    "distributed/ranks": {"forms/gated_ops", "reference"},
+    "gpu/__init__": {"gpu/route"},
+    "gpu/route": {"_extras", "_ops", "gpu/launch", "reference"},
+    "gpu/launch": {"gpu/triton_backward", "gpu/triton_forward", "reference"},
+    "gpu/triton_forward": set(),
+    "gpu/triton_backward": {"gpu/triton_forward"},
+    "hub": {"_extras", "models/binding", "models/probe"},
     "_install": {"_native", "_vmap"},
-    "_info": {"_gpu", "_install", "_native"},
-    "__init__": {"_gated", "_gpu", "_info", "_install", "_layer_norm", "functional", "models", "module"},
+    "_info": {"_install", "_native", "gpu/route"},
+    "__init__": {
+        *("_info", "_install", "forms/gated", "forms/layer_norm", "functional", "gpu/__init__", "models/__init__"),
+        "module",
+    },
 }
 
 
@@ -91,17 +98,31 @@ def test_import_needs_only_torch(python, statement, expected):
 
 
 def imports(path: Path) -> set[str]:
-    """The files of this package that one imports, at the top or inside a function."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    """The files of this package that one imports, at the top or inside a function, by their names in SOURCES."""
+    found, tree = set(), ast.parse(path.read_text())
+    unreal = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {id(inner) for node in unreal for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in skipped:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).resolve()
+            named = [folder / alias.name for alias in node.names]
+            for to in (each if each.with_suffix(".py").exists() or each.is_dir() else folder for each in named):
+                name = to.relative_to(ROOT).as_posix()
+                found.add(name if name in SOURCES else f"{name}/__init__".removeprefix("./"))
     return found
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_follow_the_corridor(name):
     assert imports(SOURCES[name]) <= MAY_IMPORT[name]
+
+
+def test_no_circle():
+    """No file imports itself by way of others, late imports inside functions included."""
+    ahead = {name: imports(path) - {name} for name, path in SOURCES.items()}
+    while leaves := {name for name, others in ahead.items() if not others & ahead.keys()}:
+        ahead = {name: others for name, others in ahead.items() if name not in leaves}
+    assert not ahead
 
 
 @pytest.mark.parametrize("path", SOURCES.values(), ids=SOURCES)
@@ -118,11 +139,17 @@ def test_every_file_says_what_it_is_for(path):
         ("ctypes", ["_native"]),
         ("pip install", ["_extras"]),
         ("rmsnorm[", []),
-        ("environ.get", ["_gpu", "_native", "study/workers"]),
-        ("import triton", ["_triton", "_triton_backward"]),
-        ("library.define", ["_gated_ops", "_install", "_layer_ops", "_ops"]),
+        ("environ.get", ["_native", "gpu/route", "study/workers"]),
+        ("import triton.language", ["gpu/triton_backward", "gpu/triton_forward"]),
+        ("library.define", ["_install", "_ops", "forms/gated_ops", "forms/layer_ops"]),
         ("register_vmap", ["_install", "_vmap"]),
-        ("autograd.Function", ["_autograd", "_dtensor", "_everyday", "_gated_autograd", "_layer_norm", "_ranks"]),
+        (
+            "autograd.Function",
+            [
+                *("_autograd", "_everyday", "distributed/placement", "distributed/ranks"),
+                *("forms/gated_autograd", "forms/layer_norm"),
+            ],
+        ),
     ],
 )
 def test_one_owner(text, owners):

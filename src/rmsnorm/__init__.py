@@ -3,16 +3,16 @@
 The public page is this list; everything else is private or lives beside the corridor (docs/design.md has the tree).
 """
 
-from . import _gpu as _gpu
-from ._gated import GatedRMSNorm as GatedRMSNorm
-from ._gated import gated_rms_norm as gated_rms_norm
+from . import gpu as gpu
 from ._info import info as info
 from ._info import version as _version
 from ._install import install as install
 from ._install import installed as installed
 from ._install import uninstall as uninstall
-from ._layer_norm import LayerNorm as LayerNorm
-from ._layer_norm import layer_norm as layer_norm
+from .forms.gated import GatedRMSNorm as GatedRMSNorm
+from .forms.gated import gated_rms_norm as gated_rms_norm
+from .forms.layer_norm import LayerNorm as LayerNorm
+from .forms.layer_norm import layer_norm as layer_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .models import PatchReport as PatchReport

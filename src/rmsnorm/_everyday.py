@@ -116,7 +116,7 @@ def add_rms_norm(
 
 
 def distributed(*tensors: Tensor | None) -> ModuleType | None:
-    """``_dtensor.py``, if one of the tensors is a DTensor.
+    """``distributed/placement.py``, if one of the tensors is a DTensor.
 
     There is none before somebody has imported torch.distributed.tensor: that takes half a second, and isn't ours to do.
     """
@@ -125,9 +125,9 @@ def distributed(*tensors: Tensor | None) -> ModuleType | None:
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if not any(isinstance(tensor, kind) for tensor in tensors):
         return None
-    from . import _dtensor
+    from .distributed import placement
 
-    return _dtensor
+    return placement
 
 
 class EverydayRMSNorm(torch.autograd.Function):

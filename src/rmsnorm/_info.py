@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _gpu, _install, _native
+from . import _install, _native
+from .gpu import route
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,6 @@ def info() -> Info:
         cpu_targets=_native.cpu_targets(),
         installed=_install.is_installed(),
         threads=torch.get_num_threads(),
-        triton=importlib.metadata.version("triton") if _gpu.has_triton() else None,
-        cuda=_gpu.choice(),
+        triton=importlib.metadata.version("triton") if route.has_triton() else None,
+        cuda=route.choice(),
     )

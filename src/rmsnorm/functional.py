@@ -103,7 +103,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _check_out(out, input, weight, round_first)
         return out.copy_(output)
     if ranks := _everyday.distributed(input, weight, out):
-        return ranks.rms_norm(input, weight, out, dims, eps, offset, casting_mode)
+        return ranks.rms_norm(rms_norm, input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
@@ -181,7 +181,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if type(offset) is not float:
         _arguments.check_numbers("add_rms_norm", offset=offset)
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
-        return ranks.add_rms_norm(input, residual, weight, dims, eps, offset, casting_mode)
+        return ranks.add_rms_norm(add_rms_norm, input, residual, weight, dims, eps, offset, casting_mode)
     recorded = _autograd.needed(input, weight, residual)
     if (
         eps < 0

@@ -104,7 +104,7 @@ def rms_norm(
     """Returns ``(output, rstd)``; ``rstd`` has the shape of ``input`` with the last ``dims`` sizes set to 1. It is
     negative where the floor holds: that is how the kernels' backward knows.
 
-    ``mean`` takes the mean of the squares: over several ranks, where a row lies on several (``_ranks.py``).
+    ``mean`` takes the mean of the squares: over several ranks, where a row lies on several (``ranks.py``).
     """
     wide = cast(input, accumulation_dtype(input.dtype))
     square = mean(wide.square(), _last(dims))

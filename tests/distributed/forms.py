@@ -17,7 +17,7 @@ from oracle import ulp
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm._floored import floored_rms_norm
+from rmsnorm.forms.floored import floored_rms_norm
 
 EPS = 1e-5
 

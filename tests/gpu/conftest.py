@@ -16,7 +16,8 @@ import pytest
 import torch
 from carried import DEVICE, carried
 
-from rmsnorm import _gpu, _launch, _native
+from rmsnorm import _native
+from rmsnorm.gpu import launch, route
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = ["test_bench_device.py", "test_compiled.py", "test_route.py"]
@@ -30,7 +31,7 @@ else:
 if INTERPRETED or DEVICE:
     if not _native.why_not():
         raise RuntimeError("these tests need RMSNORM_NATIVE=0: the C++ kernels hold the place of CPU tensors")
-    _gpu.register("CPU")
+    route.register("CPU")
 if INTERPRETED:
     import hardware
 
@@ -42,9 +43,9 @@ elif DEVICE:
 @pytest.fixture
 def on_triton(monkeypatch):
     """CPU tensors take a GPU's route, to Triton wherever it has a kernel."""
-    monkeypatch.setattr(_gpu, "runs_triton", lambda device: True)
-    monkeypatch.setattr(_gpu, "choice", lambda: "triton")
-    for launch in (_launch.forward, _launch.backward) if DEVICE else ():
-        monkeypatch.setattr(_launch, launch.__name__, carried(launch))
+    monkeypatch.setattr(route, "runs_triton", lambda device: True)
+    monkeypatch.setattr(route, "choice", lambda: "triton")
+    for direction in (launch.forward, launch.backward) if DEVICE else ():
+        monkeypatch.setattr(launch, direction.__name__, carried(direction))
     with np.errstate(all="ignore"):  # numpy warns of the overflows that a GPU makes silently
         yield

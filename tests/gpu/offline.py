@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from rmsnorm import _launch, _triton, _triton_backward
 from rmsnorm.bench.pages import replace_block
+from rmsnorm.gpu import launch, triton_backward, triton_forward
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -89,8 +89,13 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
         one = kernel.warmup(*arguments, grid=grid, **constants, **options)
         found.append(_read(kernel.__name__, constants, warps * threads_of, one.asm))
 
-    monkeypatch.setattr(_launch, "_launch", collect)
-    for kernel in (_triton.forward, _triton_backward.backward, _triton_backward.backward_wide, _triton_backward.fold):
+    monkeypatch.setattr(launch, "_launch", collect)
+    for kernel in (
+        triton_forward.forward,
+        triton_backward.backward,
+        triton_backward.backward_wide,
+        triton_backward.fold,
+    ):
         kernel.device_caches.clear()
     with tempfile.TemporaryDirectory() as cache:
         monkeypatch.setenv("TRITON_CACHE_DIR", cache)
@@ -128,9 +133,9 @@ def _read(kernel: str, constants: dict[str, Any], threads: int, asm: dict[str, A
 def launch_all(columns: int, dtype: torch.dtype) -> None:
     """Forward with 1/rms, add + norm, and backward, of aligned rows."""
     x, weight = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
-    _, _, rstd = _launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
-    _launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
-    _launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
+    _, _, rstd = launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
+    launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
+    launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
 
 
 def table() -> str:

@@ -15,7 +15,7 @@ import torch
 from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
-from rmsnorm import _launch
+from rmsnorm.gpu import launch
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
@@ -35,7 +35,7 @@ def test_the_floor(name, dtype, monkeypatch):
             launch_all(columns, dtype)
             assert [one.kernel for one in found][:3] == ["forward", "forward", "backward"]
             assert not any(one.spills for one in found), [(one.kernel, columns, one.spills) for one in found]
-            held = columns <= _launch.WIDEST["backward"]
+            held = columns <= launch.WIDEST["backward"]
             for one, tensors in zip(found[: 2 + held], (1, 2, 2), strict=False):
                 rows = one.constants["ROWS"]
                 written = 2 if one.kernel == "backward" else 1
@@ -59,9 +59,9 @@ def test_every_option_compiles(name, monkeypatch):
             for columns in (3, 129, 20000):
                 x = torch.zeros(columns, 6, dtype=dtype).t()  # columns are strided
                 weight = torch.zeros(columns, dtype=torch.float32)
-                _, _, rstd = _launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
-                _launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
-                _launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
+                _, _, rstd = launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
+                launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
+                launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
     assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
 
 
@@ -76,8 +76,8 @@ def test_layouts_share_one_code(columns, monkeypatch):
             if "contiguous" in (layout, grad_layout):
                 x = torch.zeros(rows, columns, dtype=torch.bfloat16)
                 x, grad = alike(lay_out(x, layout), lay_out_grad(x, grad_layout))
-                _, _, rstd = _launch.forward(x, None, w, 1, 1e-5, 0.0, False, True)
-                _launch.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
+                _, _, rstd = launch.forward(x, None, w, 1, 1e-5, 0.0, False, True)
+                launch.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
     assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 3
 
 
@@ -97,7 +97,7 @@ def test_multiplications_and_additions_stay_apart(monkeypatch):
 
 def test_the_reader_sees_spills(monkeypatch):
     """Rows of 16384 columns held through a backward don't fit: why WIDEST says 8192, and proof that a spill shows."""
-    monkeypatch.setitem(_launch.WIDEST, "backward", 16384)
+    monkeypatch.setitem(launch.WIDEST, "backward", 16384)
     with compiling(TARGETS["sm_90"], monkeypatch) as found:
         launch_all(16384, torch.float32)
     assert next(one for one in found if one.kernel == "backward").spills > 0

@@ -13,15 +13,16 @@ from oracle import DTYPES, EPS, REFERENCE_ULPS, ULPS, Truth, gains, incoming, sa
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import _gpu, _launch, add_rms_norm, rms_norm
+from rmsnorm import add_rms_norm, rms_norm
+from rmsnorm.gpu import launch, route
 
 BOUNDS = ULPS | {torch.float64: REFERENCE_ULPS[torch.float64]}
 
 
-@pytest.fixture(params=_gpu.CHOICES)
+@pytest.fixture(params=route.CHOICES)
 def chosen(request, monkeypatch):
     """Both values of RMSNORM_CUDA."""
-    monkeypatch.setattr(_gpu, "choice", lambda: request.param)
+    monkeypatch.setattr(route, "choice", lambda: request.param)
     return request.param
 
 
@@ -29,10 +30,8 @@ def chosen(request, monkeypatch):
 def launched(monkeypatch):
     """The names of the Triton kernels that were launched."""
     names: list[str] = []
-    launch = _launch._launch
-    monkeypatch.setattr(
-        _launch, "_launch", lambda kernel, *rest: (names.append(kernel.__name__), launch(kernel, *rest))
-    )
+    real = launch._launch
+    monkeypatch.setattr(launch, "_launch", lambda kernel, *rest: (names.append(kernel.__name__), real(kernel, *rest)))
     return names
 
 
@@ -160,4 +159,4 @@ def test_other_kernels_of_the_page_work_there():
 
 
 def test_info_names_the_route():
-    assert rmsnorm.info().cuda in _gpu.CHOICES
+    assert rmsnorm.info().cuda in route.CHOICES

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from oracle import DTYPES, EPS, Truth, bound, gains, sample
 
-from rmsnorm import _gpu, _ops, reference, rms_norm
+from rmsnorm import _ops, reference, rms_norm
+from rmsnorm.gpu import route
 
 OPERATORS = tuple(_ops.SCHEMAS)
 OURS = ("CUDA", "XPU")
@@ -62,40 +63,40 @@ def test_the_definition_serves_other_devices():
     Truth(x, EPS).forward(weight, 1.0, "torch", bound("reference", torch.float32)).check(y, "default")
 
 
-@pytest.mark.parametrize(("chosen", "runs"), list(product(_gpu.CHOICES, (True, False))))
+@pytest.mark.parametrize(("chosen", "runs"), list(product(route.CHOICES, (True, False))))
 def test_the_rule(monkeypatch, chosen, runs):
     """What torch's fused kernel means goes to torch unless RMSNORM_CUDA=triton; the rest to Triton if it runs there."""
-    monkeypatch.setattr(_gpu, "choice", lambda: chosen)
-    monkeypatch.setattr(_gpu, "runs_triton", lambda device: runs)
+    monkeypatch.setattr(route, "choice", lambda: chosen)
+    monkeypatch.setattr(route, "runs_triton", lambda device: runs)
     x, weight = torch.ones(2, 4, 8), torch.ones(8)
     ours, plain = "triton" if runs else "reference", "triton" if runs and chosen == "triton" else "torch"
 
-    def route(input, weight, offset=0.0, round_first=False, more=None):
-        return _gpu.route(input, weight, 1, _gpu.fused_by_torch(input, weight, 1, offset, round_first, more))
+    def way(input, weight, offset=0.0, round_first=False, more=None):
+        return route.route(input, weight, 1, route.fused_by_torch(input, weight, 1, offset, round_first, more))
 
     for dtype in DTYPES:
-        assert route(x.to(dtype), weight.to(dtype)) == plain, dtype
-    assert route(x, None) == plain
-    assert route(x, None, 1.0, True) == plain, "without a weight there is nothing to offset, nor a second rounding"
-    assert route(x, weight, 1.0) == ours
-    assert route(x, weight, 0.0, True) == ours
-    assert route(x, weight, more=x) == ours
-    assert route(x.bfloat16(), weight) == ours, "another type of weight"
-    assert route(x, torch.ones(4, 8)) == ours, "a weight for each head"
-    assert route(x, weight.double()) == "reference", "fp64 gains for fp32"
-    assert route(torch.ones(0, 8), weight) == "reference"
-    assert route(torch.ones(1, 2**16, 1), torch.ones(2**16, 1)) == "reference", "more heads than a grid has places"
+        assert way(x.to(dtype), weight.to(dtype)) == plain, dtype
+    assert way(x, None) == plain
+    assert way(x, None, 1.0, True) == plain, "without a weight there is nothing to offset, nor a second rounding"
+    assert way(x, weight, 1.0) == ours
+    assert way(x, weight, 0.0, True) == ours
+    assert way(x, weight, more=x) == ours
+    assert way(x.bfloat16(), weight) == ours, "another type of weight"
+    assert way(x, torch.ones(4, 8)) == ours, "a weight for each head"
+    assert way(x, weight.double()) == "reference", "fp64 gains for fp32"
+    assert way(torch.ones(0, 8), weight) == "reference"
+    assert way(torch.ones(1, 2**16, 1), torch.ones(2**16, 1)) == "reference", "more heads than a grid has places"
 
 
 def test_torchs_kernel_is_called_with_torchs_meaning(monkeypatch):
-    monkeypatch.setattr(_gpu, "choice", lambda: "torch")
-    monkeypatch.setattr(_gpu, "runs_triton", lambda device: False)
+    monkeypatch.setattr(route, "choice", lambda: "torch")
+    monkeypatch.setattr(route, "runs_triton", lambda device: False)
     x, weight = torch.randn(2, 3, 4, 5), torch.randn(4, 5)
-    y, rstd = _gpu.rms_norm_forward(x, weight, 2, EPS)
+    y, rstd = route.rms_norm_forward(x, weight, 2, EPS)
     assert torch.equal(y, F.rms_norm(x, (4, 5), weight, EPS))
     assert rstd.shape == reference.rms_norm(x, weight, 2, EPS, 0.0, False)[1].shape
     out = torch.empty(2, 3, 5, 4).mT
-    _gpu.rms_norm_out(x, weight, 2, EPS, 0.0, False, out)
+    route.rms_norm_out(x, weight, 2, EPS, 0.0, False, out)
     assert torch.equal(out, y)
     seen = []
 
@@ -104,20 +105,20 @@ def test_torchs_kernel_is_called_with_torchs_meaning(monkeypatch):
         return grad, None
 
     monkeypatch.setattr(torch.ops.aten._fused_rms_norm_backward, "default", fused)
-    dx, dw = _gpu.rms_norm_backward(x, None, x, rstd, weight, 2, EPS, 0.0, True, False)
+    dx, dw = route.rms_norm_backward(x, None, x, rstd, weight, 2, EPS, 0.0, True, False)
     assert seen == [(torch.Size([4, 5]), [True, False])]
     assert (dx.shape, dw.shape) == (x.shape, (0,))
 
 
 def test_without_triton_the_definition_serves_all_options(monkeypatch):
-    monkeypatch.setattr(_gpu, "runs_triton", lambda device: False)
+    monkeypatch.setattr(route, "runs_triton", lambda device: False)
     x, other, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    y, total, rstd = _gpu.add_rms_norm_forward(x, other, weight, 1, EPS, 1.0, True)
+    y, total, rstd = route.add_rms_norm_forward(x, other, weight, 1, EPS, 1.0, True)
     wanted, wanted_rstd = reference.rms_norm(x + other, weight, 1, EPS, 1.0, True)
     assert torch.equal(y, wanted)
     assert torch.equal(total, x + other)
     assert torch.equal(rstd, wanted_rstd)
-    dx, dw = _gpu.rms_norm_backward(x, other, x, rstd, weight, 1, EPS, 1.0, True, True)
+    dx, dw = route.rms_norm_backward(x, other, x, rstd, weight, 1, EPS, 1.0, True, True)
     wanted_dx, wanted_dw = reference.rms_norm_backward(x, x, weight, 1, EPS, 1.0)
     assert torch.equal(dx, wanted_dx + other)
     assert torch.equal(dw, wanted_dw)
@@ -141,7 +142,7 @@ import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
 """
-    result = python(hide + "import torch, rmsnorm; print(rmsnorm._gpu.runs_triton(torch.device('cuda')))\n" + ASK)
+    result = python(hide + "import torch, rmsnorm; print(rmsnorm.gpu.route.runs_triton(torch.device('cuda')))\n" + ASK)
     assert result.stdout.split() == ["False", "torch"], result.stderr
     result = python(hide + ASK, RMSNORM_CUDA="triton")
     assert "RMSNORM_CUDA=triton has no effect: Triton is missing; pip install 'triton" in result.stderr

@@ -4,7 +4,7 @@ RMSNORM_TEST_DEVICE=cuda, on a GPU.
 Every call goes the way that a GPU's goes: public function, autograd, dispatcher, route, launch. Sizes are small where
 axes are crossed, and awkward widths come once each. ``held`` keeps rows in registers; ``blocks`` is what rows of more
 than 16384 columns get (backward 8192), forced upon narrow ones. The interpreter's sums are numpy's, other trees than a
-GPU's: bounds that depend on the tree are argued in src/rmsnorm/_triton.py.
+GPU's: bounds that depend on the tree are argued in src/rmsnorm/triton_forward.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from rmsnorm import _gpu, _launch, add_rms_norm, rms_norm
+from rmsnorm import add_rms_norm, rms_norm
+from rmsnorm.gpu import launch, route
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -56,8 +57,8 @@ def form(request, monkeypatch):
     """Rows that stay in registers, and rows in blocks of 128 columns (a program has several) or of 1024."""
     if request.param == "blocks":
         columns = request.node.callspec.params.get("columns", 0)
-        monkeypatch.setattr(_launch, "WIDEST", {"forward": 0, "backward": 0})
-        monkeypatch.setattr(_launch, "LOOP_BLOCK", dict.fromkeys(_launch.WIDEST, 128 if columns < 1000 else 1024))
+        monkeypatch.setattr(launch, "WIDEST", {"forward": 0, "backward": 0})
+        monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128 if columns < 1000 else 1024))
     return request.param
 
 
@@ -72,8 +73,8 @@ def _nothing_falls_back(monkeypatch):
 
         return serve
 
-    monkeypatch.setattr(_gpu.reference, "rms_norm", unless_empty(_gpu.reference.rms_norm))
-    monkeypatch.setattr(_gpu._ops, "_rms_norm_backward", unless_empty(_gpu._ops._rms_norm_backward))
+    monkeypatch.setattr(route.reference, "rms_norm", unless_empty(route.reference.rms_norm))
+    monkeypatch.setattr(route._ops, "_rms_norm_backward", unless_empty(route._ops._rms_norm_backward))
 
 
 @pytest.mark.parametrize(("form", "columns"), CELLS, indirect=["form"])
@@ -233,14 +234,14 @@ def test_what_squaring_loses_is_kept():
 
 
 def test_which_rows_are_held():
-    assert [_launch.tile_of(n, "forward")[:2] for n in (1, 100, 4096, 16384, 16385)] == [
+    assert [launch.tile_of(n, "forward")[:2] for n in (1, 100, 4096, 16384, 16385)] == [
         (1, 1024),
         (128, 8),
         (4096, 1),
         (16384, 1),
         (4096, 1),
     ]
-    assert [_launch.tile_of(n, "backward")[0] for n in (8192, 8193)] == [8192, 8192]
+    assert [launch.tile_of(n, "backward")[0] for n in (8192, 8193)] == [8192, 8192]
 
 
 def test_eps_rule():
@@ -327,7 +328,7 @@ def test_dw_over_many_rows(monkeypatch, dtype, partials):
     384 partial sums at most, 2^15 rows of 16 columns are one fp32 tile sum each; with 2, a partial takes 128 tiles,
     32 of them in fp32, then fp64. Beside a half type's own rounding, a sum of 32 in fp32 may be off by sqrt(32)/2 u and
     a tile of 128 by about as much: 6u, at any number of rows. fp64: sums of 128 and 128, 32u."""
-    monkeypatch.setattr(_launch, "PARTIALS", (partials, partials))
+    monkeypatch.setattr(launch, "PARTIALS", (partials, partials))
     weight = gains(16, dtype=dtype)
     rounding = 0.51 * torch.finfo(dtype).eps if dtype in HALVES else 0.0
     allowed = rounding + (32 * 2.0**-53 if dtype is torch.float64 else 6 * 2.0**-24)
@@ -347,10 +348,10 @@ def test_partial_sums_are_bounded(monkeypatch, rows, columns, most):
     """However many rows, dW is folded from at most 384 rows of partial sums, of wide ones 256."""
     seen = {}
     monkeypatch.setattr(
-        _launch, "_launch", lambda kernel, grid, arguments, *_: seen.update({kernel.__name__: arguments})
+        launch, "_launch", lambda kernel, grid, arguments, *_: seen.update({kernel.__name__: arguments})
     )
     x = torch.empty(1, columns).expand(rows, columns)
-    _launch.backward(x, None, x, torch.empty(rows), x[0], 1, EPS, 0.0, False, True)
+    launch.backward(x, None, x, torch.empty(rows), x[0], 1, EPS, 0.0, False, True)
     assert 1 <= len(seen["fold"][0]) <= most
 
 

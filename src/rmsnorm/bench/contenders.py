@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._install import installed
-from .._layer_norm import layer_norm
+from ..forms.layer_norm import layer_norm
 from ..functional import add_rms_norm, rms_norm
 from ..module import RMSNorm
 from . import peers

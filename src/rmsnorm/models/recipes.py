@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._floored import floored_rms_norm
-from .._gated import gated_rms_norm
-from .._layer_norm import layer_norm
+from ..forms.floored import floored_rms_norm
+from ..forms.gated import gated_rms_norm
+from ..forms.layer_norm import layer_norm
 from ..functional import rms_norm
 
 

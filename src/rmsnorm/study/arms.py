@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._layer_norm import LayerNorm
+from ..forms.layer_norm import LayerNorm
 from ..module import RMSNorm
 
 EPS = 1e-5

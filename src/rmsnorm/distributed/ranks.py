@@ -2,7 +2,7 @@
 
 Each rank has some columns of every row. What a row needs of the others is its sum of squares (LayerNorm: its sum too);
 what its gradient needs is one sum (two) of the same shape. So there is one all-reduce forward, one backward, and never
-a gather. The maths are those of ``reference.py`` and ``_gated_ops.py``, given another mean.
+a gather. The maths are those of ``reference.py`` and ``gated_ops.py``, given another mean.
 
 The sums travel as fp32 (fp64 for fp64), LayerNorm's as fp64. Between the ranks fp32 rounds at most once per rank: up to
 n/2 ulp of the output for n ranks, beside the one half of its own rounding. Sums that fp32 can't hold, and means that
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
-from . import _gated_ops, reference
+from .. import reference
+from ..forms import gated_ops
 
 # Between these bounds fp32 holds the sum of squares, and the squares that matter to it.
 _LOWEST, _HIGHEST = 2.0**-60, 2.0**126
@@ -132,11 +133,11 @@ def gated_rms_norm(
     norm_before_gate: bool,
     silu: bool,
 ) -> Tensor:
-    """``_gated_ops.gated_rms_norm``, likewise."""
+    """``gated_ops.gated_rms_norm``, likewise."""
 
     def formula(rows: Rows, x: Tensor, g: Tensor, w: Tensor | None) -> _Outputs:
         mean, gating = _Mean(rows), (norm_before_gate, silu)
-        output, _ = _gated_ops.gated_rms_norm(x, g, w, dims, eps, offset, round_first, *gating, mean, rows.dtype)
+        output, _ = gated_ops.gated_rms_norm(x, g, w, dims, eps, offset, round_first, *gating, mean, rows.dtype)
         return (output,), mean.total
 
     return _normalise(formula, _doubt_squares(eps), _rows(parts, input), input, gate, weight)[0]

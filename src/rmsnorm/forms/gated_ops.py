@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native, _ops, reference
+from .. import _native, _ops, reference
 
 
 def _result_dtype(input: Tensor, weight: Tensor | None, round_first: bool, norm_before_gate: bool) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The only file that knows DTensor: which part of a norm is local, and how its results are placed.
 
 A norm of sharded tensors is a norm of each rank's part. Where the parts are rows, nothing travels: this is the native
-kernel on local tensors, and the weight's gradient is a partial sum. Where they are columns, ``_ranks.py`` reduces one
+kernel on local tensors, and the weight's gradient is a partial sum. Where they are columns, ``ranks.py`` reduces one
 number per row. In and out go ``DTensor.to_local`` and ``DTensor.from_local``, torch's documented way for code that
 does its own communication: they carry placements for gradients, trace in graphs and differentiate again. Rules
 registered for operators (``register_sharding``) can't reduce inside an operator, and where no rule fits they gather
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from . import _floored, _gated, _layer_norm, _ranks, functional
+from . import ranks
 
 _Norm = Callable[..., Any]
 _Tensors = dict[str, Any]  # by the names of the arguments; None where there is none
@@ -28,6 +28,7 @@ _Placements = tuple[Placement, ...]
 
 
 def rms_norm(
+    norm: _Norm,
     input: Tensor,
     weight: Tensor | None,
     out: Tensor | None,
@@ -35,24 +36,24 @@ def rms_norm(
     eps: float,
     offset: float,
     casting_mode: str,
+    floored: bool = False,
 ) -> Tensor:
-    """``rmsnorm.rms_norm``, checked and with its defaults filled in, as are the others; with a negative eps,
-    ``floored_rms_norm``."""
+    """``rmsnorm.rms_norm`` or ``floored_rms_norm``: ``norm``, which checked the arguments, filled in defaults, and is
+    called again with what this rank has. So are the others."""
     if out is not None:
         raise RuntimeError("rms_norm: out= is for plain tensors, and there is a DTensor among the arguments; drop it")
 
     def local(x: Tensor, w: Tensor | None) -> Tensor:
-        if eps < 0:
-            return _floored.floored_rms_norm(x, _tail(x, dims), w, -eps, offset=offset, casting_mode=casting_mode)
-        return functional.rms_norm(x, _tail(x, dims), w, eps, offset=offset, casting_mode=casting_mode)
+        return norm(x, _tail(x, dims), w, -eps if floored else eps, offset=offset, casting_mode=casting_mode)
 
-    def across(parts: _ranks.Parts, x: Tensor, w: Tensor | None) -> Any:
-        return _ranks.rms_norm(parts, x, w, dims, eps, offset, casting_mode == "llama")
+    def across(parts: ranks.Parts, x: Tensor, w: Tensor | None) -> Any:
+        return ranks.rms_norm(parts, x, w, dims, eps, offset, casting_mode == "llama")
 
     return _normalise("rms_norm", local, across, dims, {"input": input}, {"weight": weight})
 
 
 def add_rms_norm(
+    norm: _Norm,
     input: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -64,16 +65,17 @@ def add_rms_norm(
     """``rmsnorm.add_rms_norm``."""
 
     def local(x: Tensor, r: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        return functional.add_rms_norm(x, r, _tail(x, dims), w, eps, offset=offset, casting_mode=casting_mode)
+        return norm(x, r, _tail(x, dims), w, eps, offset=offset, casting_mode=casting_mode)
 
-    def across(parts: _ranks.Parts, x: Tensor, r: Tensor, w: Tensor | None) -> Any:
-        return _ranks.rms_norm(parts, x + r, w, dims, eps, offset, casting_mode == "llama", keep=True)
+    def across(parts: ranks.Parts, x: Tensor, r: Tensor, w: Tensor | None) -> Any:
+        return ranks.rms_norm(parts, x + r, w, dims, eps, offset, casting_mode == "llama", keep=True)
 
     alike = {"input": input, "residual": residual}
     return _normalise("add_rms_norm", local, across, dims, alike, {"weight": weight})
 
 
 def gated_rms_norm(
+    norm: _Norm,
     input: Tensor,
     gate: Tensor | None,
     weight: Tensor | None,
@@ -82,6 +84,7 @@ def gated_rms_norm(
     offset: float,
     casting_mode: str,
     activation: str,
+    silu: bool,
     norm_before_gate: bool,
     group_size: int | None,
 ) -> Tensor:
@@ -90,28 +93,30 @@ def gated_rms_norm(
     named |= {"norm_before_gate": norm_before_gate, "group_size": group_size}
 
     def local(x: Tensor, g: Tensor | None, w: Tensor | None) -> Tensor:
-        return _gated.gated_rms_norm(x, g, _tail(x, dims), w, eps, **named)
+        return norm(x, g, _tail(x, dims), w, eps, **named)
 
-    def across(parts: _ranks.Parts, x: Tensor, g: Tensor | None, w: Tensor | None) -> Any:
+    def across(parts: ranks.Parts, x: Tensor, g: Tensor | None, w: Tensor | None) -> Any:
         options = (dims, eps, offset, casting_mode == "llama")
         if g is None:
-            return _ranks.rms_norm(parts, x, w, *options)
-        return _ranks.gated_rms_norm(parts, x, g, w, *options, norm_before_gate, _gated.ACTIVATIONS[activation])
+            return ranks.rms_norm(parts, x, w, *options)
+        return ranks.gated_rms_norm(parts, x, g, w, *options, norm_before_gate, silu)
 
     alike = {"input": input, "gate": gate}
     return _normalise("gated_rms_norm", local, across, dims, alike, {"weight": weight}, group_size)
 
 
-def layer_norm(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    norm: _Norm, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """``rmsnorm.layer_norm``."""
     if _tail(input, len(shape)) != shape or any(t is not None and t.shape != shape for t in (weight, bias)):
         return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)  # which words the error
 
     def local(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-        return _layer_norm.layer_norm(x, _tail(x, len(shape)), w, b, eps)
+        return norm(x, _tail(x, len(shape)), w, b, eps)
 
-    def across(parts: _ranks.Parts, x: Tensor, w: Tensor | None, b: Tensor | None) -> Any:
-        return _ranks.layer_norm(parts, x, w, b, len(shape), eps)
+    def across(parts: ranks.Parts, x: Tensor, w: Tensor | None, b: Tensor | None) -> Any:
+        return ranks.layer_norm(parts, x, w, b, len(shape), eps)
 
     return _normalise("layer_norm", local, across, len(shape), {"input": input}, {"weight": weight, "bias": bias})
 

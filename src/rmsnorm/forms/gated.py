@@ -1,4 +1,4 @@
-"""The only file with the gated norm that users call: the function and the layer. ``_gated_autograd.py`` serves it."""
+"""The only file with the gated norm that users call: the function and the layer. ``gated_autograd.py`` serves it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _everyday, _gated_autograd, _gated_ops, functional, module, reference
+from .. import _arguments, _everyday, functional, module, reference
+from . import gated_autograd, gated_ops
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 
@@ -88,8 +89,8 @@ def gated_rms_norm(
         _arguments.check_numbers("gated_rms_norm", offset=offset)
     _check(input, gate, dims, group_size)
     if not eps < 0 and (ranks := _everyday.distributed(input, gate, weight)):
-        gating = (activation, norm_before_gate, group_size)
-        return ranks.gated_rms_norm(input, gate, weight, dims, eps, offset, casting_mode, *gating)
+        gating = (activation, silu, norm_before_gate, group_size)
+        return ranks.gated_rms_norm(gated_rms_norm, input, gate, weight, dims, eps, offset, casting_mode, *gating)
     if group_size is not None:
         groups = (-1, group_size)
         gate = gate if gate is None else gate.unflatten(-1, groups)
@@ -100,9 +101,9 @@ def gated_rms_norm(
         output = functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=casting_mode)
     elif eps < 0:  # added, as any other; to the operators it would be a floor
         options = (dims, 0.0, offset, round_first, norm_before_gate, silu)
-        output = _gated_ops.gated_rms_norm(input, gate, weight, *options, reference.plus(eps))[0]
+        output = gated_ops.gated_rms_norm(input, gate, weight, *options, reference.plus(eps))[0]
     else:
-        output = _gated_autograd.serve(
+        output = gated_autograd.serve(
             native, input, gate, weight, dims, eps, offset, round_first, norm_before_gate, silu
         )
     return output if group_size is None else output.flatten(-2)
@@ -186,7 +187,7 @@ def _short_way(
             return None
         round_first = functional.ROUND_FIRST[casting_mode]
         options = dims, eps, offset, round_first, norm_before_gate, ACTIVATIONS[activation]
-        return _gated_autograd.everyday(input, gate, weight, *options)
+        return gated_autograd.everyday(input, gate, weight, *options)
     except (RuntimeError, KeyError, AttributeError, TypeError):
         return None
 

@@ -1,6 +1,6 @@
 """The only file that decides what is kept for the gated norm's backward, and who serves a call.
 
-Its first derivatives run on the operators of ``_gated_ops.py``. Whatever is unusual (torch.func, forward mode,
+Its first derivatives run on the operators of ``gated_ops.py``. Whatever is unusual (torch.func, forward mode,
 derivatives of the gradient, mixed types that no kernel has) is the formula there, with torch's own derivatives.
 """
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autograd, _foreign, _gated_ops, _onnx, _ops, reference
+from .. import _autograd, _foreign, _onnx, _ops, reference
+from . import gated_ops
 
 
 def serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Any:
@@ -28,15 +29,15 @@ def serve(native: bool, input: Tensor, gate: Tensor, weight: Tensor | None, *opt
         or _autograd.refused()
     )
     if torch.onnx.is_in_onnx_export():
-        return _gated_ops.gated_rms_norm(input, gate, weight, *options, *_onnx.GATED)[0]
+        return gated_ops.gated_rms_norm(input, gate, weight, *options, *_onnx.GATED)[0]
     if unusual:
-        return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
+        return gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
     if _autograd.needed(input, weight, gate):
         if _foreign.not_to_be_kept(input, gate, weight):
-            return _gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
+            return gated_ops.gated_rms_norm(input, gate, weight, *options)[0]
         apply = _traced if torch.compiler.is_compiling() else _recorded
         return apply(input, gate, weight, *options)
-    return _gated_ops.rms_norm(input, gate, weight, *options)
+    return gated_ops.rms_norm(input, gate, weight, *options)
 
 
 def everyday(input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -49,7 +50,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        output, rstd = _gated_ops.forward(input, gate, weight, *options)
+        output, rstd = gated_ops.forward(input, gate, weight, *options)
         ctx.options = options
         ctx.save_for_backward(input, gate, weight, rstd)
         return output
@@ -66,7 +67,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
         dims, eps, offset, _, norm_before_gate, silu = ctx.options
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
         x, g = (input, gate) if grad.dtype == input.dtype else (input.to(grad.dtype), gate.to(grad.dtype))
-        dx, dgate, dw = _gated_ops.backward(grad, x, g, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs)
+        dx, dgate, dw = gated_ops.backward(grad, x, g, rstd, weight, dims, eps, offset, norm_before_gate, silu, *needs)
         gradients = (dx.to(input.dtype), dgate.to(gate.dtype), dw)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *none
 
@@ -76,7 +77,7 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients by the formula in torch's operators, which have derivatives."""
     with torch.enable_grad():
-        output = _gated_ops.gated_rms_norm(*arguments, *options)[0]  # type: ignore[arg-type]
+        output = gated_ops.gated_rms_norm(*arguments, *options)[0]  # type: ignore[arg-type]
         wanted = [t for t, need in zip(arguments, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
@@ -84,11 +85,11 @@ def _differentiable(
 
 _traced = _ops.define_recorded(
     "gated_rms_norm",
-    _gated_ops.SCHEMAS["gated_rms_norm"],
-    _gated_ops.rms_norm,
-    _gated_ops._fake_gated_rms_norm,
+    gated_ops.SCHEMAS["gated_rms_norm"],
+    gated_ops.rms_norm,
+    gated_ops._fake_gated_rms_norm,
     GatedRMSNormFunction.apply,
 )
-_plain: Callable[..., Tensor] = _gated_ops.rms_norm._op  # OpOverload.__call__ adds 0.5 µs
+_plain: Callable[..., Tensor] = gated_ops.rms_norm._op  # OpOverload.__call__ adds 0.5 µs
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
 _recorded: Callable[..., Tensor] = super(torch.autograd.Function, GatedRMSNormFunction).apply

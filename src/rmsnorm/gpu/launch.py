@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import _triton, _triton_backward, reference
+from .. import reference
+from . import triton_backward, triton_forward
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
@@ -55,7 +56,7 @@ def forward(
     rstd = reference.empty_rstd(input, dims) if keep else input.new_empty(0)
     x, other = (_matrix(t, columns) for t in (input, residual))
     _launch(
-        _triton.forward,
+        triton_forward.forward,
         (_ceil(rows, tile), span),
         (x, other, _in_a_row(weight), out, sum, rstd if keep else None, rows, columns, 1 / columns, eps),
         {"OFFSET": offset, "ROUND_FIRST": round_first, "ROWS": tile, "BLOCK": block, "LOOP": columns > block},
@@ -94,7 +95,7 @@ def backward(
     g, more, x = (_matrix(t, columns) for t in (grad, grad_sum, input))
     if partial is not None or (need_input and held):
         _launch(
-            _triton_backward.backward,
+            triton_backward.backward,
             (_ceil(rows, chunk), span, _ceil(columns, block)),
             (g, more, x, rstd, weight, dx if need_input and held else None, partial, rows, columns, chunk, part),
             {"OFFSET": offset, "ROWS": tile, "BLOCK": block, "STEPS": STEPS},
@@ -102,7 +103,7 @@ def backward(
         )
     if need_input and not held:
         _launch(
-            _triton_backward.backward_wide,
+            triton_backward.backward_wide,
             (rows, span),
             (g, more, x, rstd, weight, dx, columns, part),
             {"OFFSET": offset, "BLOCK": block},
@@ -111,7 +112,7 @@ def backward(
     if partial is not None:
         depth, width, warps = FOLD
         _launch(
-            _triton_backward.fold,
+            triton_backward.fold,
             (_ceil(span * columns, width),),
             (partial, dw, len(partial), span * columns),
             {"DEPTH": depth, "BLOCK": width},

@@ -1,6 +1,6 @@
 """The only file that names LayerNorm's operators, and their shapes without data.
 
-They exist on the CPU alone: for all else torch has its own, and nothing but ``_layer_norm.py`` calls them.
+They exist on the CPU alone: for all else torch has its own, and nothing but ``layer_norm.py`` calls them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from .. import _ops, reference
 
 _ops.library.define("layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps) -> Tensor")
 _ops.library.define(

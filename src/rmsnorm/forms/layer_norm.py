@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _everyday, _layer_ops
+from .. import _arguments, _everyday
+from . import layer_ops
 
 _NAME = "layer_norm"
-_forward = _layer_ops.layer_norm_forward._op
-_plain = _layer_ops.layer_norm._op
+_forward = layer_ops.layer_norm_forward._op
+_plain = layer_ops.layer_norm._op
 
 
 def layer_norm(
@@ -70,7 +71,7 @@ def layer_norm(
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
     _arguments.check_numbers(_NAME, eps=eps)
     if ranks := _everyday.distributed(input, weight, bias):
-        return ranks.layer_norm(input, shape, weight, bias, eps)
+        return ranks.layer_norm(layer_norm, input, shape, weight, bias, eps)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
 
 
@@ -121,7 +122,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if is_grad_enabled() or type(grad) is not Tensor:  # a graph of the gradient is wanted, or grad is a batch
             return (*_differentiable(grad, (input, weight, bias), needs, ctx.dims, ctx.eps), None, None)
-        gradients = _layer_ops.layer_norm_backward(grad, input, mean, rstd, weight, bias, ctx.dims, ctx.eps, *needs)
+        gradients = layer_ops.layer_norm_backward(grad, input, mean, rstd, weight, bias, ctx.dims, ctx.eps, *needs)
         return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 

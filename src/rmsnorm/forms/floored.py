@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from . import _everyday, functional
+from .. import _everyday, functional
 
 
 def floored_rms_norm(
@@ -49,5 +49,5 @@ def floored_rms_norm(
     if input.is_complex() or (weight is not None and weight.is_complex()):
         raise RuntimeError("floored_rms_norm: input and weight must be real; normalise torch.view_as_real(input)")
     if ranks := _everyday.distributed(input, weight):
-        return ranks.rms_norm(input, weight, None, dims, eps, offset, casting_mode)
+        return ranks.rms_norm(floored_rms_norm, input, weight, None, dims, eps, offset, casting_mode, floored=True)
     return functional._serve(input, weight, dims, eps, offset, round_first, native)

@@ -1,4 +1,4 @@
-"""The only file with the forward kernel for GPUs, in Triton; _triton_backward.py shares its rules and its loads.
+"""The only file with the forward kernel for GPUs, in Triton; triton_backward.py shares its rules and its loads.
 
     y = x · r · (OFFSET + weight)        r = 1 / sqrt(mean(x²) + eps)
 

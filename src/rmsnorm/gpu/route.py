@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, reference
-from ._extras import extra_line
+from .. import _ops, reference
+from .._extras import extra_line
 
 CHOICES = ("torch", "triton")
 KEYS = ("CUDA", "XPU")
@@ -107,10 +107,10 @@ def rms_norm_forward(
         return torch.ops.aten._fused_rms_norm.default(input, input.shape[input.dim() - dims :], weight, eps)
     if where == "reference":
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)
-    from . import _launch
+    from . import launch
 
     with _on(input.device):
-        output, _, rstd = _launch.forward(input, None, weight, dims, eps, offset, round_first, keep, out)
+        output, _, rstd = launch.forward(input, None, weight, dims, eps, offset, round_first, keep, out)
     return output, rstd
 
 
@@ -124,7 +124,7 @@ def rms_norm_out(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
 ) -> None:
     _ops.check_out(out, input, weight, round_first)
-    into = out if out.is_contiguous() and out.data_ptr() % 16 == 0 else None  # the order of a sum: see _launch._matrix
+    into = out if out.is_contiguous() and out.data_ptr() % 16 == 0 else None  # the order of a sum: see launch._matrix
     output, _ = rms_norm_forward(input, weight, dims, eps, offset, round_first, keep=False, out=into)
     if output is not out:
         out.copy_(output)
@@ -153,10 +153,10 @@ def rms_norm_backward(
     arguments = grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
     if where == "reference":
         return _ops._rms_norm_backward(*arguments)
-    from . import _launch
+    from . import launch
 
     with _on(input.device):
-        return _launch.backward(*arguments)
+        return launch.backward(*arguments)
 
 
 def add_rms_norm_forward(
@@ -173,10 +173,10 @@ def add_rms_norm_forward(
         added = (input + residual).contiguous()
         output, rstd = rms_norm_forward(added, weight, dims, eps, offset, round_first, keep)
         return output, added, rstd
-    from . import _launch
+    from . import launch
 
     with _on(input.device):
-        output, sum, rstd = _launch.forward(input, residual, weight, dims, eps, offset, round_first, keep)
+        output, sum, rstd = launch.forward(input, residual, weight, dims, eps, offset, round_first, keep)
     assert sum is not None
     return output, sum, rstd
 

@@ -1,4 +1,4 @@
-"""The only file with the backward kernels for GPUs, in Triton; the rules are those of _triton.py.
+"""The only file with the backward kernels for GPUs, in Triton; the rules are those of triton_forward.py.
 
     dx = r · (h - x̂ · mean(h · x̂))        dW = Σ_rows grad · x̂        with x̂ = x · r and h = grad · (OFFSET + weight)
 
@@ -8,7 +8,7 @@ A program owns a chunk of tiles of rows, or one row that is too wide for registe
 import triton
 import triton.language as tl
 
-from ._triton import _gain, _load
+from .triton_forward import _gain, _load
 
 
 @triton.jit

@@ -1,0 +1,3 @@
+"""Norms on GPUs: who serves a call, and our kernels in Triton."""
+
+from . import route as route  # which registers them
