@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _everyday, _native, _ops
-from rmsnorm.forms import gated_ops
+from rmsnorm.forms import gated, gated_ops
 
 _OPERATORS = (
     "rms_norm",
@@ -68,7 +68,9 @@ def target(request, restored_target, monkeypatch):
         for name in _OPERATORS:
             monkeypatch.setattr(_ops, name, getattr(_ops, f"_{name}"))
         for name, default in (("rms_norm", ""), ("forward", "_forward"), ("backward", "_backward")):
-            monkeypatch.setattr(gated_ops, name, getattr(gated_ops, f"_gated_rms_norm{default}"))
+            monkeypatch.setattr(gated_ops, name, gated_ops.GATED_RMS_NORM.defaults[default])
+            for attribute in ("operator", "plain") if name == "rms_norm" else (name,):
+                monkeypatch.setattr(gated._served, attribute, getattr(gated_ops, name))
         monkeypatch.setattr(_everyday, "_plain", None)
     else:
         _use(request.param)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _onnx, _ops, reference
+from . import _form, _onnx, reference
 
 # Those of torch's compiler: what they trace is compiled here, and our operators are its nodes.
 COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, FunctionalTensor})
@@ -76,5 +76,5 @@ def _traced_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 # While torch.jit.trace records, the operators of an everyday call come here: to ask in Python whether it does would
 # cost each of them 50 ns. What is called inside is recorded in turn.
-_ops.library.impl("rms_norm", _traced, "Tracer")
-_ops.library.impl("rms_norm_weighted", _traced_weighted, "Tracer")
+_form.library.impl("rms_norm", _traced, "Tracer")
+_form.library.impl("rms_norm_weighted", _traced_weighted, "Tracer")

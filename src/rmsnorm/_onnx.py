@@ -40,10 +40,6 @@ def normalised(wide: Tensor, weight: None, dims: int, eps: float, *_: Any) -> tu
     return _normalise(wide, weight, dims, eps), None
 
 
-# The last arguments of the gated norm's definition: the mean, the type to compute in, and what normalises.
-GATED: tuple[Any, ...] = (reference.mean_here, None, normalised)
-
-
 def _normalise(wide: Tensor, gain: Tensor | None, dims: int, eps: float) -> Tensor:
     if _opset() >= RMS_NORMALIZATION:
         return F.rms_norm(wide, wide.shape[wide.dim() - dims :], gain, eps)

@@ -1,41 +1,17 @@
-"""The only file that names operators: their schemas, their shapes without data, and their default kernels.
-
-Every operator exists on every device from here on: the default kernel is ``reference.py``. The C++ library
-(``csrc/ops.cpp``) registers itself for CPU, a more specific key, and torch's dispatcher prefers it. So "no
-compiler" and "another device" are the same path, and no code of ours chooses.
-
-Outputs are always contiguous. A gradient that is not asked for comes back as an empty tensor of shape ``[0]``.
-"""
+"""The only file with the rows of the plain norm and of add + norm, and the operators that nothing else has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native, reference
-
-library = torch.library.Library("rmsnorm", "DEF")
-
-SCHEMAS = {
-    "rms_norm": "(Tensor input, Tensor? weight, int dims, float eps, float offset=0.0, bool round_first=False)"
-    " -> Tensor",
-    "rms_norm_out": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, "
-    "Tensor(a!) out) -> ()",
-    "rms_norm_forward": "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first)"
-    " -> (Tensor output, Tensor rstd)",
-    "rms_norm_backward": "(Tensor grad, Tensor? grad_sum, Tensor input, Tensor rstd, Tensor? weight, int dims, "
-    "float eps, float offset, bool need_input, bool need_weight) -> (Tensor grad_input, Tensor grad_weight)",
-    "add_rms_norm": "(Tensor input, Tensor residual, Tensor? weight, int dims, float eps, float offset, "
-    "bool round_first) -> (Tensor output, Tensor sum)",
-    "add_rms_norm_forward": "(Tensor input, Tensor residual, Tensor? weight, int dims, float eps, float offset, "
-    "bool round_first) -> (Tensor output, Tensor sum, Tensor rstd)",
-}
+from ._form import Form, library, like, register
 
 
-def _check(input: Tensor, weight: Tensor | None, dims: int) -> None:
+def _check(input: Tensor, weight: Tensor | None, dims: int, *_: Any) -> None:
     """What the kernels check, for devices without kernels: ``functional.py`` leaves it to the operator."""
     fits = weight is None or (reference.spans(weight, input, dims) and weight.device == input.device)
     if not fits or not 0 < dims <= input.dim() or input.is_complex() or not input.is_floating_point():
@@ -57,12 +33,65 @@ def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bo
         )
 
 
-def _rms_norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
-    _native.warn_if_missing(input)
-    _check(input, weight, dims)
-    return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
+def _like(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    return like(input, reference.result_dtype(input, weight, round_first)), reference.empty_rstd(input, dims)
+
+
+def _gradients(
+    grads: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor],
+    weights: tuple[Tensor | None],
+    options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    dx, dw = reference.rms_norm_backward(grads[0], *saved, *weights, *options)
+    return dx if grads[1] is None else dx + grads[1], dw
+
+
+def _added(input: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sum = (input + residual).contiguous()
+    output, rstd = reference.rms_norm(sum, *arguments)
+    return output, sum, rstd
+
+
+def _like_added(input: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, rstd = _like(input, *arguments)
+    return output, like(input), rstd
+
+
+RMS_NORM = register(
+    Form(
+        name="rms_norm",
+        rows=("input",),
+        weights=("weight",),
+        options="int dims, float eps, float offset=0.0, bool round_first=False",
+        outputs=("output",),
+        kept=("rstd",),
+        define=reference.rms_norm,
+        like=_like,
+        grads="Tensor grad, Tensor? grad_sum",
+        gradients=_gradients,
+        check=_check,
+    )
+)
+# Its gradient is that of the plain norm, which takes the one that arrives at the sum.
+ADD_RMS_NORM = register(
+    Form(
+        name="add_rms_norm",
+        rows=("input", "residual"),
+        weights=("weight",),
+        options="int dims, float eps, float offset, bool round_first",
+        outputs=("output", "sum"),
+        kept=("rstd",),
+        define=_added,
+        like=_like_added,
+        check=lambda input, residual, *arguments: _check(input, *arguments),
+    )
+)
+SCHEMAS = {made.form.name + end: schema for made in (RMS_NORM, ADD_RMS_NORM) for end, schema in made.schemas.items()}
+_rms_norm, _rms_norm_forward, _rms_norm_backward = RMS_NORM.defaults.values()
+_add_rms_norm, _add_rms_norm_forward, _ = ADD_RMS_NORM.defaults.values()
 
 
 def _rms_norm_out(
@@ -72,108 +101,12 @@ def _rms_norm_out(
     out.copy_(_rms_norm(input, weight, dims, eps, offset, round_first))
 
 
-def _rms_norm_forward(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    _native.warn_if_missing(input)
-    _check(input, weight, dims)
-    return reference.rms_norm(input, weight, dims, eps, offset, round_first)
-
-
-def _rms_norm_backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, dw = reference.rms_norm_backward(grad, input, weight, dims, eps, offset)
-    if grad_sum is not None:
-        dx = dx + grad_sum
-    return (  # an empty one each: no two outputs of an operator are one tensor
-        dx.contiguous() if need_input else input.new_empty(0),
-        dw if need_weight and dw is not None else input.new_empty(0),
-    )
-
-
-def _add_rms_norm(
-    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    return _add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first)[:2]
-
-
-def _add_rms_norm_forward(
-    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    _native.warn_if_missing(input)
-    _check(input, weight, dims)
-    sum = (input + residual).contiguous()
-    output, rstd = reference.rms_norm(sum, weight, dims, eps, offset, round_first)
-    return output, sum, rstd
-
-
-def _like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return input.new_empty(input.shape, dtype=dtype)
-
-
-def _fake_rms_norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
-    _check(input, weight, dims)
-    return _like(input, reference.result_dtype(input, weight, round_first))
-
-
-def _fake_rms_norm_out(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
-) -> None:
-    return None
-
-
-def _fake_rms_norm_forward(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), reference.empty_rstd(input, dims)
-
-
-def _fake_rms_norm_backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    dx = _like(input) if need_input else input.new_empty(0)
-    dw = _like(weight) if need_weight and weight is not None else input.new_empty(0)
-    return dx, dw
-
-
-def _fake_add_rms_norm(
-    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(input, weight, dims, eps, offset, round_first), _like(input)
-
-
-def _fake_add_rms_norm_forward(
-    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    output, rstd = _fake_rms_norm_forward(input, weight, dims, eps, offset, round_first)
-    return output, _like(input), rstd
-
-
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=library)
+SCHEMAS["rms_norm_out"] = (
+    "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, Tensor(a!) out) -> ()"
+)
+library.define("rms_norm_out" + SCHEMAS["rms_norm_out"], tags=torch.Tag.pt2_compliant_tag)
+library.impl("rms_norm_out", _rms_norm_out, "CompositeExplicitAutograd")
+torch.library.register_fake("rmsnorm::rms_norm_out", lambda *arguments: None, lib=library)
 
 
 def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,30 +127,11 @@ for _name, _schema in {
     library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
 
-def define_recorded(
-    name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], recorded: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """The operator ``name`` with a derivative that torch knows, for graphs that ``torch.compile`` records.
-
-    dynamo traces one node and never looks into an ``autograd.Function``, which it can't do with two norms of changing
-    size in one graph (torch 2.13). Eager calls don't come here: what torch asks at an operator with a derivative costs
-    them 2 to 4 µs. ``recorded`` calls ``plain`` in turn, and that is the node which is left in the compiled graph.
-    """
-    library.define(f"{name}_recorded{schema}", tags=torch.Tag.pt2_compliant_tag)
-    library.impl(f"{name}_recorded", plain, "CompositeExplicitAutograd")
-    library.impl(f"{name}_recorded", recorded, "Autograd")
-    torch.library.register_fake(f"rmsnorm::{name}_recorded", fake, lib=library)
-    return getattr(torch.ops.rmsnorm, f"{name}_recorded").default
-
-
 _native.load()
 native = bool(_native.cpu_targets())
 
-rms_norm: torch._ops.OpOverload = torch.ops.rmsnorm.rms_norm.default
+rms_norm, rms_norm_forward, rms_norm_backward = RMS_NORM.plain, RMS_NORM.forward, RMS_NORM.backward
+add_rms_norm, add_rms_norm_forward = ADD_RMS_NORM.plain, ADD_RMS_NORM.forward
 rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
 rms_norm_weighted_out = torch.ops.rmsnorm.rms_norm_weighted_out.default
-rms_norm_forward = torch.ops.rmsnorm.rms_norm_forward.default
-rms_norm_backward = torch.ops.rmsnorm.rms_norm_backward.default
-add_rms_norm = torch.ops.rmsnorm.add_rms_norm.default
-add_rms_norm_forward = torch.ops.rmsnorm.add_rms_norm_forward.default

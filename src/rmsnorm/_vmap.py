@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _form, _ops, reference
 
 _Apply = Callable[..., Any]
 _Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int | None, ...]]]
@@ -134,7 +134,7 @@ _RULES = {
     "add_rms_norm_forward": _added,
 }
 for _name, _rule in _RULES.items():
-    torch.library.register_vmap(f"rmsnorm::{_name}", _rule, lib=_ops.library)
+    torch.library.register_vmap(f"rmsnorm::{_name}", _rule, lib=_form.library)
 
 
 def fused_backward(

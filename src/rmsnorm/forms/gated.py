@@ -1,4 +1,4 @@
-"""The only file with the gated norm that users call: the function and the layer. ``gated_autograd.py`` serves it."""
+"""The only file with the gated norm that users call: the function and the layer. ``served.py`` serves it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _arguments, _everyday, functional, module, reference
-from . import gated_autograd, gated_ops
+from .. import _arguments, _autograd, _everyday, functional, module, reference
+from . import gated_ops
+from .served import Served
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
+_served = Served(gated_ops.GATED_RMS_NORM)
+_plain, _recorded = _served.plain, _served.record
 
 
 def gated_rms_norm(
@@ -103,9 +106,9 @@ def gated_rms_norm(
         options = (dims, 0.0, offset, round_first, norm_before_gate, silu)
         output = gated_ops.gated_rms_norm(input, gate, weight, *options, reference.plus(eps))[0]
     else:
-        output = gated_autograd.serve(
-            native, input, gate, weight, dims, eps, offset, round_first, norm_before_gate, silu
-        )
+        if gate.dtype is not input.dtype and reference.promoted(gate.dtype, input.dtype) is input.dtype:
+            gate = gate.to(input.dtype)  # Mamba-2's scan leaves fp32 beside a half gate
+        output = _served(native, input, gate, weight, dims, eps, offset, round_first, norm_before_gate, silu)
     return output if group_size is None else output.flatten(-2)
 
 
@@ -187,7 +190,7 @@ def _short_way(
             return None
         round_first = functional.ROUND_FIRST[casting_mode]
         options = dims, eps, offset, round_first, norm_before_gate, ACTIVATIONS[activation]
-        return gated_autograd.everyday(input, gate, weight, *options)
+        return (_recorded if _autograd.needed(input, weight, gate) else _plain)(input, gate, weight, *options)
     except (RuntimeError, KeyError, AttributeError, TypeError):
         return None
 

@@ -12,13 +12,12 @@ is for the plain norm; derivatives of the gradient are taken through them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native, _ops, reference
+from .. import _form, reference
 
 
 def _result_dtype(input: Tensor, weight: Tensor | None, round_first: bool, norm_before_gate: bool) -> torch.dtype:
@@ -93,48 +92,7 @@ def gated_rms_norm_backward(
     return dx.to(input.dtype), dgate.to(gate.dtype), dw
 
 
-_OPTIONS = "Tensor? weight, int dims, float eps, float offset, "
-SCHEMAS = {
-    "gated_rms_norm": f"(Tensor input, Tensor gate, {_OPTIONS}bool round_first, bool norm_before_gate, bool silu)"
-    " -> Tensor",
-    "gated_rms_norm_forward": f"(Tensor input, Tensor gate, {_OPTIONS}bool round_first, bool norm_before_gate, "
-    "bool silu) -> (Tensor output, Tensor rstd)",
-    "gated_rms_norm_backward": f"(Tensor grad, Tensor input, Tensor gate, Tensor rstd, {_OPTIONS}"
-    "bool norm_before_gate, bool silu, bool need_input, bool need_gate, bool need_weight)"
-    " -> (Tensor grad_input, Tensor grad_gate, Tensor grad_weight)",
-}
-
-
-def _gated_rms_norm(input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-    return _gated_rms_norm_forward(input, gate, weight, *options)[0]
-
-
-def _gated_rms_norm_forward(input: Tensor, gate: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    _native.warn_if_missing(input)
-    return gated_rms_norm(input, gate, weight, *options)
-
-
-def _gated_rms_norm_backward(
-    grad: Tensor,
-    input: Tensor,
-    gate: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    norm_before_gate: bool,
-    silu: bool,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    gradients = gated_rms_norm_backward(grad, input, gate, weight, dims, eps, offset, norm_before_gate, silu)
-    return tuple(
-        g.contiguous() if need and g is not None else input.new_empty(0)
-        for g, need in zip(gradients, needs, strict=True)
-    )
-
-
-def _fake_gated_rms_norm(
+def _like(
     input: Tensor,
     gate: Tensor,
     weight: Tensor | None,
@@ -144,30 +102,23 @@ def _fake_gated_rms_norm(
     round_first: bool,
     norm_before_gate: bool,
     silu: bool,
-) -> Tensor:
-    return input.new_empty(input.shape, dtype=_result_dtype(input, weight, round_first, norm_before_gate))
-
-
-def _fake_gated_rms_norm_forward(
-    input: Tensor, gate: Tensor, weight: Tensor | None, dims: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _fake_gated_rms_norm(input, gate, weight, dims, *options), reference.empty_rstd(input, dims)
+    dtype = _result_dtype(input, weight, round_first, norm_before_gate)
+    return _form.like(input, dtype), reference.empty_rstd(input, dims)
 
 
-def _fake_gated_rms_norm_backward(
-    grad: Tensor, input: Tensor, gate: Tensor, rstd: Tensor, weight: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    return tuple(
-        input.new_empty(0) if t is None or not need else t.new_empty(t.shape)
-        for t, need in zip((input, gate, weight), options[-3:], strict=True)
+GATED_RMS_NORM = _form.register(
+    _form.Form(
+        name="gated_rms_norm",
+        rows=("input", "gate"),
+        weights=("weight",),
+        options="int dims, float eps, float offset, bool round_first, bool norm_before_gate, bool silu",
+        outputs=("output",),
+        kept=("rstd",),
+        define=gated_rms_norm,
+        like=_like,
+        gradients=lambda grads, saved, weights, options: gated_rms_norm_backward(*grads, *saved, *weights, *options),
     )
-
-
-for _name, _schema in SCHEMAS.items():
-    _ops.library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _ops.library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmsnorm::{_name}", globals()[f"_fake_{_name}"], lib=_ops.library)
-
-rms_norm = torch.ops.rmsnorm.gated_rms_norm.default
-forward = torch.ops.rmsnorm.gated_rms_norm_forward.default
-backward = torch.ops.rmsnorm.gated_rms_norm_backward.default
+)
+_gated_rms_norm, _gated_rms_norm_forward, _gated_rms_norm_backward = GATED_RMS_NORM.defaults.values()
+rms_norm, forward, backward = GATED_RMS_NORM.plain, GATED_RMS_NORM.forward, GATED_RMS_NORM.backward

@@ -7,8 +7,7 @@ is ``torch.nn.functional.layer_norm``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -16,10 +15,11 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, _everyday
 from . import layer_ops
+from .served import Served
 
 _NAME = "layer_norm"
-_forward = layer_ops.layer_norm_forward._op
-_plain = layer_ops.layer_norm._op
+_served = Served(layer_ops.LAYER_NORM)
+_plain, _recorded = _served.plain, _served.record
 
 
 def layer_norm(
@@ -104,40 +104,3 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-class LayerNormFunction(torch.autograd.Function):
-    """Kept for backward: the input, weight and bias, one fp64 and one fp32 (fp64 for fp64) per row."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
-        output, mean, rstd = _forward(input, weight, bias, dims, eps)
-        ctx.dims, ctx.eps = dims, eps
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if is_grad_enabled() or type(grad) is not Tensor:  # a graph of the gradient is wanted, or grad is a batch
-            return (*_differentiable(grad, (input, weight, bias), needs, ctx.dims, ctx.eps), None, None)
-        gradients = layer_ops.layer_norm_backward(grad, input, mean, rstd, weight, bias, ctx.dims, ctx.eps, *needs)
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
-
-
-def _differentiable(
-    grad: Tensor, arguments: tuple[Tensor | None, ...], needs: Sequence[bool], dims: int, eps: float
-) -> list[Tensor | None]:
-    """The gradients by torch's own operators, which have derivatives."""
-    input, weight, bias = arguments
-    assert input is not None
-    with torch.enable_grad():
-        output = torch.nn.functional.layer_norm(input, input.shape[input.dim() - dims :], weight, bias, eps)
-        wanted = [t for t, need in zip(arguments, needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
-# Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
-_recorded: Callable[..., Tensor] = super(torch.autograd.Function, LayerNormFunction).apply

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _ops, reference
+from .. import _form, _ops, reference
 from .._extras import extra_line
 
 CHOICES = ("torch", "triton")
@@ -193,7 +193,7 @@ def register(key: str) -> None:
         *(rms_norm, rms_norm_out, rms_norm_forward, rms_norm_backward),
         *(add_rms_norm, add_rms_norm_forward),
     ):
-        _ops.library.impl(operator.__name__, operator, key)
+        _form.library.impl(operator.__name__, operator, key)
 
 
 for _key in KEYS:

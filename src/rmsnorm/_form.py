@@ -1,0 +1,213 @@
+"""The only file that knows what a form of the norm is: one row, from which its operators follow.
+
+A row says its tensors, its options, its definition in plain torch, what is kept for backward, and the derivative. Three
+operators are made of it, whose arguments always come in this order:
+
+    name            (rows, weights, options)                        -> outputs
+    name_forward    (rows, weights, options)                        -> outputs, kept
+    name_backward   (grads, saved, kept, weights, options, needs)   -> a gradient for each row and weight
+
+The definition is their default kernel on every device. The C++ library (``csrc/``) and ``gpu/`` register themselves for
+a more specific key, and torch's dispatcher prefers those: so "no compiler" and "another device" are the same path, and
+no code of ours chooses. Outputs are always contiguous. A gradient that is not asked for comes back with shape ``[0]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+library = torch.library.Library("rmsnorm", "DEF")
+
+_Results = tuple[Tensor, ...]
+_LITERALS = {"True": True, "False": False}
+
+
+def like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a contiguous tensor of the input's shape."""
+    return input.new_empty(input.shape, dtype=dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One row. Functions get what the operators get, in their order, as positional arguments."""
+
+    name: str
+    """Of the operators, and of the public function."""
+    rows: tuple[str, ...]
+    """Tensors of one shape, ``[*, *normalized_shape]``; the first is the input."""
+    weights: tuple[str, ...]
+    """Tensors of the last sizes, each of which may be None."""
+    options: str
+    """The rest, as a schema has it."""
+    outputs: tuple[str, ...]
+    kept: tuple[str, ...]
+    """What forward finds out beside the outputs: a number per row each."""
+    define: Callable[..., _Results] | None
+    """``(rows, weights, options) -> (outputs, kept)`` in plain torch; None for what has no kernel but the CPU's."""
+    like: Callable[..., _Results]
+    """The same, in shapes and types without data."""
+    saved: tuple[str, ...] = ()
+    """Rows and outputs that backward reads; none: all rows."""
+    grads: str = "Tensor grad"
+    """The gradients that arrive, as a schema has them."""
+    silent: tuple[str, ...] = ("round_first",)
+    """Options that the derivative doesn't know."""
+    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
+    """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: there is no such
+    operator, as another form's serves."""
+    check: Callable[..., None] = lambda *arguments: None
+    """Raises for what no kernel takes, before the definition runs."""
+
+    @cached_property
+    def title(self) -> str:
+        """The name as a class has it."""
+        return "".join(word.upper() if word in ("rms", "l2") else word.capitalize() for word in self.name.split("_"))
+
+    @cached_property
+    def tensors(self) -> int:
+        """How many come first."""
+        return len(self.rows) + len(self.weights)
+
+    @cached_property
+    def known(self) -> tuple[bool, ...]:
+        """Of each option whether the derivative knows it."""
+        return tuple(_name(option) not in self.silent for option in self.options.split(", "))
+
+    @cached_property
+    def defaults(self) -> tuple[Any, ...]:
+        """Of the last options: torch doesn't hand over what equals its default."""
+        given = [option.partition("=")[2] for option in self.options.split(", ") if "=" in option]
+        return tuple(_LITERALS[text] if text in _LITERALS else float(text) for text in given)
+
+    def filled(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        missing = self.tensors + len(self.known) - len(arguments)
+        return arguments + self.defaults[len(self.defaults) - missing :] if missing else arguments
+
+    def schemas(self) -> dict[str, str]:
+        """By the ends of the operators' names."""
+        given = ", ".join([*(f"Tensor {row}" for row in self.rows), *(f"Tensor? {w}" for w in self.weights)])
+        outputs, all = ([f"Tensor {name}" for name in names] for names in (self.outputs, self.outputs + self.kept))
+        options = [option.partition("=")[0] for option in self.options.split(", ")]  # defaults are the first one's
+        schemas = {
+            "": f"({given}, {self.options}) -> {_returned(outputs)}",
+            "_forward": f"({given}, {', '.join(options)}) -> {_returned(all)}",
+        }
+        if self.gradients:
+            options = [option for option, known in zip(options, self.known, strict=True) if known]
+            read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
+            needs = [f"bool need_{name}" for name in self.rows + self.weights]
+            read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
+            found = _returned([f"Tensor grad_{name}" for name in self.rows + self.weights])
+            schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
+        return schemas
+
+
+def _name(option: str) -> str:
+    return option.split()[1].partition("=")[0]
+
+
+def _returned(results: list[str]) -> str:
+    return "Tensor" if len(results) == 1 else f"({', '.join(results)})"
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What became of a row."""
+
+    form: Form
+    plain: torch._ops.OpOverload
+    forward: torch._ops.OpOverload
+    backward: Any
+    schemas: dict[str, str]
+    """By the ends of their names, as are"""
+    defaults: dict[str, Callable[..., Any]]
+    """the functions that serve every device, and"""
+    fakes: dict[str, Callable[..., Any]]
+    """those that serve tensors without data."""
+
+
+def register(form: Form) -> Operators:
+    """Makes the operators of a row."""
+    outputs, read = len(form.outputs), len(form.saved or form.rows)
+    tensors = len(form.weights) + len(form.rows)
+
+    def some(results: _Results) -> Any:
+        return results[0] if outputs == 1 else tuple(results[:outputs])
+
+    def forward(*arguments: Any) -> Any:
+        arguments = form.filled(arguments)
+        _native.warn_if_missing(arguments[0])
+        form.check(*arguments)
+        assert form.define is not None
+        return form.define(*arguments)
+
+    def backward(*arguments: Any) -> Any:
+        arguments, needs = arguments[:-tensors], arguments[-tensors:]
+        grads, saved, weights, options = parts(arguments)
+        assert form.gradients is not None
+        found = form.gradients(grads, saved, weights, options)
+        # An empty one each: no two outputs of an operator are one tensor.
+        return tuple(
+            g.contiguous() if need and g is not None else saved[0].new_empty(0)
+            for g, need in zip(found, needs, strict=True)
+        )
+
+    def parts(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+        first = form.grads.count("Tensor")
+        last = first + read + len(form.kept) + len(form.weights)
+        kept = first + read
+        return arguments[:first], arguments[first:kept], arguments[last - len(form.weights) : last], arguments[last:]
+
+    def fake_forward(*arguments: Any) -> Any:
+        arguments = form.filled(arguments)
+        form.check(*arguments)
+        return form.like(*arguments)
+
+    def fake_backward(*arguments: Any) -> Any:
+        arguments, needs = arguments[:-tensors], arguments[-tensors:]
+        _, saved, weights, _ = parts(arguments)
+        given = [saved[0]] * len(form.rows) if len(saved) < len(form.rows) else list(saved[: len(form.rows)])
+        return tuple(
+            saved[0].new_empty(0) if t is None or not need else like(t)
+            for t, need in zip([*given, *weights], needs, strict=True)
+        )
+
+    functions = {
+        "": (lambda *arguments: some(forward(*arguments)), lambda *arguments: some(fake_forward(*arguments))),
+        "_forward": (forward, fake_forward),
+        "_backward": (backward, fake_backward),
+    }
+    schemas, made = form.schemas(), {}
+    for end, schema in schemas.items():
+        name = form.name + end
+        library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        if form.define is not None:
+            library.impl(name, functions[end][0], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
+        made[end] = getattr(torch.ops.rmsnorm, name).default
+    defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
+    return Operators(form, made[""], made["_forward"], made.get("_backward"), schemas, defaults, fakes)
+
+
+def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops.OpOverload:
+    """The operator with that end to its name with a derivative that torch knows, for graphs that ``torch.compile``
+    records.
+
+    dynamo traces one node and never looks into an ``autograd.Function``, which it can't do with two norms of changing
+    size in one graph (torch 2.13). Eager calls don't come here: what torch asks at an operator with a derivative costs
+    them 2 to 4 µs. ``apply`` calls the operator in turn, and that is the node which is left in the compiled graph.
+    """
+    name = f"{made.form.name}_recorded"
+    library.define(name + made.schemas[end], tags=torch.Tag.pt2_compliant_tag)
+    library.impl(name, made.forward if end else made.plain, "CompositeExplicitAutograd")
+    library.impl(name, apply, "Autograd")
+    torch.library.register_fake(f"rmsnorm::{name}", made.fakes[end], lib=library)
+    return getattr(torch.ops.rmsnorm, name).default

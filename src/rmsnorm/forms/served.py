@@ -1,0 +1,106 @@
+"""The only file that serves a checked call of a form: the operator, what records it, or the definition.
+
+First derivatives run on the form's operators. Whatever is unusual (torch.func, forward mode, derivatives of the
+gradient, mixed types that no kernel has) is the row's definition or its derivative in torch's operators, which have
+derivatives, batching rules and graphs of their own: so a form has all of them from its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _autograd, _foreign, _form, _onnx
+
+
+class Served:
+    """How calls of one form are served: ``made`` are its operators."""
+
+    def __init__(self, made: _form.Operators) -> None:
+        self.form = made.form
+        self.operator: Callable[..., Any] = made.plain
+        # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
+        self.plain: Callable[..., Any] = made.plain._op
+        self.forward: Callable[..., Any] = made.forward._op
+        self.backward: Callable[..., Any] = made.backward
+        function = _function_of(self)
+        # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
+        self.record: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self.traced = _form.recorded(made, "", function.apply)
+
+    def define(self, *arguments: Any, **more: Any) -> Any:
+        """The definition's outputs."""
+        assert self.form.define is not None
+        results = self.form.define(*arguments, **more)
+        outputs = len(self.form.outputs)
+        return results[0] if outputs == 1 else results[:outputs]
+
+    def __call__(self, native: bool, *arguments: Any) -> Any:
+        """The outputs; ``native`` is False for types that no kernel has."""
+        tensors = arguments[: self.form.tensors]
+        if torch.onnx.is_in_onnx_export():
+            return self.define(*arguments, normalise=_onnx.normalised)
+        if (
+            not native
+            or any(t is not None and t.dtype is not tensors[0].dtype for t in tensors[: len(self.form.rows)])
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or _foreign.wanted_by(*tensors)
+            or _autograd.refused()
+        ):
+            return self.define(*arguments)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            if _foreign.not_to_be_kept(*tensors):
+                return self.define(*arguments)
+            return (self.traced if torch.compiler.is_compiling() else self.record)(*arguments)
+        return self.operator(*arguments)
+
+
+def _function_of(served: Served) -> type[torch.autograd.Function]:
+    """Kept for backward: what the row says, the weights, and a number per row."""
+    form = served.form
+    rows, tensors, outputs = len(form.rows), form.tensors, len(form.outputs)
+    places = [(form.rows + form.outputs).index(name) for name in form.saved or form.rows]
+    read, kept = len(places), len(places) + len(form.kept)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = served.forward(*arguments)
+        all = arguments[:rows] + results
+        ctx.options = arguments[tensors:]
+        ctx.save_for_backward(*[all[i] for i in places], *results[outputs:], *arguments[rows:tensors])
+        if outputs == 1:
+            return results[0]
+        ctx.set_materialize_grads(False)
+        return results[:outputs]
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: Sequence[Tensor | None]
+        tensors_kept = ctx.saved_tensors  # once: hooks run each time
+        saved, weights = tensors_kept[:read], tensors_kept[kept:]
+        needs, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
+        options = [option for option, known in zip(ctx.options, form.known, strict=True) if known]
+        first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
+        rest, dtype = grads[1:], saved[0].dtype
+        # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
+        wider = first.dtype is not dtype
+        if wider:
+            saved = tuple(t.to(first.dtype) for t in saved)
+            rest = tuple(t if t is None else t.to(first.dtype) for t in rest)
+        # A graph of the gradient is wanted, or it is a batch of gradients.
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        ):
+            assert form.gradients is not None
+            found = form.gradients((first, *rest), saved, weights, tuple(options))
+        else:
+            found = served.backward(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
+        if wider:
+            found = [t if t is None or i >= rows else t.to(dtype) for i, t in enumerate(found)]
+        return *(t if need else None for t, need in zip(found, needs, strict=True)), *none
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn
