@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
+    "forms/calls": {"_arguments", "_everyday", "forms/served", "functional"},
     "forms/served": {"_autograd", "_foreign", "_form", "_onnx"},
     "forms/gated": {
         *("_arguments", "_autograd", "_everyday", "functional", "module", "reference"),

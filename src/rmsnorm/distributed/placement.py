@@ -49,7 +49,7 @@ def rms_norm(
     def across(parts: ranks.Parts, x: Tensor, w: Tensor | None) -> Any:
         return ranks.rms_norm(parts, x, w, dims, eps, offset, casting_mode == "llama")
 
-    return _normalise("rms_norm", local, across, dims, {"input": input}, {"weight": weight})
+    return normalise("rms_norm", local, across, dims, {"input": input}, {"weight": weight})
 
 
 def add_rms_norm(
@@ -71,7 +71,7 @@ def add_rms_norm(
         return ranks.rms_norm(parts, x + r, w, dims, eps, offset, casting_mode == "llama", keep=True)
 
     alike = {"input": input, "residual": residual}
-    return _normalise("add_rms_norm", local, across, dims, alike, {"weight": weight})
+    return normalise("add_rms_norm", local, across, dims, alike, {"weight": weight})
 
 
 def gated_rms_norm(
@@ -102,7 +102,7 @@ def gated_rms_norm(
         return ranks.gated_rms_norm(parts, x, g, w, *options, norm_before_gate, silu)
 
     alike = {"input": input, "gate": gate}
-    return _normalise("gated_rms_norm", local, across, dims, alike, {"weight": weight}, group_size)
+    return normalise("gated_rms_norm", local, across, dims, alike, {"weight": weight}, group_size)
 
 
 def layer_norm(
@@ -118,23 +118,24 @@ def layer_norm(
     def across(parts: ranks.Parts, x: Tensor, w: Tensor | None, b: Tensor | None) -> Any:
         return ranks.layer_norm(parts, x, w, b, len(shape), eps)
 
-    return _normalise("layer_norm", local, across, len(shape), {"input": input}, {"weight": weight, "bias": bias})
+    return normalise("layer_norm", local, across, len(shape), {"input": input}, {"weight": weight, "bias": bias})
 
 
 def _tail(tensor: Tensor, dims: int) -> tuple[int, ...]:
     return tuple(tensor.shape[tensor.dim() - dims :])
 
 
-def _normalise(
+def normalise(
     name: str,
     local: _Norm,
-    across: _Norm,
+    across: _Norm | None,
     dims: int,
     alike: _Tensors,
     weights: _Tensors,
     group_size: int | None = None,
 ) -> Any:
-    """``alike`` are the tensors of the input's shape, ``weights`` those of its last dimensions, by name."""
+    """``alike`` are the tensors of the input's shape, ``weights`` those of its last dimensions, by name; ``local`` and
+    ``across`` take what a rank has of them, where rows are whole and where they aren't."""
     mesh, alike, weights = _on_one_mesh(name, alike, weights)
     placements = _common_placements(name, alike)
     whole = alike["input"]
@@ -144,9 +145,14 @@ def _normalise(
     if split and group_size is not None:
         _check_groups(name, whole, placements, group_size)
         split = []
+    if split and across is None:
+        raise RuntimeError(
+            f"{name}: input is placed {list(placements)}, which cuts the {dims} normalised of its {whole.dim()} "
+            "dimensions; this form has no norm of rows that lie on several ranks: shard another dimension"
+        )
     if mesh.get_coordinate() is None:  # this rank has no part; torch's own operators compute nothing either
         output: Any = tensors[0] if len(alike) == 1 else (tensors[0],) * 2
-    elif split:
+    elif split and across is not None:
         groups = tuple(mesh.get_group(i).group_name for i in split)
         output = across((groups, prod(_tail(whole, dims))), *tensors)
     else:
