@@ -6,8 +6,6 @@ number per row. In and out go ``DTensor.to_local`` and ``DTensor.from_local``, t
 does its own communication: they carry placements for gradients, trace in graphs and differentiate again. Rules
 registered for operators (``register_sharding``) can't reduce inside an operator, and where no rule fits they gather
 without a word.
-
-Nothing imports this file before a DTensor arrives.
 """
 
 from __future__ import annotations
@@ -146,13 +144,11 @@ def normalise(
         _check_groups(name, whole, placements, group_size)
         split = []
     if split and across is None:
-        raise RuntimeError(
-            f"{name}: input is placed {list(placements)}, which cuts the {dims} normalised of its {whole.dim()} "
-            "dimensions; this form has no norm of rows that lie on several ranks: shard another dimension"
-        )
+        cut = f"{name}: input is placed {list(placements)}, which cuts a normalised dimension"
+        raise RuntimeError(f"{cut}; this form has no norm of rows on several ranks: shard another dimension")
     if mesh.get_coordinate() is None:  # this rank has no part; torch's own operators compute nothing either
         output: Any = tensors[0] if len(alike) == 1 else (tensors[0],) * 2
-    elif split and across is not None:
+    elif across is not None and split:
         groups = tuple(mesh.get_group(i).group_name for i in split)
         output = across((groups, prod(_tail(whole, dims))), *tensors)
     else:
