@@ -52,7 +52,9 @@ __attribute__((noinline)) void copy_few(T* to, const T* from, int64_t count) {
   for (; left >= 16; left -= 16, p += 16, q += 16) __builtin_memcpy(p, q, 16);
   if (left & 8) __builtin_memcpy(p, q, 8), p += 8, q += 8;
   if (left & 4) __builtin_memcpy(p, q, 4), p += 4, q += 4;
-  if (left & 2) __builtin_memcpy(p, q, 2);
+  if (left & 2) __builtin_memcpy(p, q, 2), p += 2, q += 2;
+  if constexpr (sizeof(T) == 1)
+    if (left & 1) *p = *q;
 #endif
 }
 

@@ -4,12 +4,6 @@
 namespace rmsnorm {
 namespace {
 
-// offset + weight or ones, in the wide type and the kernels' own order, forward and backward.
-Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& input, const Shape& shape) {
-  return weight ? Gain(weight, offset, input, shape, Gain::kBackward)
-                : Gain(1.0, type_of(input), padded(shape.columns));
-}
-
 std::tuple<Tensor, Tensor> norm(const Tensor& input, const Tensor& gate, const OptionalTensor& weight, int64_t dims,
                                 double eps, double offset, bool round_first, bool norm_before_gate, bool silu,
                                 bool keep) {
@@ -17,12 +11,11 @@ std::tuple<Tensor, Tensor> norm(const Tensor& input, const Tensor& gate, const O
   const Shape shape(input, dims);
   const Type type = type_of(input);
   const bool same_type = !weight || type_of(*weight) == type;
-  Forward f = {};
-  f.eps = eps, f.round_first = round_first, f.gate = silu ? Gate::silu : Gate::sigmoid;
-  f.gate_first = !norm_before_gate, f.round_product = round_first && weight && same_type;
+  Forward f = gated(silu, !norm_before_gate, round_first, weight, type);
+  f.eps = eps;
   Tensor output = empty_like(input, round_first && f.gate_first && !same_type ? wide(type) : type);
   Tensor rstd = keep ? empty_statistic(input, dims, wide(type)) : none(wide(type));
-  run_forward(f, input, &gate, gain_of(weight, offset, input, shape), shape, output, nullptr, keep ? &rstd : nullptr,
+  run_forward(f, input, &gate, gated_gain(weight, offset, input, shape), shape, output, nullptr, keep ? &rstd : nullptr,
               nullptr);
   return {output, rstd};
 }
@@ -46,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor i
   check_same(gate, input, "gate");
   const Shape shape(input, dims);
   const Type type = type_of(input);
-  const Gain gain = gain_of(weight, offset, input, shape);
+  const Gain gain = gated_gain(weight, offset, input, shape);
   need_weight = need_weight && weight;
   Backward b = {};
   b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight;

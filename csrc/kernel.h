@@ -129,6 +129,8 @@ struct Target {
   // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
   void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
                  void* grad_weight);
+  // Bytes and a scale for a row of any type but f64, in int8 or float8.
+  void (*quantise)(Type type, const void* row, int64_t columns, bool e4m3, void* codes, float* scale);
 };
 
 // The targets that were built and that this CPU can run, best first; ends with null.

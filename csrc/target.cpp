@@ -56,9 +56,12 @@ namespace {
 
 #include "weight.h"
 
+#include "quantise.h"
+
 }  // namespace
 
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish};
+const Target RMSNORM_TARGET = {
+    RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish, &quantise};
 
 }  // namespace rmsnorm

@@ -202,6 +202,19 @@ class Gain {
   std::unique_ptr<char[]> formed_;
 };
 
+// A gated call, and its gain: offset + weight or ones, in the wide type and the kernels' own order, forward and
+// backward.
+inline Forward gated(bool silu, bool gate_first, bool round_first, const OptionalTensor& weight, Type input) {
+  Forward f = {};
+  f.gate = silu ? Gate::silu : Gate::sigmoid, f.gate_first = gate_first, f.round_first = round_first;
+  f.round_product = round_first && weight && type_of(*weight) == input;
+  return f;
+}
+inline Gain gated_gain(const OptionalTensor& weight, double offset, const Tensor& input, const Shape& shape) {
+  return weight ? Gain(weight, offset, input, shape, Gain::kBackward)
+                : Gain(1.0, type_of(input), padded(shape.columns));
+}
+
 // The least work worth a thread: rows of so many columns each.
 inline int64_t grain_rows(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)); }
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _everyday, _native, _ops
-from rmsnorm.forms import gated, gated_ops
+from rmsnorm.forms import gated, gated_ops, quantised
 
+_FORMS = [room._served for room in (gated, quantised)]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",
@@ -69,8 +70,10 @@ def target(request, restored_target, monkeypatch):
             monkeypatch.setattr(_ops, name, getattr(_ops, f"_{name}"))
         for name, default in (("rms_norm", ""), ("forward", "_forward"), ("backward", "_backward")):
             monkeypatch.setattr(gated_ops, name, gated_ops.GATED_RMS_NORM.defaults[default])
-            for attribute in ("operator", "plain") if name == "rms_norm" else (name,):
-                monkeypatch.setattr(gated._served, attribute, getattr(gated_ops, name))
+        for form in _FORMS:
+            for name in ("operator", "plain", "forward", "backward"):
+                default = form.made.defaults[f"_{name}" if name.endswith("ward") else ""]
+                monkeypatch.setattr(form, name, default, raising=False)
         monkeypatch.setattr(_everyday, "_plain", None)
     else:
         _use(request.param)

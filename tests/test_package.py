@@ -40,6 +40,9 @@ MAY_IMPORT = {
         *("_arguments", "_autograd", "_everyday", "functional", "module", "reference"),
         *("forms/gated_ops", "forms/served"),
     },
+    "forms/quantised": {
+        *("_arguments", "_form", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served", "reference"),
+    },
     "distributed/placement": {"distributed/ranks"},
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route"},
@@ -51,8 +54,8 @@ MAY_IMPORT = {
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
-        *("_info", "_install", "forms/gated", "forms/layer_norm", "functional", "gpu/__init__", "models/__init__"),
-        "module",
+        *("_info", "_install", "forms/gated", "forms/layer_norm", "forms/quantised", "functional", "gpu/__init__"),
+        *("models/__init__", "module"),
     },
 }
 
@@ -76,6 +79,7 @@ def test_public_page():
             "layer_norm",
             "patch",
             "patched",
+            "quantised_rms_norm",
             "rms_norm",
             "uninstall",
             "unpatch",

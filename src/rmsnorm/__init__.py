@@ -13,6 +13,7 @@ from .forms.gated import GatedRMSNorm as GatedRMSNorm
 from .forms.gated import gated_rms_norm as gated_rms_norm
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
+from .forms.quantised import quantised_rms_norm as quantised_rms_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .models import PatchReport as PatchReport
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "patch",
     "patched",
+    "quantised_rms_norm",
     "rms_norm",
     "uninstall",
     "unpatch",

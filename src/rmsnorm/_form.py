@@ -42,7 +42,8 @@ class Form:
     name: str
     """Of the operators, and of the public function."""
     rows: tuple[str, ...]
-    """Tensors of one shape, ``[*, *normalized_shape]``; the first is the input."""
+    """Tensors of one shape, ``[*, *normalized_shape]``; the first is the input. With a "?" behind its name one may be
+    None."""
     weights: tuple[str, ...]
     """Tensors of the last sizes, each of which may be None."""
     options: str
@@ -93,13 +94,13 @@ class Form:
 
     def schemas(self) -> dict[str, str]:
         """By the ends of the operators' names."""
-        given = ", ".join([*(f"Tensor {row}" for row in self.rows), *(f"Tensor? {w}" for w in self.weights)])
+        rows = [f"Tensor? {row[:-1]}" if row.endswith("?") else f"Tensor {row}" for row in self.rows]
+        given = ", ".join([*rows, *(f"Tensor? {w}" for w in self.weights)])
         outputs, all = ([f"Tensor {name}" for name in names] for names in (self.outputs, self.outputs + self.kept))
         options = [option.partition("=")[0] for option in self.options.split(", ")]  # defaults are the first one's
-        schemas = {
-            "": f"({given}, {self.options}) -> {_returned(outputs)}",
-            "_forward": f"({given}, {', '.join(options)}) -> {_returned(all)}",
-        }
+        schemas = {"": f"({given}, {self.options}) -> {_returned(outputs)}"}
+        if self.kept:
+            schemas["_forward"] = f"({given}, {', '.join(options)}) -> {_returned(all)}"
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
             read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
@@ -124,8 +125,10 @@ class Operators:
 
     form: Form
     plain: torch._ops.OpOverload
-    forward: torch._ops.OpOverload
+    forward: Any
+    """None, as the next, of a form that has no derivative;"""
     backward: Any
+    """and of one whose gradient another's operator finds."""
     schemas: dict[str, str]
     """By the ends of their names, as are"""
     defaults: dict[str, Callable[..., Any]]
@@ -194,7 +197,7 @@ def register(form: Form) -> Operators:
         torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
         made[end] = getattr(torch.ops.rmsnorm, name).default
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
-    return Operators(form, made[""], made["_forward"], made.get("_backward"), schemas, defaults, fakes)
+    return Operators(form, made[""], made.get("_forward"), made.get("_backward"), schemas, defaults, fakes)
 
 
 def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops.OpOverload:

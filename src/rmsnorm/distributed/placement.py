@@ -156,8 +156,9 @@ def normalise(
 
     def placed(tensor: Tensor) -> DTensor:
         # Shape and strides are given, as torch would multiply this rank's by the number of ranks.
-        strides = tuple(prod(whole.shape[i + 1 :]) for i in range(whole.dim()))
-        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=whole.shape, stride=strides)
+        shape = whole.shape if split else (*whole.shape[: whole.dim() - dims], *_tail(tensor, dims))
+        strides = tuple(prod(shape[i + 1 :]) for i in range(whole.dim()))
+        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
 
     return tuple(map(placed, output)) if isinstance(output, tuple) else placed(output)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -29,40 +28,37 @@ def call(
     eps: float | None,
     options: dict[str, tuple[Any, Any]],
     more: tuple[Any, ...] = (),
+    by_name: tuple[str, ...] = (),
 ) -> Any:
     """The outputs of ``public``, which was called with these.
 
     ``options`` are those with names, beside their defaults; ``offset`` and ``casting_mode`` are among them. ``more`` is
-    what the operators take behind ``(dims, eps, offset, round_first)``.
+    what the operators take behind ``(dims, eps, offset, round_first)``. The rows ``by_name``, keywords of the public
+    function, may be None.
     """
     name, tensors = served.form.name, (*rows.values(), *weights.values())
     input: Any = tensors[0]
     offset, casting_mode = options["offset"][0], options["casting_mode"][0]
+    everyday = _everyday.ordinary(input, tensors[1], tensors[2]) and not has_torch_function_variadic(*tensors[3:])
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if (
-            _everyday.ordinary(input, tensors[1], tensors[2])
-            and not has_torch_function_variadic(*tensors[3:])
-            and (dims := _everyday.dims_of(input, normalized_shape, None, eps))
-        ):
-            arguments = (*tensors, dims, eps, offset, functional.ROUND_FIRST[casting_mode], *more)
-            if torch.is_grad_enabled():
-                for tensor in tensors:
-                    if tensor is not None and tensor.requires_grad:
-                        return served.record(*arguments)
-            return served.plain(*arguments)
+        if everyday and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
+            return served.everyday(*tensors, dims, eps, offset, functional.ROUND_FIRST[casting_mode], *more)
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
 
     def again(*tensors: Tensor | None) -> Any:
         """The same of other tensors."""
         given = {option: value for option, (value, _) in options.items()}
-        first = tensors[0]
+        mine = dict(zip(rows, tensors, strict=False))
+        named, first = {name: mine.pop(name) for name in by_name}, tensors[0]
         shape = first.shape[first.dim() - dims :]  # type: ignore[union-attr]
-        return public(*tensors[: len(rows)], shape, *tensors[len(rows) :], eps, **given)
+        return public(*mine.values(), shape, *tensors[len(rows) :], eps, **named, **given)
 
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(**options)
-        return handle_torch_function(public, tensors, *rows.values(), normalized_shape, *weights.values(), eps, **given)
+        given |= _arguments.given(**{label: (rows[label], None) for label in by_name})
+        first = [row for label, row in rows.items() if label not in by_name]
+        return handle_torch_function(public, tensors, *first, normalized_shape, *weights.values(), eps, **given)
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
         if weight is not None:
@@ -73,7 +69,8 @@ def call(
     if eps < 0:
         raise ValueError(f"{name}: eps must be 0 or more, but is {eps}")
     for label, row in rows.items():
-        check_alike(name, label, row, input)
+        if row is not None or label not in by_name:
+            check_alike(name, label, row, input)
     if ranks := _everyday.distributed(*tensors):
         return ranks.normalise(name, again, None, dims, rows, weights)
     return served(native, *tensors, dims, eps, offset, round_first, *more)
@@ -81,7 +78,7 @@ def call(
 
 def check_alike(name: str, label: str, row: Any, input: Any) -> None:
     """Raises for a tensor that is no row beside the input, or of another shape or device; none is broadcast."""
-    _arguments.check_tensors(name, input=input, **{label: row})
+    _arguments.check_tensors(name, **{label: row})
     if row.is_complex() or not row.is_floating_point():
         raise RuntimeError(
             f"{name}: {label} must be of a real floating type, but is {row.dtype}; convert it, e.g. {label}.float()"

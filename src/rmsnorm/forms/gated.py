@@ -15,7 +15,8 @@ from .served import Served
 
 ACTIVATIONS = {"silu": True, "sigmoid": False}
 _served = Served(gated_ops.GATED_RMS_NORM)
-_plain, _recorded = _served.plain, _served.record
+_plain: Any = _served.plain
+_recorded: Any = _served.record
 
 
 def gated_rms_norm(

@@ -8,6 +8,7 @@ is ``torch.nn.functional.layer_norm``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -19,7 +20,8 @@ from .served import Served
 
 _NAME = "layer_norm"
 _served = Served(layer_ops.LAYER_NORM)
-_plain, _recorded = _served.plain, _served.record
+_plain: Any = _served.plain
+_recorded: Any = _served.record
 
 
 def layer_norm(

@@ -1,0 +1,128 @@
+"""Times each fused form beside the same steps one after the other, ours and other libraries': ratios, in one process.
+
+    python benchmarks/neighbours.py [FORM ...] [--threads 1,2] [--seconds 1.0]
+
+Contenders take turns, a block of calls each; what is printed is the median of the ratios of neighbouring blocks, the
+ratio of the minima, and the bytes that must move at the speed of `Tensor.copy_` of the same run. Outputs are compared
+before. One row of CASES is one case: the fused call, then the separate steps by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rmsnorm
+
+Calls = dict[str, Callable[[], Any]]
+EPS = 1e-6
+
+
+def noise(*sizes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantised(rows: int, columns: int, dtype: torch.dtype, residual: bool) -> tuple[Calls, int]:
+    """int8 behind the norm: torchao's quantiser behind ours."""
+    from torchao.quantization.granularity import PerRow
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+
+    x, r = noise(rows, columns, dtype=dtype), noise(rows, columns, dtype=dtype, seed=1)
+    w = 1 + noise(columns, dtype=dtype, seed=2) / 4
+
+    def fused() -> Any:
+        return rmsnorm.quantised_rms_norm(x, (columns,), w, EPS, residual=r if residual else None)
+
+    def separate() -> Any:
+        if residual:
+            y, sum = rmsnorm.add_rms_norm(x, r, (columns,), w, EPS)
+        else:
+            y = rmsnorm.rms_norm(x, (columns,), w, EPS)
+        q = Int8Tensor.from_hp(y, granularity=PerRow())
+        return (q.qdata, q.scale, sum) if residual else (q.qdata, q.scale)
+
+    moved = x.nbytes * (3 if residual else 1) + x.numel()
+    return {"fused": fused, "ours + torchao": separate}, moved
+
+
+def cases() -> Iterator[tuple[str, str, Calls, int]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, columns in ((1, 4096), (512, 4096), (512, 576)):
+            for residual in (False, True):
+                name = "add + norm + int8" if residual else "norm + int8"
+                calls, moved = quantised(rows, columns, dtype, residual)
+                yield "quantised", f"{name} {rows}x{columns} {str(dtype)[6:]}", calls, moved
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for one in result for t in tensors_of(one)]
+
+
+def check(calls: Calls) -> None:
+    """All results alike: to 2^-6 of the largest, as some round less; bit for bit is the tests' business."""
+    first, *others = (tensors_of(call()) for call in calls.values())
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            apart = (a.double() - b.double()).abs().max()
+            assert apart <= 2**-6 * b.double().abs().max() + 1e-6, (a, b)
+
+
+def block(call: Callable[[], Any], count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+def race(calls: Calls, seconds: float) -> dict[str, list[float]]:
+    counts = {}
+    for name, call in calls.items():
+        call()
+        counts[name] = max(1, int(0.02 / max(block(call, 3), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or len(times["fused"]) < 5:
+        for name, call in calls.items():
+            times[name].append(block(call, counts[name]))
+    return times
+
+
+def copy_speed() -> float:
+    """Bytes a second, read and written, of a copy beyond the caches."""
+    a, b = torch.zeros(2**25), torch.zeros(2**25)
+    return 2 * a.nbytes / min(block(lambda: b.copy_(a), 1) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("forms", nargs="*")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender of a case")
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, {rmsnorm.info().cpu_target}; fused time, ÷ separate (median of turns, minima)")
+    for threads in map(int, given.threads.split(",")):
+        torch.set_num_threads(threads)
+        speed = copy_speed()
+        for form, name, calls, moved in cases():
+            if given.forms and form not in given.forms:
+                continue
+            with torch.no_grad():
+                check(calls)
+                times = race(calls, given.seconds)
+            own = times.pop("fused")
+            said = [f"{threads} thread{'s' * (threads > 1)}", f"{name:36}", f"{min(own) * 1e6:9.1f} µs"]
+            for other, taken in times.items():
+                ratios = statistics.median(a / b for a, b in zip(own, taken, strict=True))
+                said.append(f"÷ {other} {ratios:.2f} ({min(own) / min(taken):.2f})")
+            said.append(f"÷ copy {min(own) / (moved / speed):.2f}")
+            print("  ".join(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()
