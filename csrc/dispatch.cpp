@@ -64,6 +64,11 @@ extern "C" __attribute__((visibility("default"))) const char* rmsnorm_cpu_target
   return rmsnorm::current_target().name;
 }
 
+// Of the kernels in use; the text is the caller's.
+extern "C" __attribute__((visibility("default"))) void rmsnorm_contract(char* text, int64_t room) {
+  rmsnorm::current_target().describe(text, room);
+}
+
 extern "C" __attribute__((visibility("default"))) const char* rmsnorm_cpu_targets() {
   static const std::string names = [] {
     std::string list;

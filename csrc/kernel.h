@@ -25,6 +25,9 @@ inline int64_t padded(int64_t columns) { return (columns + 31) / 32 * 32; }
 // Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.
 constexpr int64_t kFlush = 32;
 
+// Rows of one chunk of backward at least, and chunks at most (rows.h).
+constexpr int64_t kLeastChunk = 32, kMostChunks = 128;
+
 // The activation of a gate that multiplies the output, or first of all the input.
 enum class Gate : int8_t { none, silu, sigmoid };
 
@@ -129,6 +132,8 @@ struct Target {
   // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
   void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
                  void* grad_weight);
+  // What decides the bits, as text of at most `room` bytes.
+  void (*describe)(char* text, int64_t room);
   // Bytes and a scale for a row of any type but f64, in int8 or float8.
   void (*quantise)(Type type, const void* row, int64_t columns, bool e4m3, void* codes, float* scale);
 };

@@ -133,7 +133,7 @@ enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kXGate, kGradGate, kBack
 // chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB). A weight of several rows counts as
 // many of the tensor's as one, and so does its flush.
 inline int64_t chunk_rows(const Backward& b, int64_t rows) {
-  return std::max<int64_t>(32, (rows / b.gain.count + 127) / 128) * b.gain.count;
+  return std::max(kLeastChunk, (rows / b.gain.count + kMostChunks - 1) / kMostChunks) * b.gain.count;
 }
 
 // Rows of the weight's gradient, with the bias's behind them.

@@ -3,6 +3,7 @@
 // Everything is in an unnamed namespace and no standard template is instantiated, so that no function compiled for a
 // wide CPU can be merged by the linker with its twin for a narrow one (tests/test_native.py looks for such symbols).
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -58,10 +59,12 @@ namespace {
 
 #include "quantise.h"
 
+#include "contract.h"
+
 }  // namespace
 
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {
-    RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish, &quantise};
+const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish,
+                               &describe,           &quantise};
 
 }  // namespace rmsnorm

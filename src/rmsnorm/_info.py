@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Info:
     """The kernels in use, or None without the native library."""
     cpu_targets: list[str]
     """All that this build and this CPU have, best first."""
+    contract: str | None
+    """An id of the order of sums, rounding points and the chunks of backward: where it is equal, so are the bits."""
     installed: bool
     """Whether torch's own ``F.rms_norm`` runs on these kernels (``rmsnorm.install()``)."""
     threads: int
@@ -66,6 +69,7 @@ def info() -> Info:
         why_not_native=_native.why_not(),
         cpu_target=_native.cpu_target(),
         cpu_targets=_native.cpu_targets(),
+        contract=None if (text := _native.contract()) is None else hashlib.sha256(text.encode()).hexdigest()[:12],
         installed=_install.is_installed(),
         threads=torch.get_num_threads(),
         triton=importlib.metadata.version("triton") if route.has_triton() else None,

@@ -53,6 +53,8 @@ def load() -> None:
         _library.rmsnorm_failed.restype = None
         _library.rmsnorm_set_large_bytes.argtypes = [ctypes.c_int64]
         _library.rmsnorm_large_bytes.restype = ctypes.c_int64
+        _library.rmsnorm_contract.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        _library.rmsnorm_contract.restype = None
         if target:
             set_cpu_target(target)
 
@@ -94,6 +96,15 @@ def set_cpu_target(name: str) -> None:
         raise RuntimeError(
             f"CPU target {name!r} can't run here: this CPU and this build have {', '.join(cpu_targets()) or 'none'}"
         )
+
+
+def contract() -> str | None:
+    """What decides the bits of the kernels in use, in words (csrc/contract.h)."""
+    if _library is None:
+        return None
+    text = ctypes.create_string_buffer(1024)
+    _library.rmsnorm_contract(text, len(text))
+    return text.value.decode()
 
 
 def large_bytes() -> int:

@@ -165,6 +165,17 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     rows.gate[r] = other.at(r), rows.gain[r] = c.gate == Gate::none ? gain.at(0) : formed.data();
   target.forward(f)(f, rows);
 
+  // The output's codes as numbers, and behind them the scales.
+  Rows codes({}, kRows, c.columns, 1);
+  std::vector<float> quantised(kRows * (c.columns + 1));
+  for (int64_t r = 0; r < kRows && c.output != Type::f64; ++r) {
+    target.quantise(c.output, output.at(r), c.columns, need_weight, codes.at(r), &quantised[kRows * c.columns + r]);
+    for (int64_t j = 0; j < c.columns; ++j)
+      quantised[r * c.columns + j] = static_cast<float>(static_cast<unsigned char>(codes.at(r)[j]));
+  }
+  Bytes numbers(quantised.size() * sizeof(float));
+  std::memcpy(numbers.data(), quantised.data(), numbers.size());
+
   Bytes partial(2 * stride);
   const int64_t width = c.layer ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
@@ -191,7 +202,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
   Bytes means(kRows * sizeof(double));
   std::memcpy(means.data(), mean.data(), means.size());
-  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather()};
+  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather(), numbers};
 }
 
 }  // namespace
@@ -224,19 +235,19 @@ int main(int argc, char** argv) {
             if ((form >= 8 && form < 12) || form == 14)
               c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
             const auto expected = run(*targets[0], c, needs & 1, needs & 2, false);
-            const Type types[] = {c.output, input, wider, input, input, Type::f64, input};
-            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate"};
+            const Type types[] = {c.output, input, wider, input, input, Type::f64, input, Type::f32};
+            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate", "codes"};
             char name[99];
             std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
                           needs, (long long)columns);
-            for (int i = 0; digest && i < 7; ++i)
+            for (int i = 0; digest && i < 8; ++i)
               std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
             if (digest) continue;
             for (const Target* target : targets)
               for (bool back : {false, true}) {
                 if (target == targets[0] && !back) continue;
                 const auto actual = run(*target, c, needs & 1, needs & 2, back);
-                for (int i = 0; i < 7; ++i, ++compared)
+                for (int i = 0; i < 8; ++i, ++compared)
                   if (!same(expected[i], actual[i], types[i])) {
                     std::printf("%s differs: %s%s from %s, %s\n", names[i], target->name, back ? ", backwards" : "",
                                 targets[0]->name, name);
