@@ -37,6 +37,11 @@ RUNS = [
         "--members 3 --steps 200 --width 16",
         [r"step    1  loss 0\.[4-9]", r"step  200  loss 0\.[01]", "never seen", r"at most \de-0[678]"],
     ),
+    (
+        "int8.py",
+        "--tokens 5",
+        ["4 norms quantise; .* bit for bit: True", "÷ torchao's own: "],
+    ),
     ("export_onnx.py", ONNX, ["exported: .* 3 RMSNormalization", "runs it: .* 3 RMSNormalization", "allowed 1e-05"]),
     (
         "export_onnx.py",
@@ -50,6 +55,8 @@ REFUSALS = [
     ("train.py", "--text nowhere.txt", "--text nowhere.txt: no such file"),
     ("train.py", f"--text {EXAMPLES / 'README.md'}", "bytes; --context 128 wants 2560"),
     ("serve.py", "--model ./nowhere", "nowhere"),
+    ("int8.py", "--model ./nowhere", "nowhere"),
+    ("int8.py", "--tokens 0", "--tokens must be 1 or more"),
     ("ensemble.py", "--members 1", "--members 1: it takes two to disagree"),
     ("export_onnx.py", "--opset 26", "--opset 26: torch's exporter knows 18 to 25"),
 ]
@@ -70,7 +77,7 @@ def run(name: str, options: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def needs(name: str) -> None:
     source = (EXAMPLES / name).read_text()
-    for package in ("transformers", "onnx", "onnxruntime"):
+    for package in ("transformers", "torchao", "onnx", "onnxruntime"):
         if re.search(rf"^ +(import|from) {package}\b", source, re.MULTILINE):
             pytest.importorskip(package)
 
