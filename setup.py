@@ -94,10 +94,8 @@ class BuildNative(build_ext):
             if name == "avx512bf16":
                 define.append("-DRMSNORM_LENDER=target_avx512")
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
-        units += [
-            (f"csrc/{name}.cpp", f"{name}.o", boundary)
-            for name in ("ops", "gated_ops", "layer_ops", "quantised_ops", "aten")
-        ]
+        facing_torch = [Path("csrc/aten.cpp"), *sorted(Path("csrc").glob("*ops.cpp"))]
+        units += [(str(source), f"{source.stem}.o", boundary) for source in facing_torch]
         units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "older")]
 
         def compile_unit(unit: tuple[str, str, list[str]]) -> str:
