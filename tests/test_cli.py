@@ -209,6 +209,7 @@ def test_a_program_that_does_not_compile_is_told_so_alone(tmp_path: Path) -> Non
         (["."], 2, "can't be read: is a directory"),
         ([], 2, "usage: python -m rmsnorm run SCRIPT"),
         (["-h"], 0, "usage: python -m rmsnorm run SCRIPT"),
+        (["-h"], 0, "nothing is said of the norms, and nothing is counted"),
     ],
 )
 def test_run_without_a_program(arguments: list[str], code: int, words: str) -> None:

@@ -101,7 +101,10 @@ def build() -> "typer.Typer":
         script: Annotated[str, typer.Argument(help="A Python program.")],
         arguments: Annotated[list[str] | None, typer.Argument(help="What the program gets as its own.")] = None,
     ) -> None:
-        """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels."""
+        """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels.
+
+        All output is the program's: nothing is said of the norms. `rmsnorm run -h` says which are served.
+        """
         _run.command([script, *(arguments or [])])
 
     bench_command.register(app)
