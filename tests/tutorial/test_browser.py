@@ -262,6 +262,8 @@ def pages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as quick:
         quick.setattr(static, "MOST_FRAMES", 3)
         quick.setattr(cost, "SECONDS", 0.01)
+        for shape in cost.SHAPES:
+            quick.setitem(cost.SHAPES, shape, (1, cost.COLS))
         quick.setattr(depth, "model", none)
         for name, page in static.pages().items():
             (folder / name).write_text(page, encoding="utf-8")
