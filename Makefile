@@ -26,10 +26,11 @@ pages: $(NATIVE) ## the tutorial as two static pages, build/tutorial/en.html and
 test: $(NATIVE) ## the tests on two processes; the layer without the native library; GPU kernels in the interpreter
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not heavy"
 	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
-	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/gpu
+	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 -m "not heavy" tests/gpu
 
 heavy: $(NATIVE) ## the tests that `make test` leaves out: those that take minutes, or 13 GB of memory
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m heavy
+	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 -m heavy tests/gpu
 
 fuzz: $(NATIVE) ## 10,000 new random problems for each property that `make test` checks on 300
 	$(BIN)/python -m pytest tests/conformance/test_fuzz.py --hypothesis-profile=fuzz

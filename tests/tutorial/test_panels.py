@@ -349,7 +349,8 @@ def something(panel: Panel):
 
 # Names and symbols, which are the same in Chinese.
 SAME = (
-    r"(Batch|Weight|Layer|RMS|pRMS)\n?Norm|rmsnorm(\.layer_norm)?|F\.\w+|copy_|b?float\d\d|rms|mean|std|cos|sin|dx|\$.*?\$"
+    r"(Batch|Weight|Layer|RMS|pRMS)\n?Norm|rmsnorm(\.layer_norm)?|F\.\w+|copy_|b?float\d\d|"
+    r"rms|mean|std|cos|sin|dx|\$.*?\$"
 )
 
 
