@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs wheels aarch64 workflow clean
+.PHONY: help demo learn pages test heavy fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs wheels aarch64 workflow clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,10 +23,14 @@ learn: $(NATIVE) ## the tutorial in your browser, in English or Chinese: nine qu
 pages: $(NATIVE) ## the tutorial as two static pages, build/tutorial/en.html and zh.html; a minute
 	$(BIN)/rmsnorm learn --export build/tutorial
 
-test: $(NATIVE) ## run every test on two processes; the layer without the native library; GPU kernels in the interpreter
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+test: $(NATIVE) ## the tests on two processes; the layer without the native library; GPU kernels in the interpreter
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not heavy"
 	RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/test_add.py tests/test_module.py tests/test_derivatives.py
-	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 tests/gpu
+	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 -m "not heavy" tests/gpu
+
+heavy: $(NATIVE) ## the tests that `make test` leaves out: those that take minutes, or 13 GB of memory
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m heavy
+	TRITON_INTERPRET=1 RMSNORM_NATIVE=0 $(BIN)/python -m pytest --numprocesses 2 -m heavy tests/gpu
 
 fuzz: $(NATIVE) ## 10,000 new random problems for each property that `make test` checks on 300
 	$(BIN)/python -m pytest tests/conformance/test_fuzz.py --hypothesis-profile=fuzz

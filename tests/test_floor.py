@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, HALVES, MODES, Bounds, Truth, bound, exact, gain, gains, incoming, same_bits, sample, ulp
-from test_derivatives import TRANSFORMS
+from floored_oracle import FlooredTruth, gradients, rows_around
+from oracle import DTYPES, HALVES, MODES, bound, gains, incoming, same_bits, sample
 
 import rmsnorm
 from rmsnorm import _autograd, _native, _ops, add_rms_norm, gated_rms_norm, layer_norm, rms_norm
@@ -20,56 +19,10 @@ from rmsnorm.forms import gated_ops
 from rmsnorm.forms.floored import floored_rms_norm
 
 COLUMNS = (1, 3, 127, 129, 576, 1027, 5137)
+
+
 # F.normalize's own; one that ordinary rows can be below; and one whose 1/rms no fp32 holds.
 FLOORS = {"normalize": lambda n: 1e-24 / n, "large": lambda n: 0.01, "tiny": lambda n: 1e-90}
-
-
-def rows_around(floor: float, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of each size in turn: a few bits of a half type and a mean square suffice to tell 0.98 from 1.02."""
-    info, root = torch.finfo(dtype), floor**0.5
-    sizes = (0.0, root * 0.98, root * 1.02, info.smallest_normal / 4, 1e-30, 1.0, 1e4, info.max / 16, 1e-20)
-    x = sample(rows, columns).clamp(-1e3, 1e3)
-    x = x / x.square().mean(-1, keepdim=True).sqrt()
-    x = x.clamp(-12, 12) if columns > 200 else x
-    x = x * torch.tensor([sizes[i % len(sizes)] for i in range(rows)], dtype=torch.float64).view(-1, 1)
-    return x.clamp(-info.max, info.max).to(dtype)
-
-
-class FlooredTruth(Truth):
-    def __init__(self, x: torch.Tensor, floor: float) -> None:
-        wide = exact(x)
-        self.dtype = x.dtype
-        square = np.mean(wide * wide, axis=-1, keepdims=True)
-        self.moves = square >= floor  # as clamp_min has it
-        self.r = 1 / np.sqrt(np.maximum(square, wide.dtype.type(floor)))
-        self.normalised = wide * self.r
-
-    def backward(self, grad, weight, offset):
-        """The bounds of the other rule, without its projection where the floor holds; beyond the largest number of the
-        type the gradient is infinite, as 1e12 times anything is in fp16."""
-        g, x_hat = exact(grad), self.normalised
-        h = g if weight is None else g * gain(weight, self.dtype, offset)
-        accumulation = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32)
-        unit, step = accumulation.eps / 2, accumulation.smallest_normal * accumulation.eps
-        mean = np.where(self.moves, np.mean(h * x_hat, axis=-1, keepdims=True), 0)
-        spread = np.where(self.moves, np.mean(np.abs(h * x_hat), axis=-1, keepdims=True), 0)
-        dx = self.r * (h - x_hat * mean)
-        size = self.r * (np.abs(h) + np.abs(x_hat) * spread)
-        margin = 0.501 * ulp(dx, self.dtype) + 16 * unit * size + self.r * step * (1 + np.abs(x_hat) + np.abs(mean))
-        low, high, largest = dx - margin, dx + margin, torch.finfo(self.dtype).max
-        dx_bounds = Bounds(np.where(low < -largest, -np.inf, low), np.where(high > largest, np.inf, high))
-        if weight is None:
-            return dx_bounds, None
-        dw = np.sum(g * x_hat, axis=0)
-        margin = 0.501 * ulp(dw, weight.dtype) + 16 * unit * np.sum(np.abs(g * x_hat), axis=0)
-        return dx_bounds, Bounds(dw - margin, dw + margin)
-
-
-def gradients(x, weight, grad, floor, **options):
-    """[y, dx, dw]"""
-    leaves = [t.detach().requires_grad_() for t in (x, weight) if t is not None]
-    y = floored_rms_norm(leaves[0], x.shape[-1], *leaves[1:] or [None], floor, **options)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -199,45 +152,6 @@ def test_add_and_gated_operators_know_it(target):
         torch.testing.assert_close(got[:2], wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's forward AD, about itself
-@pytest.mark.parametrize("casting_mode", MODES)
-def test_derivatives_of_first_and_second_order(target, casting_mode):
-    """Against finite differences in fp64: rows below the floor, one of zeros, and rows above."""
-    x = sample(4, 12).sin() * torch.tensor([[0.1], [0.0], [3.0], [0.3]], dtype=torch.float64)
-    x, weight = x.view(4, 3, 4).requires_grad_(), gains(3, 4).requires_grad_()
-    run = lambda a, w: floored_rms_norm(a, (3, 4), w, 0.5, offset=1.0, casting_mode=casting_mode)  # noqa: E731
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(run, (x, weight))
-        assert check(lambda a: run(a, None), (x,))
-    assert torch.autograd.gradcheck(run, (x, weight), check_forward_ad=True, check_batched_grad=True)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's forward AD, about itself
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_are_those_of_the_formula(name):
-    x, dx, ws = sample(4, 5), sample(4, 5, seed=1), torch.stack([gains(5, seed=i) for i in range(4)])
-    x = x / x.abs().amax(-1, keepdim=True) * torch.tensor([[0.1], [0.2], [2.0], [3.0]], dtype=torch.float64)
-    floor, w, dw = 0.09, gains(5), gains(5, seed=9)
-    ours = lambda a, b: floored_rms_norm(a, 5, b, floor)  # noqa: E731
-    formula = lambda a, b: F.normalize(a, dim=-1, eps=(5 * floor) ** 0.5) * 5**0.5 * b  # noqa: E731
-    got, wanted = (TRANSFORMS[name](f, x, w, dx, dw, ws) for f in (ours, formula))
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_has_the_bits_of_eager(dtype):
-    torch.compiler.reset()
-    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=False)
-    forward = torch.compile(floored_rms_norm, backend="aot_eager", fullgraph=True)
-    weight = gains(129, dtype=dtype)
-    for rows in (4, 9):
-        x, grad = rows_around(0.01, rows, 129, dtype), incoming(rows, 129, dtype)
-        assert same_bits(forward(x, 129, weight, 0.01), floored_rms_norm(x, 129, weight, 0.01))
-        assert all(map(same_bits, compiled(x, weight, grad, 0.01), gradients(x, weight, grad, 0.01)))
-    torch.compiler.reset()
-
-
 def test_errors():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match="floor must be 0 or more, but is -1"):
@@ -277,22 +191,6 @@ def test_a_negative_eps_is_added(target, dtype):
         with rmsnorm.installed():
             assert torch.equal(F.rms_norm(x, (64,), w, -0.01).isnan(), wanted.isnan())
             close(F.rms_norm(x, (64,), w, -0.01), wanted)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_onnx(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-
-    class Norm(torch.nn.Module):
-        def forward(self, x):
-            return floored_rms_norm(x, 64, None, 0.01)
-
-    x = rows_around(0.01, 5, 64, torch.float32)
-    torch.onnx.export(Norm().eval(), (x,), dynamo=True, opset_version=23, verbose=False).save(tmp_path / "norm.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "norm.onnx", providers=["CPUExecutionProvider"])
-    [got] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), floored_rms_norm(x, 64, None, 0.01))
 
 
 def test_half_types_keep_the_row_in_mind():

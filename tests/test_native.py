@@ -80,6 +80,7 @@ def test_no_target_exports_code_that_another_could_run(objects: Path) -> None:
         assert [name for _, name in defined] == [f"rmsnorm::{table}"]
 
 
+@pytest.mark.heavy  # compiles a target anew
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
 def test_every_target_writes_the_same_bits(objects: Path, driver: Path, tmp_path: Path) -> None:
     emulated = kernels(tmp_path, "avx512bf16", "-O1", *AVX2, "-DRMSNORM_EMULATE_AVX512")
@@ -88,6 +89,7 @@ def test_every_target_writes_the_same_bits(objects: Path, driver: Path, tmp_path
     assert "141120 tensors compared, all equal, targets: baseline avx2 avx512bf16" in result.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the other targets are for x86-64")
 def test_the_comparison_can_fail(objects: Path, driver: Path, tmp_path: Path) -> None:
     """Let the compiler contract a·b + c as it likes: that is the difference which the contract rules out."""

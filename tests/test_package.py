@@ -1,6 +1,7 @@
 """Proves the house rules that a program can check: the public page, what an import brings, and who imports whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,13 @@ def test_groups_of_tests_hold(request):
     if not request.config.getoption("loadgroup", default=False):
         pytest.skip("not on several processes, grouped")
     assert request.node.nodeid.endswith("@house")
+
+
+def test_what_make_test_leaves_out_is_run_by_make_heavy_and_both_by_ci():
+    root = Path(__file__).parents[1]
+    targets = dict(re.findall(r"^(\w+):.*\n((?:\t.*\n)+)", (root / "Makefile").read_text(), re.MULTILINE))
+    for part in ("--dist loadgroup", "TRITON_INTERPRET=1"):
+        lines = [[line for line in targets[name].splitlines() if part in line] for name in ("test", "heavy")]
+        assert [len(line) for line in lines] == [1, 1], part
+        assert lines[0][0].replace('-m "not heavy"', "-m heavy") == lines[1][0] != lines[0][0]
+    assert "\nmake test\nmake heavy\n" in (root / ".ci" / "run").read_text()

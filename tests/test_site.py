@@ -212,3 +212,20 @@ def test_reference_has_a_place_for_each_public_name():
     listed = [f"rmsnorm.{name}" for names in BUILD["REFERENCE"].values() for name in names]
     assert len(listed) == len(set(listed))
     assert set(PUBLIC) - set(listed) == set()
+
+
+def test_chinese_readers_are_told_what_is_in_english():
+    """In the navigation and on top of the page, and nowhere else."""
+    [*parts] = BUILD["settings"]("zh")["nav"]
+    titles = {file: title for part in parts for page in next(iter(part.values())) for title, file in page.items()}
+    for page in (page for _, part in BUILD["PARTS"] for page in part):
+        translated = page in BUILD["TRANSLATIONS"]
+        assert titles[BUILD["staged"](page)].endswith("（英文）") != translated, page
+        if page == "reference":
+            text = BUILD["reference"]("zh")
+            assert "只有英文版" not in BUILD["reference"]("en")
+        else:
+            text = BUILD["stage"](BUILD["TRANSLATIONS"].get(page, page), "zh", set())
+            assert "只有英文版" not in BUILD["stage"](page, "en", set())
+        assert ("只有英文版" in text.partition("\n## ")[0]) != translated, page
+    assert "英文" not in str(BUILD["settings"]("en")["nav"])

@@ -2,7 +2,8 @@
 
 ``make docs`` runs it. The pages are written to be read on GitHub as well, so they are staged first, in build/docs/en
 and build/docs/zh: links get the targets that they have in the site, and what commands mark loses its marks. Both sites
-are whole: where a page has no translation, the Chinese one has it in English.
+are whole: where a page has no translation, the Chinese one has it in English, and says so in the navigation and on top
+of the page.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ PARTS = [
         },
     ),
 ]
+IN_ENGLISH = "（英文）"
+"""Behind the titles, in the Chinese navigation, of pages that exist in English only."""
+NOTICE = "> 本页目前只有英文版。"
 REFERENCE = {
     ("Functions", "函数"): ["rms_norm", "add_rms_norm", "gated_rms_norm", "layer_norm", "quantised_rms_norm"],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
@@ -114,9 +118,16 @@ def pages() -> list[str]:
     return [*named, *translations, *(page for page in rest if page not in {*named, *translations})]
 
 
+def untranslated(page: str, language: str) -> bool:
+    """Whether a Chinese reader gets this page in English."""
+    return language == "zh" and page not in {*TRANSLATIONS, *TRANSLATIONS.values()}
+
+
 def stage(page: str, language: str, assets: set[str]) -> str:
     """The text of a page, as the site wants it."""
     text = _MARK.sub("", (ROOT / page).read_text())
+    if untranslated(page, language):
+        text = re.sub(r"^# .*$", lambda title: f"{title[0]}\n\n{NOTICE}", text, count=1, flags=re.MULTILINE)
     if page == "examples/README.md":
         programs = sorted(ROOT.glob("examples/*.py"))
         text += "".join(f"\n## {path.name}\n\n```python\n{path.read_text()}```\n" for path in programs)
@@ -140,7 +151,12 @@ def reference(language: str) -> str:
     index = language == "zh"
     title = ("Reference", "API 参考")[index]
     before = ("The examples have done this before:", "示例之前都已执行：")[index]
-    lines = [f"# {title}", before, "```python\nimport torch\nimport rmsnorm.hub\nfrom rmsnorm import *\n```"]
+    lines = [
+        f"# {title}",
+        *([NOTICE] * index),
+        before,
+        "```python\nimport torch\nimport rmsnorm.hub\nfrom rmsnorm import *\n```",
+    ]
     for heading, names in REFERENCE.items():
         lines += [f"## {heading[index]}", *(f"::: rmsnorm.{name}" for name in names)]
     return "\n\n".join(lines) + "\n"
@@ -150,7 +166,10 @@ def settings(language: str) -> dict[str, object]:
     """Zensical's, in the words of mkdocs.yml: MkDocs with its Material theme builds the same pages of them."""
     index = language == "zh"
     named = {page for _, part in PARTS for page in part} | {*TRANSLATIONS.values()}
-    nav = [{part[index]: [{title[index]: staged(page)} for page, title in pages.items()]} for part, pages in PARTS]
+    nav = [
+        {part[index]: [{title[index] + IN_ENGLISH * untranslated(page, language): staged(page)} for page, title in ps]}
+        for part, ps in ((part, titled.items()) for part, titled in PARTS)
+    ]
     nav[-1][PARTS[-1][0][index]] += [staged(page) for page in pages() if page not in named]
     alternate = [{"name": "English", "lang": "en", "link": "../index.html" if index else "./index.html"}]
     alternate += [{"name": "简体中文", "lang": "zh", "link": "./index.html" if index else "./zh/index.html"}]

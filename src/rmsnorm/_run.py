@@ -14,6 +14,11 @@ from pathlib import Path
 USAGE = """usage: python -m rmsnorm run SCRIPT [ARGUMENTS ...]
 
 Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels. What follows the script is its own.
+
+All output is the program's: nothing is said of the norms, and nothing is counted. On the CPU our kernels serve float32,
+bfloat16, float16 and float64, with a weight of the same type or none; other calls keep torch's formula. A model whose
+norms are classes of its own, as those of transformers are, needs `rmsnorm.patch(model)` instead. Where our kernels
+can't be installed, one line says why, and the program isn't run.
 """
 
 

@@ -7,6 +7,7 @@ and ``--version`` do without. Annotations are evaluated there too, hence no ``fr
 import json as json_format
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from . import _run
@@ -44,6 +45,7 @@ def build() -> "typer.Typer":
     from rich.table import Table
 
     from . import demo
+    from .bench import asked
     from .bench import command as bench_command
     from .study import command as study_command
 
@@ -78,12 +80,15 @@ def build() -> "typer.Typer":
         """The formula by hand, its relatives, a real model before and after, and the clock; under a minute."""
         demo.show(Console(), prompt, tokens, model)
 
-    @app.command(name="info")
-    def show_info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    @app.command(name="info", cls=asked.Command)
+    def show_info(
+        json: Annotated[Path | None, typer.Option(metavar=asked.METAVAR, help=f"As JSON. {asked.HELP}")] = None,
+    ) -> None:
         """Versions, and whether the native kernels are in use; if not, why not."""
         values = vars(info())
         if json:
-            return typer.echo(json_format.dumps(values, indent=1))
+            asked.put(json, json_format.dumps(values, indent=1))
+            return None
         table = Table("what", "value", title="rmsnorm.info()")
         for name, value in values.items():
             table.add_row(name, escape(", ".join(value) if isinstance(value, list) else str(value)))
@@ -96,7 +101,10 @@ def build() -> "typer.Typer":
         script: Annotated[str, typer.Argument(help="A Python program.")],
         arguments: Annotated[list[str] | None, typer.Argument(help="What the program gets as its own.")] = None,
     ) -> None:
-        """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels."""
+        """Run an unmodified program with torch's own F.rms_norm and nn.RMSNorm on our kernels.
+
+        All output is the program's: nothing is said of the norms. `rmsnorm run -h` says which are served.
+        """
         _run.command([script, *(arguments or [])])
 
     bench_command.register(app)

@@ -123,7 +123,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _matrix(title: str, x: Tensor, rulers: str) -> Fitted:
     """The matrix with the statistics of its rulers, "rows" or "columns"; of both for the input, "none"."""
-    return Fitted(partial(_table, title, x, rulers), ("→ std", "→ mean", "→ rms"))
+    return Fitted(partial(_table, title, x, rulers), ("→ std", "→ mean", "→ rms"), "widen the terminal")
 
 
 def _table(title: str, x: Tensor, rulers: str, gone: Collection[str]) -> Table:

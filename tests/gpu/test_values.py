@@ -48,6 +48,16 @@ from rmsnorm.gpu import launch, route
 pytestmark = pytest.mark.usefixtures("on_triton")
 
 CELLS = [*(("held", n) for n in (1, 3, 127, 129, 576, 1027, 5137)), ("blocks", 129), ("blocks", 5137)]
+# In the interpreter the widest blocks, and the other types at most widths, take minutes.
+PROBLEMS = [
+    pytest.param(
+        dtype,
+        *cell,
+        marks=[] if cell[1] == 129 or (dtype is torch.float32 and cell != CELLS[-1]) else pytest.mark.heavy,
+        id=f"{dtype}-{cell[0]}-{cell[1]}",
+    )
+    for dtype, cell in product(DTYPES, CELLS)
+]
 # The contract of the native kernels, but for fp64, whose 1/rms is one number here: 5 ulp, as the reference.
 BOUNDS = ULPS | {torch.float64: REFERENCE_ULPS[torch.float64]}
 
@@ -77,8 +87,7 @@ def _nothing_falls_back(monkeypatch):
     monkeypatch.setattr(route._ops, "_rms_norm_backward", unless_empty(route._ops._rms_norm_backward))
 
 
-@pytest.mark.parametrize(("form", "columns"), CELLS, indirect=["form"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "form", "columns"), PROBLEMS, indirect=["form"])
 def test_forward(form, dtype, columns):
     """dtype × columns × rows × weight type × offset × casting mode; then, up to 129 columns, layouts.
     They must not change a bit."""
@@ -101,8 +110,7 @@ def test_forward(form, dtype, columns):
         assert same_bits(tensor.reshape(x.shape), rows_of(x, layout)), f"{layout}: the input changed"
 
 
-@pytest.mark.parametrize(("form", "columns"), CELLS, indirect=["form"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "form", "columns"), PROBLEMS, indirect=["form"])
 def test_backward(form, dtype, columns):
     """dtype × columns × rows × weight type × offset × mode, against the oracle; then layouts of x × of the gradient, in
     full for 129 columns that are held and else one side at a time, which must not change a bit."""

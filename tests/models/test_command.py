@@ -115,6 +115,19 @@ def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, dtype: s
     assert "CPU target" in result.output
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_its_inputs_are_looked_for_once(
+    places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each guess runs the model: what fusing needs is what comparing needs, with room for one token to be written."""
+    asked = []
+    original = course.inputs_of
+    monkeypatch.setattr(course, "inputs_of", lambda model, ids: asked.append(len(ids)) or original(model, ids))
+    result = invoke(places(name), *FAST, "--fuse-add", "--layer-norm")
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert asked == [course.READ]
+
+
 @pytest.mark.parametrize(("load", "warns"), [(0.0, False), (99.0, True)])
 def test_a_busy_machine_is_warned_about(
     directory: Path, monkeypatch: pytest.MonkeyPatch, load: float, warns: bool

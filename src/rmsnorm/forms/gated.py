@@ -121,7 +121,8 @@ class GatedRMSNorm(module.RMSNorm):
         activation, norm_before_gate, group_size: as in :func:`rmsnorm.gated_rms_norm`.
 
     Shape:
-        ``[*, *normalized_shape]``, and the same for the gate, to the same.
+        ``[*, *normalized_shape]``, and the same for the gate, to the same. The gate may be left out: ``layer(x)`` is
+        then the norm alone, in the groups, offset and casting mode of the layer, and ``activation`` means nothing.
 
     The state_dict has one ``weight``, as those of Mamba-2, Qwen3-Next and their like.
 
@@ -129,6 +130,8 @@ class GatedRMSNorm(module.RMSNorm):
         >>> layer = GatedRMSNorm(2, eps=0.0, activation="sigmoid")
         >>> layer(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 100.0])).detach()
         tensor([0.4243, 1.1314])
+        >>> layer(torch.tensor([3.0, 4.0])).detach()  # no gate
+        tensor([0.8485, 1.1314])
     """
 
     def __init__(
@@ -154,7 +157,7 @@ class GatedRMSNorm(module.RMSNorm):
         self.group_size = group_size
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Normalises ``x``, gated."""
+        """Normalises ``x``, gated; without a gate, or with None for it, as :class:`rmsnorm.RMSNorm` does."""
         return gated_rms_norm(
             x,
             gate,

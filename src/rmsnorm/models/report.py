@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-ERRORS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "gradient": "grad"}
-"""The keys of ``errors``, and how the table heads them."""
+ERRORS = {"float32": "fp32 (eps)", "bfloat16": "bf16 (share)", "float16": "fp16 (share)", "gradient": "grad (eps)"}
+"""The keys of ``errors``, and how the table heads them, with their units."""
 TITLES = ("norms", "class", "modules", *ERRORS.values(), "what")
-NOTE = "float32 and gradients: largest difference in eps · bfloat16, float16: share that is not identical"
+NOTE = "eps: the largest difference, in eps · share: of outputs that are not identical, from 0 to 1"
 WHOLE = "whole names"
 """What gives way last on a narrow screen."""
 MOST_NAMES = 8
@@ -100,7 +100,8 @@ class PatchReport:
             aligned = zip(titles, row, widths, strict=True)
             cells = (cell.rjust(width) if _is_number(title) else cell.ljust(width) for title, cell, width in aligned)
             lines.append("  ".join(cells).rstrip())
-        return "\n".join([*lines, self.summary()])
+        note = [NOTE] if any(entry.errors for entry in [*self.patched, *self.fused]) else []
+        return "\n".join([*lines, *note, self.summary()])
 
     def __rich__(self) -> RenderableType:
         from rich import box
@@ -108,18 +109,19 @@ class PatchReport:
         from rich.markup import escape
         from rich.table import Table
 
-        from ..bench.fitting import Fitted
+        from ..bench.fitting import HINT, Fitted
 
         rows = self.rows()
         empty = [title for title, *cells in zip(TITLES, *rows, strict=True) if not any(cells)]
 
         def make(gone: Collection[str]) -> Table:
             gone = {*gone, *empty}
-            caption = None if "grad" in gone else NOTE
+            caption = None if {*ERRORS.values()} <= gone else NOTE
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
             for title in (title for title in TITLES if title not in gone):
                 justify: Literal["left", "right"] = "right" if _is_number(title) else "left"
-                table.add_column(title, justify=justify, no_wrap=title != "what", min_width=16 * (title == "what"))
+                head = title.replace(" (", "\n(")
+                table.add_column(head, justify=justify, no_wrap=title != "what", min_width=16 * (title == "what"))
             for row in rows:
                 cells = dict(zip(TITLES, row, strict=True))
                 names = cells["modules"].split(", ")
@@ -127,7 +129,8 @@ class PatchReport:
                 table.add_row(*(escape(cell) for title, cell in cells.items() if title not in gone))
             return table
 
-        table = Fitted(make, ("|".join(ERRORS.values()), "class", WHOLE))
+        hint = f"{HINT}, or to_dict()"
+        table = Fitted(make, ("|".join(ERRORS.values()), "class", WHOLE), hint)
         return Group(table, self.summary()) if rows else self.summary()
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..bench.export import replace
 from ..bench.pages import replace_block, table
@@ -31,13 +33,41 @@ def about(study: Study) -> str:
     )
 
 
-def results(study: Study) -> str:
-    """A line for each arm."""
+VERDICTS = {
+    "worse": "更差",
+    "better": "更好",
+    "within noise": "在噪声之内",
+    "too few seeds to say": "种子太少，无法判断",
+}
+"""Of a difference, in Chinese."""
+COLUMNS = {
+    "norm": "归一化",
+    "best rate": "最佳学习率",
+    "largest stable rate": "最大稳定学习率",
+    "held-out loss": "留出集损失",
+    "less RMSNorm": "减去 RMSNorm 的",
+}
+IN_CHINESE = {
+    **COLUMNS,
+    **VERDICTS,
+    "no norm": "不归一化",
+    "RMSNorm, no weight": "RMSNorm，无权重",
+    "pRMSNorm, 1/16": "pRMSNorm，1/16",
+    "none": "没有",
+}
+"""What the table of :func:`results` says; names of norms are what they are."""
+
+
+def results(study: Study, words: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A line for each arm, in the words of a language."""
     arms, rows = arms_of(study), []
     for arm in arms.values():
         best = "" if arm.best_rate is None else f"{arm.best_rate:g}"
-        rows.append((arm.title, best, findings.rate(arm), str(arm.held_out), findings.less_rms(arm, arms)))
-    return table(("norm", "best rate", "largest stable rate", "held-out loss", "less RMSNorm"), rows)
+        number, comma, verdict = findings.less_rms(arm, arms).partition(", ")
+        apart = number + ("，" if words else comma) * bool(comma) + words.get(verdict, verdict)
+        named, rate = (words.get(one, one) for one in (arm.title, findings.rate(arm)))
+        rows.append((named, best, rate, str(arm.held_out), apart))
+    return table([words.get(title, title) for title in COLUMNS], rows)
 
 
 BRIEF = {
@@ -51,10 +81,7 @@ BRIEF = {
         "{made}：留出集损失，RMSNorm − LayerNorm = {loss} nats/字节（{quality}；越小越好）；"
         "一个训练步的时间是 LayerNorm 的 {low:.3f} 到 {high:.3f} 倍：“计算更少”{less}，“训练更稳定”{stable}。",
         {
-            "worse": "更差",
-            "better": "更好",
-            "within noise": "在噪声之内",
-            "too few seeds to say": "种子太少，无法判断",
+            **VERDICTS,
             "supported": "得到支持",
             "not supported": "没有得到支持",
             "contradicted": "被否定",
@@ -99,9 +126,9 @@ def page(study: Study, names: list[str]) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def explained(study: Study) -> str:
-    """The evidence in docs/explained.md, and in Chinese: the table and a figure, which need no words."""
-    return f"{results(study).rstrip()}\n\n![rates](study/rates.png)\n"
+def explained(study: Study, words: Mapping[str, str]) -> str:
+    """The evidence in docs/explained.md or its twin: the table and a figure."""
+    return f"{results(study, words).rstrip()}\n\n![rates](study/rates.png)\n"
 
 
 def filled(text: str, indent: str = "") -> str:
@@ -124,8 +151,8 @@ def write(folder: Path, root: Path = Path()) -> None:
     replace(place / "README.md", page(study, names))
     for name in BRIEF:
         replace_block(root / name, LABEL, readme(study, name))
-    for twin in ("explained.md", "explained.zh.md"):
-        replace_block(root / "docs" / twin, LABEL, explained(study))
+    for twin, words in {"explained.md": {}, "explained.zh.md": IN_CHINESE}.items():
+        replace_block(root / "docs" / twin, LABEL, explained(study, words))
 
 
 if __name__ == "__main__":

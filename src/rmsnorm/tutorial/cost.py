@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import rmsnorm
 
-from ..bench import cases, contenders, race
+from ..bench import cases, console, contenders, race
 from ..bench.timing import human
 from . import plots
 from .panel import Choice, Number, Panel
@@ -27,10 +28,33 @@ NAMES = {
     "copy_": plots.COLOURS["x"],
 }
 """Contenders of the bench, ours first, with their colours."""
-SHAPES = {"1 × 4096": (1, 4096), "128 × 4096": (128, 4096), "1024 × 4096": (1024, 4096)}
+COLS = 4096
 SECONDS = 1.0
 COUNTED = {"rmsnorm": rmsnorm.rms_norm, "F.layer_norm": F.layer_norm, "F.rms_norm": F.rms_norm}
 """Whose passes are counted."""
+
+
+def last_cache() -> int:
+    """Bytes of the largest cache that a core of this machine has; 16 MiB where the system doesn't say."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    known = [int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]] for size in sizes if size[-1:] in {*"KMG"}]
+    return max(known, default=16 << 20)
+
+
+def rows_for(cache: int) -> tuple[int, int]:
+    """Rows whose input and output fill half of such a cache in float32, at most 128; and rows that are twice as large
+    as it in bfloat16, at most 32768, a GiB."""
+    fit, leave, row = 128, 256, 2 * COLS * 4
+    while fit > 2 and fit * row > cache // 2:
+        fit //= 2
+    while leave < 32768 and leave * row // 2 < 2 * cache:
+        leave *= 2
+    return fit, leave
+
+
+CACHE = last_cache()
+FITS, LEAVES = rows_for(CACHE)
+SHAPES = {f"{rows} × {COLS}": (rows, COLS) for rows in (1, FITS, LEAVES)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class Cost:
         """The clock, the ratios and the passes."""
         return {
             "bytes": self.case.moved_bytes,
+            "caches": self.case.moved_bytes / CACHE,
             "time": human(self.seconds["rmsnorm"]),
             "against.rms": self.ratios["F.rms_norm"],
             "against.layer": self.ratios["F.layer_norm"],
@@ -107,14 +132,21 @@ def draw(seen: Cost) -> Figure:
     return figure
 
 
+def quoted() -> dict[str, Number]:
+    """What the machine's largest cache holds, and what the rows, in float32, are of it."""
+    part, over = (2 * rows * COLS * 4 / CACHE for rows in (FITS, LEAVES))
+    return {"rows": FITS, "many": LEAVES, "cache": console.mebibytes(CACHE), "part": f"{part:.0%}", "over": over}
+
+
 PANEL = Panel(
     name="cost",
     formula=(r"t\geq\dfrac{\mathrm{bytes\ in}+\mathrm{bytes\ out}}{\mathrm{bandwidth}}",),
     options=("much", "little", "none"),
     right="little",
-    controls={"shape": Choice(tuple(SHAPES), "128 × 4096"), "dtype": Choice(("float32", "bfloat16"), "float32")},
+    controls={"shape": Choice(tuple(SHAPES), tuple(SHAPES)[1]), "dtype": Choice(("float32", "bfloat16"), "float32")},
     measure=measure,
     draw=draw,
     code=(Traffic, passes, measure),
+    quoted=quoted,
     slow=True,
 )

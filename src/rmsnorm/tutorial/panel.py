@@ -76,7 +76,7 @@ class Panel:
     measure: Callable[..., Seen]
     """Takes the values of the controls by name."""
     draw: Callable[[Any], Figure]
-    """Takes what ``measure`` returned. No words but English ones on the axes: fonts with Chinese may be missing."""
+    """Takes what ``measure`` returned. Its words are English, and each is in the texts under ``plot``."""
     code: tuple[Callable[..., Any], ...]
     """Shown beside the plot."""
     quoted: Callable[[], Mapping[str, Number]] = field(default=dict, kw_only=True)

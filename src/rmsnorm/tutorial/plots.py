@@ -1,4 +1,5 @@
-"""The only file that knows how figures look: one colour for each norm, one width, SVG without text that needs a font.
+"""The only file that knows how figures look: one colour for each norm, one width, SVG without text that needs a font,
+but for words in other languages than English.
 
 Figures are drawn 4.6 inches wide with letters of 9 to 10 points: that many pixels on a phone of 390, and 15 beside the
 code on a wide screen. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
@@ -9,8 +10,10 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -18,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
+from matplotlib.text import Text
 
 from ..bench import figures
 
@@ -64,12 +68,26 @@ def bare(ax: Axes) -> Axes:
     return ax
 
 
-def svg(draw: Callable[[Any], Figure], seen: Any) -> bytes:
-    """The drawing of what was seen."""
+def svg(draw: Callable[[Any], Figure], seen: Any, words: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The drawing of what was seen. ``words`` puts those of another language in the place of its own, as text: the
+    reader's browser has the letters, and matplotlib's font has not."""
     out = io.BytesIO()
     with _DRAWING, matplotlib.rc_context(RC):
-        draw(seen).savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+        figure = draw(seen)
+        spoken = [text for text in figure.findobj(Text) if text.get_text() in words]
+        for text in spoken:
+            text.draw = partial(_as_text, text.draw)  # type: ignore[method-assign]
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    image = out.getvalue().decode()
+    for said in {text.get_text() for text in spoken}:
+        image = image.replace(f">{said}</text>", f">{escape(words[said])}</text>")
+    return image.replace("'DejaVu Sans'", "'DejaVu Sans', sans-serif").encode()
+
+
+def _as_text(draw: Callable[[Any], None], renderer: Any) -> None:
+    """Draws letters as such, not as paths."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw(renderer)
 
 
 @cache

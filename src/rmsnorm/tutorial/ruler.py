@@ -101,7 +101,7 @@ def draw(seen: Moved) -> Figure:
             ax.add_patch(Rectangle((0, row), FEATURES, 1, **outline))
         ax.set_title(name, color=plots.COLOURS[name])
         ax.set_xticks([])
-        ax.set_xlabel(f"{FEATURES} features")
+        ax.set_xlabel("features")
     labels = [f"{s + 1}·{t + 1}" for s in range(SENTENCES) for t in range(TOKENS)]
     labels[row] = f"► {labels[row]}"
     axes[0].set_yticks([y + 0.5 for y in range(len(labels))], labels)

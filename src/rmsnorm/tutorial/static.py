@@ -16,13 +16,13 @@ from ..models import loading
 from . import blocks, plots
 from .chapters import PANELS
 from .panel import Choice, Panel, Seen, Sentence, Slider
-from .texts import LANGUAGES, Texts, load
+from .texts import LANGUAGES, Texts, drawn, load
 
 MOST_FRAMES = 7
 """Per panel; a frame is 50 to 120 KB."""
 
-Frame = tuple[dict[str, Any], tuple[Seen, bytes] | str]
-"""The controls' values, and what was seen with its drawing, which both languages share, or why nothing was."""
+Frame = tuple[dict[str, Any], Seen | str]
+"""The controls' values, and what was seen, which both languages share, or why nothing was."""
 
 
 def pages(progress: Callable[[str], None] = lambda title: None) -> dict[str, str]:
@@ -66,7 +66,7 @@ def frames(panel: Panel, text: Texts) -> Iterator[Frame]:
         except loading.Unusable as reason:
             yield values, str(reason)
         else:
-            yield values, (result, plots.svg(panel.draw, result))
+            yield values, result
 
 
 def _page(text: Texts, recorded: dict[str, list[Frame]]) -> str:
@@ -93,7 +93,7 @@ def _section(panel: Panel, text: Texts, recorded: list[Frame]) -> str:
     begin = next(place for place, (values, _) in enumerate(recorded) if values[first] == start)
     kept = "".join(
         f'<div class="rn-frame" data-shown="{escape(shown[place])}"{" hidden" * (place != begin)}>'
-        f"{blocks.prose(seen) if isinstance(seen, str) else blocks.seen(panel, text, values, *seen)}</div>"
+        f"{blocks.prose(seen) if isinstance(seen, str) else _seen(panel, text, values, seen)}</div>"
         for place, (values, seen) in enumerate(recorded)
     )
     guesses = "".join(
@@ -114,6 +114,10 @@ def _section(panel: Panel, text: Texts, recorded: list[Frame]) -> str:
         f"{blocks.controls(text, [blocks.dial(name, _dial(panel, first, name, shown, begin), wide=False)])}"
         f"{blocks.beside(kept, blocks.code(panel, text))}{verdicts}</section>"
     )
+
+
+def _seen(panel: Panel, text: Texts, values: dict[str, Any], result: Seen) -> str:
+    return blocks.seen(panel, text, values, result, plots.svg(panel.draw, result, drawn(text)))
 
 
 def _dial(panel: Panel, key: str, name: str, shown: list[str], begin: int) -> str:

@@ -66,6 +66,13 @@ def load(language: str) -> Texts:
     return Texts(language, parse((files(__package__) / f"{language}.md").read_text(encoding="utf-8")))
 
 
+def drawn(text: Texts) -> dict[str, str]:
+    """What the figures say in this language, by the English words that they are drawn with."""
+    if text.language == "en":
+        return {}
+    return {words: text[key] for key, words in load("en").items() if key.startswith("plot.")}
+
+
 def of_locale() -> str:
     """The language of the reader's locale, or else English."""
     found = [os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if name in os.environ]

@@ -14,7 +14,7 @@ from ..models import loading
 from . import blocks, plots
 from .chapters import PANELS
 from .panel import Choice, Control, Panel, Sentence, Slider
-from .texts import LANGUAGES, Texts, load
+from .texts import LANGUAGES, Texts, drawn, load
 
 
 def language(start: str) -> Any:
@@ -77,7 +77,7 @@ def show(name: str, code: str, dials: Any, button: Any = None) -> Any:
         with mo.status.spinner(title=text["page.busy"], remove_on_exit=True):
             try:
                 result = panel.measure(**dials.value)
-                left = blocks.seen(panel, text, dials.value, result, plots.svg(panel.draw, result))
+                left = blocks.seen(panel, text, dials.value, result, plots.svg(panel.draw, result, drawn(text)))
             except loading.Unusable as reason:
                 left = blocks.prose(str(reason))
     else:
