@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from oracle import Bounds, Truth, exact, gain, sample, ulp
 
-from rmsnorm._floored import floored_rms_norm
+from rmsnorm.forms.floored import floored_rms_norm
 
 
 def rows_around(floor: float, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

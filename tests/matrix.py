@@ -48,6 +48,8 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_module.py",
     "tests/test_errors.py",
     "tests/test_install.py",
+    "tests/test_installed.py",
+    "tests/test_installed_errors.py",
     "tests/test_transforms.py",
     "tests/models/test_patch.py",
     "tests/models/test_fusion.py",

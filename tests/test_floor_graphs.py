@@ -10,7 +10,7 @@ from floored_oracle import gradients, rows_around
 from oracle import MODES, gains, incoming, same_bits, sample
 from test_derivatives import TRANSFORMS
 
-from rmsnorm._floored import floored_rms_norm
+from rmsnorm.forms.floored import floored_rms_norm
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's forward AD, about itself
