@@ -2,7 +2,7 @@
 
     python tests/theirs.py --folder build/theirs                        # eight families, two processes; 40 minutes
     python tests/theirs.py --folder build/theirs --fuse --family llama  # with residual adds fused, too
-    python tests/theirs.py --folder build/theirs --write                # nothing more but the table of docs/models.md
+    python tests/theirs.py --folder build/theirs --write                # nothing more but the rows in docs/models.md
     python tests/theirs.py --family gemma3 -k "not generate"            # a part of one family's tests
     python tests/theirs.py --checkout transformers/                     # where there is a git checkout already
 
@@ -154,16 +154,26 @@ def compare(family: str, how: str, before: dict[str, Any], after: dict[str, Any]
 
 
 def write(options: argparse.Namespace) -> None:
-    """The table of docs/models.md, of all that the folder has. Where this package is installed with its ``bench``."""
+    """The table of docs/models.md: what the folder has, patched and fused, in place of rows of the same; others of the
+    same versions stay, with their dates. Where this package is installed with its ``bench``."""
     from rmsnorm.bench.pages import replace_block, table
 
+    versions, lines = "", {}
     pairs = [(family, how) for how in ("patched", "fused") for family in FAMILIES]
-    pairs = [pair for pair in pairs if record_of(*pair, options).with_suffix(".json").exists()]
-    afters = [run(family, how, options) for family, how in pairs]
-    rows = [compare(*pair, run(pair[0], "plain", options), after)[0] for pair, after in zip(pairs, afters, strict=True)]
-    torch, transformers, origin, date = max((after["where"] for after in afters), key=lambda where: where[-1])
-    text = f"torch {torch}, transformers {transformers}; the files below tests/models from {origin}; {date}.\n\n"
-    replace_block(DOCS, LABEL, text + table(TITLES, rows))
+    for family, how in pairs:
+        if not record_of(family, how, options).with_suffix(".json").exists():
+            continue
+        after = run(family, how, options)
+        *where, date = after["where"]
+        versions = "torch {}, transformers {}; the files below tests/models from {}.\n\n".format(*where)
+        lines[family, how] = [*compare(family, how, run(family, "plain", options), after)[0], date]
+    if not lines:
+        raise SystemExit(f"{options.folder} has no outcomes: run some first")
+    before = DOCS.read_text().partition(f"<!-- {LABEL} -->\n")[2].partition("<!-- end -->")[0]
+    for line in before.splitlines()[4:] if before.startswith(versions) else []:
+        family, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        lines.setdefault((family, "fused" if cells[-2] else "patched"), [family, *cells])
+    replace_block(DOCS, LABEL, versions + table((*TITLES, "date"), [lines[pair] for pair in pairs if pair in lines]))
 
 
 def main() -> int:
@@ -175,7 +185,7 @@ def main() -> int:
     parser.add_argument("-k", help="as pytest's")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="run what the folder has outcomes of already")
-    parser.add_argument("--write", action="store_true", help="run nothing, write the table of what the folder has")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what the folder has into the table")
     options = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -128,7 +128,7 @@ def compare(theirs: nn.Module, ours: nn.Module, inputs: list[Tensor], axis: int,
     if not torch.equal(first.isfinite(), second.isfinite()):
         return "one is finite where the other isn't"
     size = first.abs()
-    if getattr(ours, "bias", None) is not None:
+    if adds_bias(theirs, inputs):
         size = size.amax(axis, keepdim=True).expand_as(size)
     far = apart(first, second, size, coarse, a.dtype)
     share = float((~torch.isclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)).double().mean())
@@ -157,11 +157,11 @@ def gradients(
         seen = first.isfinite()
         if not second[seen].isfinite().all():
             return f"gradient {index} isn't finite"
-        # What overflows counts as the largest number: a 0 beside it is a rounding. A weight's gradient is a sum,
-        # which may cancel.
+        # What overflows counts as the largest number: a 0 beside it is a rounding. A weight's gradient is a sum, which
+        # may cancel; each of its terms is rounded where it is computed, so their size counts.
         size = first.where(seen, torch.finfo(one.dtype).max).norm(dim=dimension, keepdim=dimension is not None)
         if dimension is None:
-            terms = grad.double() * outputs[0].detach().double()
+            terms = grad.double() * slope(theirs, index - len(leaves[0]), leaves[0], outputs[0])
             size = size.maximum(terms[terms.isfinite()].norm())
         first, second = first.where(seen, 0.0), second.where(seen, 0.0)
         error = (first - second).norm(dim=dimension, keepdim=dimension is not None)
@@ -169,6 +169,23 @@ def gradients(
         if far > GRADIENT:
             return f"gradient {index} is {far:.3g} eps apart"
     return ""
+
+
+def adds_bias(theirs: nn.Module, inputs: list[Tensor]) -> bool:
+    """Whether something is added behind the norm, whatever its name is: rows of zeros don't stay zeros. There the sum
+    may cancel, and errors are relative to what was added."""
+    with torch.no_grad():
+        zeros = others.call(theirs, torch.zeros_like(inputs[0]), *inputs[1:])
+    return bool((zeros[zeros.isfinite()] != 0).any())
+
+
+def slope(theirs: nn.Module, index: int, inputs: list[Tensor], output: Tensor) -> Tensor:
+    """What a weight is multiplied with: how much the output grows when it grows by one. Not the output itself, which
+    is small where the weight is: the only weight of some of these norms is 0.01 here."""
+    raised = copy.deepcopy(theirs)
+    with torch.no_grad():
+        [*raised.parameters()][index].add_(1.0)
+        return others.call(raised, *inputs).double() - output.detach().double()
 
 
 def apart(first: Tensor, second: Tensor, size: Tensor, coarse: torch.dtype, dtype: torch.dtype) -> float:
