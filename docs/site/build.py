@@ -59,7 +59,15 @@ PARTS = [
 ]
 REFERENCE = {
     ("Functions", "函数"): [
-        *("rms_norm", "add_rms_norm", "gated_rms_norm", "layer_norm", "quantised_rms_norm", "heads_rms_norm_rope", "rope"),
+        *(
+            "rms_norm",
+            "add_rms_norm",
+            "gated_rms_norm",
+            "layer_norm",
+            "quantised_rms_norm",
+            "heads_rms_norm_rope",
+            "rope",
+        ),
     ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],

@@ -42,8 +42,8 @@ class Form:
     name: str
     """Of the operators, and of the public function."""
     rows: tuple[str, ...]
-    """Tensors of one shape, ``[*, *normalized_shape]``, but where ``fixed``; the first is the input. With a "?" behind its
-    name one may be None."""
+    """Tensors of one shape, ``[*, *normalized_shape]``, but where ``fixed``; the first is the input. With a "?" behind
+    its name one may be None."""
     weights: tuple[str, ...]
     """Tensors of the last sizes, each of which may be None."""
     options: str
