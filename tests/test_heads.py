@@ -374,7 +374,7 @@ def test_exported_graphs_are_torchs(tmp_path):
     program = torch.export.export(module, inputs)
     assert "rmsnorm" not in str(program.graph)
     traced = torch.jit.trace(module, inputs)
-    assert "rmsnorm" not in str(traced.graph)
+    assert "rmsnorm::" not in str(traced.graph)
     for got in (program.module()(*inputs), traced(*inputs)):
         torch.testing.assert_close(got, wanted)
     onnxruntime = pytest.importorskip("onnxruntime")

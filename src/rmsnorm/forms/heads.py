@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,14 +88,7 @@ def heads_rms_norm_rope(
         given |= _arguments.given(interleaved=(interleaved, False))
         return handle_torch_function(heads_rms_norm_rope, tensors, *tensors, eps, **given)
     name = "heads_rms_norm_rope"
-    native = _check(name, query, key, cos, sin)
-    size = _foreign.sizes(query, 1)
-    _, least, round_first, _ = functional._resolve(name, query, size, None, eps, casting_mode)
-    for x, label, weight in ((query, "query_weight", query_weight), (key, "key_weight", key_weight)):
-        if weight is not None:
-            _check_weight(name, label, weight, size)
-            native &= functional._resolve(name, x, size, weight, eps, casting_mode)[3]
-            native &= not round_first or weight.dtype is x.dtype
+    native, least, round_first = _checked(_resolve, name, tensors, eps, casting_mode)
     _arguments.check_numbers(name, offset=offset)
     if least < 0:
         raise ValueError(f"{name}: eps must be 0 or more, but is {eps}")
@@ -145,7 +139,7 @@ def rope(
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(interleaved=(interleaved, False))
         return handle_torch_function(rope, tensors, *tensors, **given)
-    native = _check("rope", query, key, cos, sin)
+    native = _checked(_fits, "rope", *tensors)
     if _everyday.distributed(*tensors):
         from ..distributed import heads
 
@@ -154,11 +148,24 @@ def rope(
     return both[0], both[1]
 
 
-def _check(name: str, *tensors: Tensor) -> bool:
+def _checked(check: Callable[..., Any], *arguments: Any) -> Any:
+    """Sizes are numbers to a check, whoever traces."""
     if is_dynamo_compiling() or torch._C._get_tracing_state() is None:
-        return _fits(name, *tensors)
+        return check(*arguments)
     with _foreign.untraced():
-        return _fits(name, *tensors)
+        return check(*arguments)
+
+
+def _resolve(name: str, tensors: tuple[Any, ...], eps: float | None, casting_mode: str) -> tuple[bool, float, bool]:
+    """``(native, eps, round_first)``."""
+    native, size = _fits(name, *tensors[:4]), tuple(tensors[0].shape[-1:])
+    _, least, round_first, _ = functional._resolve(name, tensors[0], size, None, eps, casting_mode)
+    for x, label, weight in zip(tensors[:2], ("query_weight", "key_weight"), tensors[4:], strict=True):
+        if weight is not None:
+            _check_weight(name, label, weight, size)
+            native &= functional._resolve(name, x, size, weight, eps, casting_mode)[3]
+            native &= not round_first or weight.dtype is x.dtype
+    return native, least, round_first
 
 
 def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
