@@ -1,4 +1,4 @@
-"""Proves that attention is rewritten where its source norms and turns heads, with the bits of the lines that were there;
+"""Proves that attention is rewritten where its source norms and turns heads, with the bits of the lines that were;
 what is not what was proven runs those lines.
 """
 
