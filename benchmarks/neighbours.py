@@ -51,7 +51,55 @@ def quantised(rows: int, columns: int, dtype: torch.dtype, residual: bool) -> tu
     return {"fused": fused, "ours + torchao": separate}, moved
 
 
+def heads(tokens: int, dtype: torch.dtype, normed: bool, back: bool) -> tuple[Calls, int]:
+    """32 query heads and 8 key heads of 128, as projections leave them: Qwen3's lines, or Llama's without the norm."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+    width = 128
+    both = [noise(1, tokens, n * width, dtype=dtype, seed=n).requires_grad_(back) for n in (32, 8)]
+    angle = torch.outer(torch.arange(tokens) + 1.0, 1e4 ** -(torch.arange(width // 2) * 2 / width)).repeat(1, 2)[None]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = [Qwen3RMSNorm(width, EPS).to(dtype).requires_grad_(back) for _ in both]
+    weights = [norm.weight for norm in norms]
+    grads = [noise(1, n, tokens, width, dtype=dtype, seed=n) for n in (32, 8)]
+
+    def split(norm: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        return [norm(x.view(1, tokens, -1, width), i).transpose(1, 2) for i, x in enumerate(both)]
+
+    def ours(x: Tensor, i: int) -> Tensor:
+        return rmsnorm.rms_norm(x, (width,), weights[i], EPS, casting_mode="llama")
+
+    def fused() -> Any:
+        q, k = split(lambda x, i: x)
+        if not normed:
+            return rmsnorm.rope(q, k, cos, sin)
+        return rmsnorm.heads_rms_norm_rope(q, k, cos, sin, *weights, EPS, casting_mode="llama")
+
+    calls: Calls = {"fused": fused}
+    if normed:
+        calls["Qwen3's"] = lambda: apply_rotary_pos_emb(*split(lambda x, i: norms[i](x)), cos, sin)
+        calls["ours + Qwen3's"] = lambda: apply_rotary_pos_emb(*split(ours), cos, sin)
+    else:
+        calls["Llama's"] = lambda: apply_rotary_pos_emb(*split(lambda x, i: x), cos, sin)
+    moved = sum(x.nbytes for x in both) * (3 if back and normed else 2)
+    if back:
+        leaves = both + weights if normed else both
+        with torch.enable_grad():
+            calls = {name: gradient(call(), leaves, grads) for name, call in calls.items()}
+    return calls, moved
+
+
+def gradient(outputs: Any, leaves: list[Tensor], grads: list[Tensor]) -> Callable[[], Any]:
+    """Backward alone, of a graph that is kept."""
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
 def cases() -> Iterator[tuple[str, str, Calls, int]]:
+    for normed, back in ((True, False), (True, True), (False, False), (False, True)):
+        for tokens in (1, 512):
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"{'heads' if normed else 'rope'} {tokens} tokens {str(dtype)[6:]}{' backward' if back else ''}"
+                yield "heads", name, *heads(tokens, dtype, normed, back)
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in ((1, 4096), (512, 4096), (512, 576)):
             for residual in (False, True):

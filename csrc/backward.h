@@ -65,13 +65,13 @@ RMSNORM_INLINE void prefetch_both(const BackwardRows& rows, int64_t r, int64_t a
 }
 
 // The first pass.
-template <bool Stream, class Norm, bool HasGain>
+template <bool Stream, class Norm, class G, bool HasGain>
 RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int64_t r, Norm& norm) {
   using T = typename Norm::Element;
   typename Norm::Sums sum;
   sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
     if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
-    auto h = span.load_from((const T*)rows.grad[r]);
+    auto h = span.load_from((const G*)rows.grad[r]);
     if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
     sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
   });
@@ -80,7 +80,7 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
 
 // Both passes over `Rows` rows, which share what is loaded and stored per column: the gain and the weight's gradient
 // (at 4096 columns of fp32 they are as large as L1).
-template <int Rows, bool Stream, class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
+template <int Rows, bool Stream, class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, int64_t first) {
   using T = typename Norm::Element;
   using V = Vector<T>;
@@ -88,7 +88,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
   Norm norm[Rows];
   for (int k = 0; k < Rows; ++k) {
     norm[k].set_row(rows, first + k);
-    if constexpr (NeedInput && Norm::kMeans) find_means<Stream, Norm, HasGain>(b, rows, first + k, norm[k]);
+    if constexpr (NeedInput && Norm::kMeans) find_means<Stream, Norm, G, HasGain>(b, rows, first + k, norm[k]);
   }
   S* dw = (S*)rows.grad_weight[first];
   S* db = dw + padded(b.columns);
@@ -99,7 +99,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     if constexpr (NeedWeight && Norm::kBias) bias = span.load_raw(db);
     for (int k = 0; k < Rows; ++k) {
       const int64_t r = first + k;
-      const V dy = span.load_from((const T*)rows.grad[r]);
+      const V dy = span.load_from((const G*)rows.grad[r]);
       const V normalised = norm[k].normalised(span.load_from((const T*)rows.input[r]));
       if constexpr (NeedInput) {
         V h = dy;
@@ -123,16 +123,16 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
 }
 
 // A row that isn't safe.
-template <class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
+template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 __attribute__((noinline, cold)) void backward_alone(const Backward& b, const BackwardRows& rows, int64_t r) {
   using T = typename Norm::Element;
   if constexpr (!Norm::kBias)
     if (is_floored<T>(rows, r))
-      return backward_rows<1, false, FlooredBackward<T>, HasGain, NeedInput, NeedWeight, Add>(b, rows, r);
-  rescue_backward<T>(b, rows, r);
+      return backward_rows<1, false, FlooredBackward<T>, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r);
+  rescue_backward<T, G>(b, rows, r);
 }
 
-template <class Norm, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
+template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 void backward(const Backward& b, const BackwardRows& rows) {
   using T = typename Norm::Element;
   constexpr bool may_stream = kStreams && NeedInput && !Add;
@@ -140,36 +140,64 @@ void backward(const Backward& b, const BackwardRows& rows) {
   for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
     if (!is_safe<T>(rows, r)) {
-      backward_alone<Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
+      backward_alone<Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1)) {
-      backward_rows<1, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
+      backward_rows<1, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (stream) {
-      backward_rows<2, may_stream, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+      backward_rows<2, may_stream, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
     } else {
-      backward_rows<2, false, Norm, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+      backward_rows<2, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
     }
+  }
+}
+
+// The gradient of a norm that was turned: turned back into scratch, where half types have fp32, a few rows at a time.
+template <class T, bool NeedWeight>
+void turned_backward(const Backward& b, const BackwardRows& rows) {
+  using G = Scalar<T>;
+  const BackwardKernel norm = &backward<RmsBackward<T>, G, true, true, NeedWeight, false>;
+  const int64_t block = turned_rows(b.input, b.columns);
+  ForwardRows turn;
+  BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
+  part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
+  part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
+  for (int64_t r = 0; r < block; ++r) {
+    part.grad[r] = (G*)rows.scratch + r * padded(b.columns);
+    part.gain[r] = rows.gain[0], part.grad_weight[r] = rows.grad_weight[0];
+  }
+  for (int64_t begin = 0; begin < rows.count; begin += block) {
+    part.count = begin + block < rows.count ? block : rows.count - begin;
+    part.rstd = (const G*)rows.rstd + begin;
+    for (int64_t r = 0; r < part.count; ++r) {
+      part.input[r] = rows.input[begin + r], part.grad_input[r] = rows.grad_input[begin + r];
+      turn.gate[r] = rows.gate[begin + r], turn.residual[r] = rows.grad_sum[begin + r];
+      turn_to<T, true>(b.turn, turn, r, (const T*)rows.grad[begin + r], (G*)part.grad[r]);
+    }
+    norm(b, part);
   }
 }
 
 template <class Norm, bool NeedInput, bool NeedWeight, bool Add>
 BackwardKernel backward_with_gain(const Backward& b) {
-  return b.gain.data ? &backward<Norm, true, NeedInput, NeedWeight, Add>
-                     : &backward<Norm, false, NeedInput, NeedWeight, Add>;
+  return b.gain.data ? &backward<Norm, typename Norm::Element, true, NeedInput, NeedWeight, Add>
+                     : &backward<Norm, typename Norm::Element, false, NeedInput, NeedWeight, Add>;
 }
 
 template <class T>
 BackwardKernel backward_of(const Backward& b) {
+  if (b.turn.turn != Turn::none) return b.need_weight ? &turned_backward<T, true> : &turned_backward<T, false>;
   if (b.gate != Gate::none) return b.gate_first ? &gated_backward<T, true> : &gated_backward<T, false>;
   if (b.layer) {
     using Norm = LayerBackward<T>;
-    if (!b.need_input) return &backward<Norm, false, false, true, false>;
+    if (!b.need_input) return &backward<Norm, typename Norm::Element, false, false, true, false>;
     return b.need_weight ? backward_with_gain<Norm, true, true, false>(b)
                          : backward_with_gain<Norm, true, false, false>(b);
   }
   using Norm = RmsBackward<T>;
-  if (!b.need_input) return &backward<Norm, false, false, true, false>;
+  if (!b.need_input) return &backward<Norm, typename Norm::Element, false, false, true, false>;
   if (b.need_weight)  // there is a gain then
-    return b.add ? &backward<Norm, true, true, true, true> : &backward<Norm, true, true, true, false>;
+    return b.add ? &backward<Norm, typename Norm::Element, true, true, true, true>
+                 : &backward<Norm, typename Norm::Element, true, true, true, false>;
   return b.add ? backward_with_gain<Norm, true, false, true>(b) : backward_with_gain<Norm, true, false, false>(b);
 }
 

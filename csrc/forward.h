@@ -212,6 +212,7 @@ ForwardKernel layer_of(const Forward& f) {
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
+  if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.gate != Gate::none) return f.output == f.input ? gated_of<T, T>(f) : gated_of<T, float>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
@@ -223,6 +224,7 @@ ForwardKernel forward_of_half(const Forward& f) {
 // For fp32 and fp64 rounding before the gain is no rounding: both modes are one kernel.
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
+  if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.gate != Gate::none) return gated_of<T, T>(f);
   return f.gain_type == Type::none ? forward_of<T, void, T, false>(f) : forward_of<T, T, T, false>(f);

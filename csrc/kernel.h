@@ -31,6 +31,9 @@ constexpr int64_t kLeastChunk = 32, kMostChunks = 128;
 // The activation of a gate that multiplies the output, or first of all the input.
 enum class Gate : int8_t { none, silu, sigmoid };
 
+// What is turned: the norm's output (which has a gain then), the input itself, or, backwards, a gradient.
+enum class Turn : int8_t { none, norm, input, back };
+
 // A weight or its gradient, by rows: row r of a tensor goes with row r mod `count`.
 struct WeightRows {
   char* data = nullptr;
@@ -52,6 +55,10 @@ struct Forward {
   Gate gate;           // the gain is there then, and as in Backward
   bool gate_first;     // output may be f32 only then
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
+  Turn turn;           // pairs of columns are turned while they are stored (heads.h); output is the input's type
+  bool interleaved;    // the pairs are neighbours, not columns of two halves
+  Type angle;          // of cosines and sines: the input's, or f32 for a half input
+  int64_t turned;      // columns that are turned: the first ones
 };
 
 // Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
@@ -63,15 +70,21 @@ inline int64_t block_rows(Type type, int64_t columns) {
   return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;
 }
 
+// Rows whose gradients are turned back before the first of them is used: two of them share what a column needs.
+inline int64_t turned_rows(Type type, int64_t columns) {
+  const int64_t rows = block_rows(wide(type), columns);
+  return rows < 2 ? 2 : rows;
+}
+
 struct ForwardRows {
   int64_t count;
-  void* input[kBatch];  // read only, as are the residual, the gate and the gain
-  void* residual[kBatch];
+  void* input[kBatch];     // read only, as are the residual, the gate and the gain
+  void* residual[kBatch];  // or sines
   void* sum[kBatch];
   void* output[kBatch];
-  void* gate[kBatch];
+  void* gate[kBatch];  // or cosines
   void* gain[kBatch];
-  void* scratch;   // block_rows · padded(columns) of fp64 for f32 and f64, else of fp32; only if the gate is first
+  void* scratch;   // a block of rows, scratch_bytes() of rows.h, if the gate is first, or what is turned is normed
   void* rstd;      // one wide(input) value per row of this batch, negative where it is the floor's; or null
   double* mean;    // the same, for LayerNorm
   bool stream;     // output is larger than the caches: its stores should go past them
@@ -95,15 +108,17 @@ struct Backward {
   Gate gate;        // there is a gain then; add is false
   bool gate_first;
   bool need_gate;
+  Forward
+      turn;  // of turn.turn == Turn::norm: the gradient is turned back first; need_input, and a gain, are there then
 };
 
 struct BackwardRows {
   int64_t count;
   void* input[kBatch];  // read only, as are the gradients that come in, the gate and the gain
   void* grad[kBatch];
-  void* grad_sum[kBatch];
+  void* grad_sum[kBatch];  // or sines
   void* grad_input[kBatch];
-  void* gate[kBatch];
+  void* gate[kBatch];  // or cosines
   void* grad_gate[kBatch];
   void* gain[kBatch];
   const void* rstd;    // one wide(input) value per row of this batch, as forward kept it
@@ -113,6 +128,7 @@ struct BackwardRows {
   bool shared_weight;  // all rows have one
   bool stream, back;   // as in forward
   int64_t next[2];     // as in forward, of input and grad
+  void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);

@@ -104,11 +104,11 @@ RMSNORM_INLINE Scalar<T> kept_rstd(const BackwardRows& rows, int64_t r) {
   return ((const Scalar<T>*)rows.rstd)[r];
 }
 
-template <class T>
+template <class T, class G = T>  // the gradient's type
 __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
   using S = Scalar<T>;
   const T* x = (const T*)rows.input[r];
-  const T* grad = (const T*)rows.grad[r];
+  const G* grad = (const G*)rows.grad[r];
   const S* gain = (const S*)rows.gain[r];
   const auto gain_at = [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; };
   const auto gate_at = [&](int64_t i) {

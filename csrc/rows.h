@@ -90,8 +90,9 @@ inline void take_weight(const WeightRows& weight, int64_t row, int64_t count, vo
 
 enum ForwardOperand { kInput, kOutput, kResidual, kSum, kGate, kForwardOperands };
 
-// Bytes that a gate in front of the norm needs: a block of rows of what it makes.
+// Bytes that a gate in front of the norm needs, or what is turned behind it: a block of rows of what it makes.
 inline int64_t scratch_bytes(const Forward& f) {
+  if (f.turn == Turn::norm) return block_rows(f.input, f.columns) * f.columns * size_of(f.input);
   return f.gate_first ? block_rows(f.input, f.columns) * padded(f.columns) * (size_of(f.input) == 2 ? 4 : 8) : 0;
 }
 
@@ -136,21 +137,27 @@ inline int64_t chunk_rows(const Backward& b, int64_t rows) {
   return std::max(kLeastChunk, (rows / b.gain.count + kMostChunks - 1) / kMostChunks) * b.gain.count;
 }
 
+// Bytes that gradients need that are turned back first.
+inline int64_t scratch_bytes(const Backward& b) {
+  return b.turn.turn == Turn::none ? 0 : turned_rows(b.input, b.columns) * padded(b.columns) * size_of(wide(b.input));
+}
+
 // Rows of the weight's gradient, with the bias's behind them.
 inline int64_t grad_rows(const Backward& b) { return b.layer ? 2 : b.gain.count; }
 inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
-// Rows of one chunk; `partial` is zeros, wide(input)[grad_rows][padded(columns)]; `total` is
-// double[grad_rows][columns]; or both are null.
+// Rows of one chunk; `scratch` has scratch_bytes(); `partial` is zeros, wide(input)[grad_rows][padded(columns)];
+// `total` is double[grad_rows][columns]; or both are null.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
-                          const char* rstd, const double* mean, char* partial, double* total, int64_t begin,
-                          int64_t end) {
+                          const char* rstd, const double* mean, char* scratch, char* partial, double* total,
+                          int64_t begin, int64_t end) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows = {};
   const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
   const int64_t flush = kFlush * b.gain.count;
   rows.shared_weight = b.gain.count == 1;
+  rows.scratch = scratch;
   rows.stream = overflows_caches(operands.rows * b.columns * size_of(b.input) *
                                  (b.gate != Gate::none ? 5
                                   : b.add              ? 4

@@ -49,6 +49,8 @@ namespace {
 
 #include "gated.h"
 
+#include "heads.h"
+
 #include "forward.h"
 
 #include "gated_backward.h"

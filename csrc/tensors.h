@@ -232,7 +232,19 @@ inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
   return empty(sizes.data(), input.dim(), type);
 }
 
-// Forward, for all rows. `other` is the gate if there is one, else the residual or null.
+// Forward, for all rows of operands that are known.
+inline void run_forward(const Forward& f, const Operands<kForwardOperands>& operands, const Target& target,
+                        const Tensor* rstd, const Tensor* mean) {
+  char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
+  double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
+  const int64_t bytes = scratch_bytes(f);
+  parallel(operands.rows, grain_rows(f.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(bytes ? new char[bytes] : nullptr);
+    forward_rows(target, f, operands, statistic, means, scratch.get(), begin, end);
+  });
+}
+
+// The same of tensors. `other` is the gate if there is one, else the residual or null.
 inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean) {
   const Tensor x = with_plain_rows(input, shape.outer);
@@ -242,17 +254,44 @@ inline void run_forward(Forward f, const Tensor& input, const Tensor* other, con
   f.gain_type = gain.type, f.gain = gain.rows;
   const auto operands = operands_of<kForwardOperands>(
       x, shape.outer, {&x, &output, f.add ? address(second) : nullptr, sum, gated ? address(second) : nullptr});
-  char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
-  double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
-  const Target& target = *gain.target;
-  parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(f.gate_first ? new char[scratch_bytes(f)] : nullptr);
-    forward_rows(target, f, operands, statistic, means, scratch.get(), begin, end);
-  });
+  run_forward(f, operands, *gain.target, rstd, mean);
 }
 
-// Backward, for all rows. The weight's gradient comes as totals per chunk: finish() adds those of the columns asked
-// for.
+// Backward, for all rows of operands that are known. The weight's gradient comes as totals per chunk: finish() adds
+// those of the columns asked for.
+inline void run_backward(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
+                         const Tensor& rstd, const Tensor* mean, const std::array<const Tensor*, 2>& grad_weights) {
+  const char* statistic = static_cast<const char*>(rstd.data_ptr());
+  const double* means = mean ? static_cast<const double*>(mean->data_ptr()) : nullptr;
+  const int64_t grain = grain_rows(b.columns), bytes = scratch_bytes(b);
+  const auto room = [&] { return std::unique_ptr<char[]>(bytes ? new char[bytes] : nullptr); };
+  if (!b.need_weight) {
+    parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
+      const auto scratch = room();
+      backward_rows(target, b, operands, statistic, means, scratch.get(), nullptr, nullptr, begin, end);
+    });
+    return;
+  }
+  const int64_t rows = operands.rows, each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
+  const int64_t columns = grad_rows(b) * b.columns;
+  const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
+  parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
+    const auto scratch = room();
+    const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      backward_rows(target, b, operands, statistic, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
+                    chunk * each, std::min(rows, (chunk + 1) * each));
+  });
+  for (int k = 0; k < 2; ++k) {
+    if (!grad_weights[k]) continue;
+    const double* first = totals.get() + k * b.columns;
+    parallel(grad_weights[k]->numel(), grain_rows(chunks), [&](int64_t begin, int64_t end) {
+      target.finish(first, chunks, columns, begin, end, type_of(*grad_weights[k]), grad_weights[k]->data_ptr());
+    });
+  }
+}
+
+// The same of tensors.
 inline void run_backward(const Target& target, Backward b, const Tensor& grad, const Tensor* grad_sum,
                          const Tensor& input, const Tensor* gate, const Tensor& rstd, const Tensor* mean,
                          const Shape& shape, const Tensor& grad_input, const Tensor* grad_gate,
@@ -267,31 +306,7 @@ inline void run_backward(const Target& target, Backward b, const Tensor& grad, c
   const OptionalTensor m = with_plain_rows(mean, 0), g = with_plain_rows(gate, shape.outer);
   const auto operands = operands_of<kBackwardOperands>(
       x, shape.outer, {&x, &dy, b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
-  const char* statistic = static_cast<const char*>(r.data_ptr());
-  const double* means = m ? static_cast<const double*>(m->data_ptr()) : nullptr;
-  const int64_t grain = grain_rows(shape.columns);
-  if (!b.need_weight) {
-    parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
-      backward_rows(target, b, operands, statistic, means, nullptr, nullptr, begin, end);
-    });
-    return;
-  }
-  const int64_t rows = operands.rows, each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
-  const int64_t columns = grad_rows(b) * b.columns;
-  const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
-  parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
-    const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
-    for (int64_t chunk = begin; chunk < end; ++chunk)
-      backward_rows(target, b, operands, statistic, means, partial.get(), totals.get() + chunk * columns, chunk * each,
-                    std::min(rows, (chunk + 1) * each));
-  });
-  for (int k = 0; k < 2; ++k) {
-    if (!grad_weights[k]) continue;
-    const double* first = totals.get() + k * shape.columns;
-    parallel(grad_weights[k]->numel(), grain_rows(chunks), [&](int64_t begin, int64_t end) {
-      target.finish(first, chunks, columns, begin, end, type_of(*grad_weights[k]), grad_weights[k]->data_ptr());
-    });
-  }
+  run_backward(target, b, operands, r, address(m), grad_weights);
 }
 
 }  // namespace rmsnorm

@@ -44,6 +44,18 @@ MAY_IMPORT = {
     "forms/quantised": {
         *("_arguments", "_form", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served", "reference"),
     },
+    "forms/heads_ops": {"_foreign", "_form", "reference"},
+    "forms/heads": {
+        *(
+            "_arguments",
+            "_everyday",
+            "_foreign",
+            "functional",
+            "distributed/heads",
+        ),  # the latter when a DTensor arrives
+        *("forms/calls", "forms/heads_ops", "forms/served"),
+    },
+    "distributed/heads": {"distributed/placement"},
     "distributed/placement": {"distributed/ranks"},
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route"},
@@ -55,8 +67,8 @@ MAY_IMPORT = {
     "_install": {"_native", "_vmap"},
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
-        *("_info", "_install", "forms/gated", "forms/layer_norm", "forms/quantised", "functional", "gpu/__init__"),
-        *("models/__init__", "module"),
+        *("_info", "_install", "forms/gated", "forms/heads", "forms/layer_norm", "forms/quantised", "functional"),
+        *("gpu/__init__", "models/__init__", "module"),
     },
 }
 
@@ -74,6 +86,7 @@ def test_public_page():
             "RMSNorm",
             "add_rms_norm",
             "gated_rms_norm",
+            "heads_rms_norm_rope",
             "info",
             "install",
             "installed",
@@ -82,6 +95,7 @@ def test_public_page():
             "patched",
             "quantised_rms_norm",
             "rms_norm",
+            "rope",
             "uninstall",
             "unpatch",
         ]

@@ -62,7 +62,17 @@ IN_ENGLISH = "（英文）"
 """Behind the titles, in the Chinese navigation, of pages that exist in English only."""
 NOTICE = "> 本页目前只有英文版。"
 REFERENCE = {
-    ("Functions", "函数"): ["rms_norm", "add_rms_norm", "gated_rms_norm", "layer_norm", "quantised_rms_norm"],
+    ("Functions", "函数"): [
+        *(
+            "rms_norm",
+            "add_rms_norm",
+            "gated_rms_norm",
+            "layer_norm",
+            "quantised_rms_norm",
+            "heads_rms_norm_rope",
+            "rope",
+        ),
+    ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],
     ("torch's own operator", "torch 自己的算子"): ["install", "installed", "uninstall"],

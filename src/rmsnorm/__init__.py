@@ -11,6 +11,8 @@ from ._install import installed as installed
 from ._install import uninstall as uninstall
 from .forms.gated import GatedRMSNorm as GatedRMSNorm
 from .forms.gated import gated_rms_norm as gated_rms_norm
+from .forms.heads import heads_rms_norm_rope as heads_rms_norm_rope
+from .forms.heads import rope as rope
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
@@ -29,6 +31,7 @@ __all__ = [
     "RMSNorm",
     "add_rms_norm",
     "gated_rms_norm",
+    "heads_rms_norm_rope",
     "info",
     "install",
     "installed",
@@ -37,6 +40,7 @@ __all__ = [
     "patched",
     "quantised_rms_norm",
     "rms_norm",
+    "rope",
     "uninstall",
     "unpatch",
 ]

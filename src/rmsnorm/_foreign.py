@@ -8,6 +8,8 @@ operators either way, with torch's derivatives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,11 +57,18 @@ def sizes(input: Tensor, dims: int) -> tuple[int, ...]:
     """The last sizes, as constants of the graph: to ``torch.jit.trace`` those of a tensor are tensors, too."""
     if is_dynamo_compiling():
         return tuple(input.shape[input.dim() - dims :])
+    with untraced():
+        return tuple(input.shape[input.dim() - dims :])
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Sizes are numbers here, to ``torch.jit.trace`` too."""
     state: Any = torch._C._get_tracing_state()
     trace: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
     trace(None)
     try:
-        return tuple(input.shape[input.dim() - dims :])
+        yield
     finally:
         trace(state)
 

@@ -14,7 +14,7 @@ no code of ours chooses. Outputs are always contiguous. A gradient that is not a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,8 +42,8 @@ class Form:
     name: str
     """Of the operators, and of the public function."""
     rows: tuple[str, ...]
-    """Tensors of one shape, ``[*, *normalized_shape]``; the first is the input. With a "?" behind its name one may be
-    None."""
+    """Tensors of one shape, ``[*, *normalized_shape]``, but where ``fixed``; the first is the input. With a "?" behind
+    its name one may be None."""
     weights: tuple[str, ...]
     """Tensors of the last sizes, each of which may be None."""
     options: str
@@ -64,6 +64,12 @@ class Form:
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: there is no such
     operator, as another form's serves."""
+    fixed: tuple[str, ...] = ()
+    """The last rows, where they have no gradient but the definition's, and types of their own."""
+    sources: Callable[..., Sequence[Tensor]] | None = None
+    """``(grads, saved) -> tensors`` of the shapes and types of the rows' gradients; None: what is saved."""
+    laid: Callable[[Tensor], Tensor] = Tensor.contiguous
+    """Lays out the gradient of a row."""
     check: Callable[..., None] = lambda *arguments: None
     """Raises for what no kernel takes, before the definition runs."""
 
@@ -76,6 +82,16 @@ class Form:
     def tensors(self) -> int:
         """How many come first."""
         return len(self.rows) + len(self.weights)
+
+    @cached_property
+    def moving(self) -> int:
+        """How many rows have a gradient."""
+        return len(self.rows) - len(self.fixed)
+
+    @cached_property
+    def learnt(self) -> tuple[str, ...]:
+        """What has a gradient."""
+        return self.rows[: self.moving] + self.weights
 
     @cached_property
     def known(self) -> tuple[bool, ...]:
@@ -92,6 +108,12 @@ class Form:
         missing = self.tensors + len(self.known) - len(arguments)
         return arguments + self.defaults[len(self.defaults) - missing :] if missing else arguments
 
+    def shaped(self, grads: Sequence[Any], saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors of the shapes and types of the rows' gradients."""
+        if self.sources is not None:
+            return self.sources(grads, saved)
+        return [saved[0]] * self.moving if len(saved) < len(self.rows) else saved[: self.moving]
+
     def schemas(self) -> dict[str, str]:
         """By the ends of the operators' names."""
         rows = [f"Tensor? {row[:-1]}" if row.endswith("?") else f"Tensor {row}" for row in self.rows]
@@ -99,14 +121,14 @@ class Form:
         outputs, all = ([f"Tensor {name}" for name in names] for names in (self.outputs, self.outputs + self.kept))
         options = [option.partition("=")[0] for option in self.options.split(", ")]  # defaults are the first one's
         schemas = {"": f"({given}, {self.options}) -> {_returned(outputs)}"}
-        if self.kept:
+        if self.kept or self.gradients:
             schemas["_forward"] = f"({given}, {', '.join(options)}) -> {_returned(all)}"
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
             read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
-            needs = [f"bool need_{name}" for name in self.rows + self.weights]
+            needs = [f"bool need_{name}" for name in self.learnt]
             read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
-            found = _returned([f"Tensor grad_{name}" for name in self.rows + self.weights])
+            found = _returned([f"Tensor grad_{name}" for name in self.learnt])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
         return schemas
 
@@ -140,7 +162,7 @@ class Operators:
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
     outputs, read = len(form.outputs), len(form.saved or form.rows)
-    tensors = len(form.weights) + len(form.rows)
+    moving, tensors = form.moving, len(form.learnt)
 
     def some(results: _Results) -> Any:
         return results[0] if outputs == 1 else tuple(results[:outputs])
@@ -157,10 +179,11 @@ def register(form: Form) -> Operators:
         grads, saved, weights, options = parts(arguments)
         assert form.gradients is not None
         found = form.gradients(grads, saved, weights, options)
+        first = form.shaped(grads, saved)[0]
         # An empty one each: no two outputs of an operator are one tensor.
         return tuple(
-            g.contiguous() if need and g is not None else saved[0].new_empty(0)
-            for g, need in zip(found, needs, strict=True)
+            first.new_empty(0) if not need or g is None else form.laid(g) if i < moving else g.contiguous()
+            for i, (g, need) in enumerate(zip(found, needs, strict=True))
         )
 
     def parts(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
@@ -176,11 +199,11 @@ def register(form: Form) -> Operators:
 
     def fake_backward(*arguments: Any) -> Any:
         arguments, needs = arguments[:-tensors], arguments[-tensors:]
-        _, saved, weights, _ = parts(arguments)
-        given = [saved[0]] * len(form.rows) if len(saved) < len(form.rows) else list(saved[: len(form.rows)])
+        grads, saved, weights, _ = parts(arguments)
+        given = form.shaped(grads, saved)
         return tuple(
-            saved[0].new_empty(0) if t is None or not need else like(t)
-            for t, need in zip([*given, *weights], needs, strict=True)
+            given[0].new_empty(0) if t is None or not need else form.laid(like(t)) if i < moving else like(t)
+            for i, (t, need) in enumerate(zip([*given, *weights], needs, strict=True))
         )
 
     functions = {

@@ -39,11 +39,12 @@ def call(
     name, tensors = served.form.name, (*rows.values(), *weights.values())
     input: Any = tensors[0]
     offset, casting_mode = options["offset"][0], options["casting_mode"][0]
-    everyday = _everyday.ordinary(input, tensors[1], tensors[2]) and not has_torch_function_variadic(*tensors[3:])
-    try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if everyday and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
-            return served.everyday(*tensors, dims, eps, offset, functional.ROUND_FIRST[casting_mode], *more)
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    try:
+        if dims := _everyday.dims_of(input, normalized_shape, None, eps):
+            rest = dims, eps, offset, functional.ROUND_FIRST[casting_mode], *more
+            if (output := everyday(served, tensors, rest)) is not None:
+                return output
+    except (KeyError, AttributeError, TypeError):
         pass
 
     def again(*tensors: Tensor | None) -> Any:
@@ -74,6 +75,16 @@ def call(
     if ranks := _everyday.distributed(*tensors):
         return ranks.normalise(name, again, None, dims, rows, weights)
     return served(native, *tensors, dims, eps, offset, round_first, *more)
+
+
+def everyday(served: Served, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """The outputs of a call of which nothing unusual is known, or None."""
+    try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        if _everyday.ordinary(*tensors[:3]) and not has_torch_function_variadic(*tensors[3:]):
+            return served.everyday(*tensors, *options)
+    except (RuntimeError, AttributeError, TypeError):
+        pass
+    return None
 
 
 def check_alike(name: str, label: str, row: Any, input: Any) -> None:

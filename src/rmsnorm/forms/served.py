@@ -47,8 +47,15 @@ class Served:
         if torch.is_grad_enabled():
             for tensor in arguments[: self.form.tensors]:  # not any(...): 0.3 µs of each call
                 if tensor is not None and tensor.requires_grad:
+                    if self.form.fixed and self.is_moved(arguments):
+                        raise RuntimeError
                     return self.record(*arguments)  # type: ignore[misc] # a TypeError where there is none
         return self.plain(*arguments)
+
+    def is_moved(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether a derivative by a row is wanted that only the definition has."""
+        fixed = tensors[self.form.moving : len(self.form.rows)]
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in fixed)
 
     def __call__(self, native: bool, *arguments: Any) -> Any:
         """The outputs; ``native`` is False for types that no kernel has."""
@@ -62,11 +69,12 @@ class Served:
             return self.define(*arguments, normalise=_onnx.normalised)
         if (
             not native
-            or any(t is not None and t.dtype is not tensors[0].dtype for t in tensors[: len(self.form.rows)])
+            or any(t is not None and t.dtype is not tensors[0].dtype for t in tensors[: self.form.moving])
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or _foreign.wanted_by(*tensors)
             or _autograd.refused()
+            or (self.form.fixed and self.is_moved(tensors))
         ):
             return self.define(*arguments)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -81,7 +89,7 @@ class Served:
 def _function_of(served: Served) -> type[torch.autograd.Function]:
     """Kept for backward: what the row says, the weights, and a number per row."""
     form = served.form
-    rows, tensors, outputs = len(form.rows), form.tensors, len(form.outputs)
+    rows, tensors, outputs, moving = len(form.rows), form.tensors, len(form.outputs), form.moving
     places = [(form.rows + form.outputs).index(name) for name in form.saved or form.rows]
     read, kept = len(places), len(places) + len(form.kept)
 
@@ -92,17 +100,19 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         ctx.save_for_backward(*[all[i] for i in places], *results[outputs:], *arguments[rows:tensors])
         if outputs == 1:
             return results[0]
-        ctx.set_materialize_grads(False)
+        if "Tensor?" in form.grads:
+            ctx.set_materialize_grads(False)
         return results[:outputs]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: Sequence[Tensor | None]
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
-        needs, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
+        needs, none = ctx.needs_input_grad, (None,) * len(ctx.options)
+        needs = needs[:moving] + needs[rows:tensors]
         options = [option for option, known in zip(ctx.options, form.known, strict=True) if known]
         first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
-        rest, dtype = grads[1:], saved[0].dtype
+        rest, dtype = grads[1:], form.shaped((first, *grads[1:]), saved)[0].dtype
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
         wider = first.dtype is not dtype
         if wider:
@@ -117,8 +127,9 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         else:
             found = served.backward(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
         if wider:
-            found = [t if t is None or i >= rows else t.to(dtype) for i, t in enumerate(found)]
-        return *(t if need else None for t, need in zip(found, needs, strict=True)), *none
+            found = [t if t is None or i >= moving else t.to(dtype) for i, t in enumerate(found)]
+        found = [t if need else None for t, need in zip(found, needs, strict=True)]
+        return *found[:moving], *(None,) * (rows - moving), *found[moving:], *none
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn

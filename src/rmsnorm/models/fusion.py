@@ -1,4 +1,4 @@
-"""The only file that fuses residual adds in a model: it finds the layers, and proves each on an input it has seen."""
+"""The only file that fuses lines of a model's layers: it finds the layers, and proves each on an input it has seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import classes, rewrite
+from . import attention, classes, rewrite
 from .binding import binding_of
 from .report import Entry
 
@@ -22,13 +22,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 Result = tuple[list[Tensor], tuple[Tensor, ...]]
 
 
-def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[list[Entry], list[Entry]]:
+def fuse(
+    model: nn.Module, example: Mapping[str, Any] | None = None, heads: bool = False
+) -> tuple[list[Entry], list[Entry]]:
     """Fuses what can be proven. Returns the layers that were fused, and those that were not, with the reason.
 
     The model is called once with ``example`` (by default its ``dummy_inputs``) to see what its layers are called with.
+    ``heads``: also what turns query and key, behind their norms or without any.
     """
     fused, left = [], []
-    layers = {name: layer for name, layer in model.named_modules() if _adds_before_norms(layer)}
+    layers: dict[str, nn.Module] = {}
+    changes: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        if _adds_before_norms(layer):
+            layers[name], changes[name] = layer, rewrite.Rewritten
+        elif heads and attention.turns_heads(layer):
+            layers[name], changes[name] = layer, attention.Turned
     failure, calls = "the model doesn't call it", dict[str, Call]()
     try:
         _check_sharding(model)
@@ -44,12 +53,12 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
                 raise ValueError("its forward was replaced before")
             if name not in calls:
                 raise ValueError(failure)
-            rewritten = rewrite.Rewritten(cls)
+            rewritten = changes[name](cls)
             apart = _bind(layer, rewritten, calls[name])
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
-            left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
+            left.append(Entry(name, cls.__name__, reason=f"{changes[name].what} not fused: {_words(reason)}"))
             continue
-        fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
+        fused.append(Entry(name, cls.__name__, rewritten.meaning, errors={"gradient": apart}))
     return fused, left
 
 
@@ -94,7 +103,7 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
     return calls
 
 
-def _bind(layer: nn.Module, rewritten: rewrite.Rewritten, call: Call) -> float:
+def _bind(layer: nn.Module, rewritten: Any, call: Call) -> float:
     """Gives the layer the rewritten forward, and takes it away again if the proof fails."""
     with _evaluating(layer), torch.enable_grad():
         before = _run(layer, rewritten.norms, call)
@@ -127,9 +136,12 @@ def _compare(before: Result, after: Result) -> float:
 
 def _run(layer: nn.Module, norms: tuple[str, ...], call: Call) -> Result:
     """What its class makes of the call: the output's tensors, gradients of the input's and of the norms' weights."""
-    args, kwargs = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_real(x) else x, copy.deepcopy(call))
+    args, kwargs = copy.deepcopy(call)
+    # What comes in a tuple are tables, of cosines and sines: nobody learns them.
+    args = tuple(x.detach().clone().requires_grad_() if _is_real(x) else x for x in args)
+    kwargs = {name: x.detach().clone().requires_grad_() if _is_real(x) else x for name, x in kwargs.items()}
     outputs = [x for x in tree_leaves(type(layer).forward(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
-    wanted = [x for x in tree_leaves((args, kwargs)) if _is_real(x)]
+    wanted = [x for x in (*args, *kwargs.values()) if _is_real(x)]
     wanted += [p for name in norms for p in getattr(layer, name).parameters() if p.requires_grad]
     dice = torch.Generator().manual_seed(0)
     grads = [torch.randn(x.shape, generator=dice).to(x) for x in outputs]

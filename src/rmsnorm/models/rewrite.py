@@ -18,7 +18,7 @@ import ast
 import functools
 import inspect
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -39,11 +39,12 @@ _FLAGS = functools.reduce(
 class Rewritten:
     """The forward of a class with its adds fused."""
 
-    kind = "layer"
+    kind, what = "layer", "residual add"
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
         self.function, self.norms = rewrite(cls.forward)
+        self.meaning = "add, then " + ", ".join(self.norms)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rewritten) and other.function is self.function
@@ -85,8 +86,13 @@ def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
 @functools.cache
 def norms_behind_adds(original: Forward) -> tuple[str, ...]:
     """The attributes of the norms that the function calls right behind an add."""
+    return found_by(_fuse, original)
+
+
+def found_by(change: Callable[[ast.AST, str], list[str]], original: Forward) -> tuple[str, ...]:
+    """What the change says of the function's source."""
     definition = _definition(original)
-    return tuple(_fuse(definition, definition.args.args[0].arg)) if definition and definition.args.args else ()
+    return tuple(change(definition, definition.args.args[0].arg)) if definition and definition.args.args else ()
 
 
 @functools.cache
@@ -96,22 +102,33 @@ def rewrite(original: Forward) -> tuple[Forward, tuple[str, ...]]:
     Raises:
         ValueError: it can't be rewritten, with the reason.
     """
+    return remade(original, _fuse, {_ADD: add_norm}, "fused adds")
+
+
+def remade(
+    original: Forward, change: Callable[[ast.AST, str], list[str]], calls: dict[str, Forward], what: str
+) -> tuple[Forward, tuple[str, ...]]:
+    """The function with a change of its source, in which the names of ``calls`` mean these, and what ``change`` says.
+
+    Raises:
+        ValueError: it can't be rewritten, with the reason.
+    """
     links = wrappers.links_of(original)
     innermost, definition = links[-1], _definition(original)
     if definition is None or not definition.args.args or not isinstance(innermost, FunctionType):
         raise ValueError("its source can't be read")
     # With the lines of the source: between lines that differ, compilers leave instructions that do nothing.
-    if _bare(_compile(innermost, _module(innermost, definition), "<source>")) != _bare(innermost.__code__):
+    if _bare(_compile(innermost, _module(innermost, definition, calls), "<source>")) != _bare(innermost.__code__):
         raise ValueError("its source isn't what it runs")
-    norms = tuple(_fuse(definition, definition.args.args[0].arg))
-    text = ast.unparse(_module(innermost, definition))
+    norms = tuple(change(definition, definition.args.args[0].arg))
+    text = ast.unparse(_module(innermost, definition, calls))
     line = innermost.__code__.co_firstlineno
-    file = f"<rmsnorm: {innermost.__module__}.{innermost.__qualname__}, line {line}, with fused adds>"
+    file = f"<rmsnorm: {innermost.__module__}.{innermost.__qualname__}, line {line}, with {what}>"
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
     code = _compile(innermost, text, file)
     # The cells themselves, that of ``super()`` among them: what is assigned to them later is seen here too.
     cells = dict(zip(innermost.__code__.co_freevars, innermost.__closure__ or (), strict=True))
-    closure = tuple(cells[name] if name in cells else CellType(add_norm) for name in code.co_freevars)
+    closure = tuple(cells[name] if name in cells else CellType(calls[name]) for name in code.co_freevars)
     function = FunctionType(code, innermost.__globals__, innermost.__name__, innermost.__defaults__, closure)
     function.__kwdefaults__ = innermost.__kwdefaults__
     wrappers.resemble(function, innermost)
@@ -137,7 +154,7 @@ def _definition(original: Forward) -> ast.FunctionDef | None:
     return definition
 
 
-def _module(function: FunctionType, definition: ast.FunctionDef) -> ast.Module:
+def _module(function: FunctionType, definition: ast.FunctionDef, calls: Iterable[str]) -> ast.Module:
     """The definition in what makes its names mean what they mean in the function."""
     body: list[ast.stmt] = [definition]
     for name in _class_of(function):  # it becomes part of names such as __private
@@ -145,7 +162,7 @@ def _module(function: FunctionType, definition: ast.FunctionDef) -> ast.Module:
     own = (*_class_of(function), definition.name)[0]
     if own not in function.__code__.co_freevars:  # as in super(Layer, self)
         body.insert(0, ast.Global([own]))
-    variables = [ast.arg(name) for name in (_ADD, *function.__code__.co_freevars)]
+    variables = [ast.arg(name) for name in (*calls, *function.__code__.co_freevars)]
     maker = ast.FunctionDef(_MAKE, ast.arguments([], variables, None, [], [], None, []), body, [])
     # Never run: compilers call what hangs on an imported name (torch.clamp) by other instructions.
     used = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name)}

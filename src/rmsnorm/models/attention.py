@@ -1,0 +1,242 @@
+"""The only file that rewrites attention: query and key are normed by head and turned in one call.
+
+    q = self.q_norm(q_proj.view(shape)).transpose(1, 2)      q = q_proj.view(shape).transpose(1, 2)
+    k = self.k_norm(k_proj.view(shape)).transpose(1, 2)  →   k = k_proj.view(shape).transpose(1, 2)
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)              q, k = turned(apply_rotary_pos_emb, q, k, cos, sin, …)
+
+or with the norms behind the transposition, or with none. The function that turns is proven by what it computes, as
+norms are; which function the name means is asked at each call. ``fusion.py`` then compares the layer's whole output.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _foreign
+from ..forms.heads import heads_rms_norm_rope, rope
+from . import classes, rewrite, wrappers
+from .binding import TYPES, binding_of, eps_of, serves
+
+_TURN = "_rmsnorm_turned"
+_PLAIN = "rotary embedding"
+
+
+class Turned:
+    """The forward of a class whose heads are normed and turned in one call."""
+
+    kind, what = "heads", _PLAIN
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
+        self.function, found = _rewrite(cls.forward)
+        self.norms = tuple(name for name in found if name != _PLAIN)
+        self.meaning = ", ".join((*self.norms, _PLAIN))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Turned) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        return self.function
+
+    def plain(self) -> tuple[Any, ...]:
+        return ()
+
+
+classes.READERS["heads"] = Turned
+
+
+@functools.cache
+def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...]]:
+    names: list[str] = []
+
+    def change(node: ast.AST, this: str) -> list[str]:
+        return _turn(node, this, names)
+
+    calls: dict[str, rewrite.Forward] = {}
+    known: list[Any] = []
+
+    def turned(rotate: Any, *arguments: Any) -> Any:
+        return _turned(rotate is known[0], rotate, *arguments)
+
+    calls[_TURN] = turned
+    function, found = rewrite.remade(original, change, calls, "turned heads")
+    if len(names) != 1:
+        raise ValueError("it turns heads more than once")
+    innermost: Any = wrappers.links_of(original)[-1]
+    rotate = innermost.__globals__.get(names[0])
+    if not _is_rope(rotate):
+        raise ValueError(f"{names[0]} computes something else")
+    known.append(rotate)
+    return function, found
+
+
+def turns_heads(layer: nn.Module) -> bool:
+    """Whether its source turns query and key."""
+    return bool(_found(classes.original(type(layer)).forward))
+
+
+@functools.cache
+def _found(original: rewrite.Forward) -> tuple[str, ...]:
+    code = getattr(wrappers.links_of(original)[-1], "__code__", None)
+    if code is None or not any("rotary" in name for name in code.co_names):  # reading a source takes 1 ms
+        return ()
+    return rewrite.found_by(lambda node, this: _turn(node, this, []), original)
+
+
+@functools.cache
+def _is_rope(rotate: Any) -> bool:
+    """Whether a function is ``rmsnorm.rope``, bit for bit, for angles of no pattern; called as attention does."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for dtype in TYPES:
+            q, k, cos, sin = (
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((2, 3, 5, 16), (2, 1, 5, 16), (1, 5, 16), (1, 5, 16))
+            )
+            theirs, ours = rotate(q, k, cos, sin), rope(q, k, cos, sin)
+            if not all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)):
+                return False
+    except Exception:  # whatever a stranger says to such tensors
+        return False
+    return True
+
+
+def _turned(
+    known: bool,
+    rotate: Any,
+    query: Any,
+    key: Any,
+    cos: Any,
+    sin: Any,
+    query_norm: Any = None,
+    key_norm: Any = None,
+    transposed: bool = False,
+) -> Any:
+    """``rotate`` of the normed tensors; in one pass where that was proven and nobody listens to the norms.
+
+    ``transposed``: theirs norms before it transposes.
+    """
+    served = known and _serves(query, key, cos, sin)
+    if query_norm is not None:
+        if served and (options := _options(query_norm, key_norm, query, key)):
+            w, v, eps, offset, mode = options
+            return heads_rms_norm_rope(query, key, cos, sin, w, v, eps, offset=offset, casting_mode=mode)
+        if transposed:
+            query = query_norm(query.transpose(1, 2)).transpose(1, 2)
+            key = key_norm(key.transpose(1, 2)).transpose(1, 2)
+        else:
+            query, key = query_norm(query), key_norm(key)
+    return rope(query, key, cos, sin) if served else rotate(query, key, cos, sin)
+
+
+def _serves(query: Any, key: Any, cos: Any, sin: Any) -> bool:
+    if not all(isinstance(t, Tensor) and type(t) in _foreign.COMPILERS for t in (query, key, cos, sin)):
+        return False  # a subclass sees what its module calls
+    return (
+        query.dtype in TYPES
+        and query.dtype is key.dtype is cos.dtype is sin.dtype
+        and query.dim() == key.dim() == 4
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[-1] == query.shape[-1]
+        and not torch.compiler._is_exporting_flag
+        and not torch.is_autocast_enabled(query.device.type)
+    )
+
+
+def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> tuple[Any, ...] | None:
+    """The weights, eps, offset and casting mode of two norms that differ in their weights alone."""
+    found = []
+    for norm, x in ((query_norm, query), (key_norm, key)):
+        binding = binding_of(norm)
+        if binding is None or not binding.adds() or _has_any_global_hook():
+            return None
+        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+            return None
+        weight = getattr(norm, binding.weight) if binding.weight else None
+        if not serves(norm, binding, weight, x) or (weight is not None and weight.shape != x.shape[-1:]):
+            return None
+        found.append((weight, eps_of(norm, binding), binding.recipe.offset, binding.recipe.casting_mode))
+    (query_weight, *options), (key_weight, *others) = found
+    return (query_weight, key_weight, *options) if options == others else None
+
+
+def _turn(node: ast.AST, this: str, names: list[str]) -> list[str]:
+    """Replaces the pattern in all blocks below; returns the norms' attributes and a word for what turns, whose name is
+    added to ``names``."""
+    found = [each for child in ast.iter_child_nodes(node) for each in _turn(child, this, names)]
+    for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+        statements = block if isinstance(block, list) else []
+        for i, statement in enumerate(statements):
+            match statement:
+                case ast.Assign(
+                    targets=[ast.Tuple(elts=[ast.Name(id=q), ast.Name(id=k)])],
+                    value=ast.Call(
+                        func=ast.Name(id=rotate) as function,
+                        args=[ast.Name(id=query), ast.Name(id=key), ast.Name(), ast.Name()] as arguments,
+                        keywords=[],
+                    ),
+                ) if (q, k) == (query, key) and q != k and "rotary" in rotate:
+                    norms = _take_norms(statements[:i], this, q, k)
+                    statement.value = ast.Call(ast.Name(_TURN, ast.Load()), [function, *arguments, *norms], [])
+                    found += [norm.attr for norm in norms if isinstance(norm, ast.Attribute)]
+                    found.append(_PLAIN)
+                    names.append(rotate)
+    return found
+
+
+def _take_norms(statements: list[ast.stmt], this: str, q: str, k: str) -> list[ast.expr]:
+    """The two norms, and whether they stand before a transposition; what they norm takes their place."""
+    last = [_last_use(statements, name) for name in (q, k)]
+    norms = [_norm_in(statement, this, name) for statement, name in zip(last, (q, k), strict=True)]
+    if norms[0] is None or norms[1] is None or norms[0][2] is not norms[1][2]:
+        return []
+    taken: list[ast.expr] = []
+    for statement, (norm, rest, _) in zip(last, (norms[0], norms[1]), strict=True):
+        assert isinstance(statement, ast.Assign)
+        statement.value = rest
+        taken.append(norm)
+    return [*taken, ast.Constant(norms[0][2])]
+
+
+def _last_use(statements: list[ast.stmt], name: str) -> ast.stmt | None:
+    for statement in reversed(statements):
+        if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
+            return statement
+    return None
+
+
+def _norm_in(statement: ast.stmt | None, this: str, name: str) -> tuple[ast.expr, ast.expr, bool] | None:
+    """The norm of ``name = self.norm(x).transpose(1, 2)`` or ``name = self.norm(name)``, what is left without it, and
+    whether it is the former."""
+    match statement:
+        case ast.Assign(
+            targets=[ast.Name(id=target)],
+            value=ast.Call(
+                func=ast.Attribute(
+                    value=ast.Call(func=ast.Attribute(value=ast.Name(id=owner)) as norm, args=[x], keywords=[])
+                ) as method,
+                args=[ast.Constant(value=1), ast.Constant(value=2)],
+                keywords=[],
+            ) as whole,
+        ) if target == name and owner == this and method.attr == "transpose":
+            rest = ast.Call(ast.Attribute(x, "transpose", ast.Load()), whole.args, [])
+            return norm, rest, True
+        case ast.Assign(
+            targets=[ast.Name(id=target)],
+            value=ast.Call(
+                func=ast.Attribute(value=ast.Name(id=owner)) as norm, args=[ast.Name(id=x_name) as x], keywords=[]
+            ),
+        ) if target == x_name == name and owner == this:
+            return norm, x, False
+    return None

@@ -1,0 +1,175 @@
+"""Proves that attention is rewritten where its source norms and turns heads, with the bits of the lines that were;
+what is not what was proven runs those lines.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from oracle import same_bits
+from torch import Tensor, nn
+
+import rmsnorm
+from rmsnorm.forms import heads_ops
+from rmsnorm.models import attention
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 99,
+}
+MEANINGS = {
+    "Qwen3": "q_norm, k_norm, rotary embedding",
+    "Gemma3Text": "q_norm, k_norm, rotary embedding",
+    "Llama": "rotary embedding",
+    "Mistral": "rotary embedding",
+}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    cls = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    model = cls(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += torch.randn_like(parameter) / 4
+    return model
+
+
+IDS = torch.arange(22).view(2, 11)
+
+
+@pytest.fixture
+def turns(monkeypatch) -> list[str]:
+    """Which of our functions attention calls."""
+    called: list[str] = []
+    for name in ("heads_rms_norm_rope", "rope"):
+        ours = getattr(rmsnorm, name)
+        monkeypatch.setattr(attention, name, lambda *a, f=ours, n=name, **k: called.append(n) or f(*a, **k))
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", MEANINGS)
+def test_fused_with_the_same_bits(family: str, dtype: torch.dtype, turns: list[str]) -> None:
+    """Those of the patched model: logits, what is generated, loss; gradients within rounding."""
+    model = model_of(family, dtype)
+    results = []
+    for fuse in (False, True):
+        report = rmsnorm.patch(model, fuse=fuse)
+        turns.clear()
+        with torch.no_grad():
+            logits = model(IDS).logits
+        loss = model(IDS, labels=IDS).loss
+        model.zero_grad()
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        text = model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        results.append((logits, loss.detach(), text, gradients))
+        if fuse:
+            meanings = [e.meaning for e in report.fused if e.name.endswith("self_attn")]
+            assert meanings == [MEANINGS[family]] * 2, report.skipped
+            normed = "q_norm" in MEANINGS[family]
+            assert set(turns) == {"heads_rms_norm_rope" if normed else "rope"}
+        rmsnorm.unpatch(model)
+    (logits, loss, text, gradients), (ours, our_loss, our_text, our_gradients) = results
+    assert same_bits(logits, ours)
+    assert same_bits(loss, our_loss)
+    assert torch.equal(text, our_text)
+    for one, other in zip(gradients, our_gradients, strict=True):
+        error = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
+        assert error <= 8 * torch.finfo(dtype).eps
+    assert type(model.model.layers[0].self_attn).forward.__code__.co_filename.endswith(".py")  # unpatched
+
+
+def test_copies_and_compiled_graphs(turns: list[str]) -> None:
+    model = model_of("Qwen3")
+    rmsnorm.patch(model, fuse=True)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        twin = copy.deepcopy(model)
+        assert same_bits(twin(IDS).logits, wanted)
+    assert turns.count("heads_rms_norm_rope") >= 4
+
+
+def test_what_was_not_proven_runs_as_it_was(turns: list[str], monkeypatch) -> None:
+    """A hook on a norm, norms of two meanings, unpatched norms, another function behind the name, autocast."""
+    model = model_of("Qwen3")
+    with torch.no_grad():
+        plain = model(IDS).logits
+        rmsnorm.patch(model, fuse=True)
+        first = model.model.layers[0].self_attn
+
+        def run() -> tuple[Tensor, list[str]]:
+            turns.clear()
+            return model(IDS).logits, list(turns)
+
+        heard: list[int] = []
+        handle = first.q_norm.register_forward_hook(lambda *_: heard.append(1) and None)
+        logits, called = run()
+        assert (heard, called) == ([1], ["rope", "heads_rms_norm_rope"])
+        torch.testing.assert_close(logits, plain)
+        handle.remove()
+        first.q_norm.variance_epsilon = 1e-2
+        assert run()[1] == ["rope", "heads_rms_norm_rope"]
+        first.q_norm.variance_epsilon = first.k_norm.variance_epsilon
+        rmsnorm.unpatch(first.k_norm)
+        logits, called = run()
+        assert called == ["rope", "heads_rms_norm_rope"]
+        torch.testing.assert_close(logits, plain)
+        module = transformers.models.qwen3.modeling_qwen3
+        theirs = module.apply_rotary_pos_emb
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", functools.partial(theirs))
+        logits, called = run()
+        assert called == []
+        torch.testing.assert_close(logits, plain)
+
+
+class Rotated(nn.Module):
+    """Attention's beginning, with a function that turns the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        q = self.q_norm(x)
+        k = self.k_norm(x * 2)
+        cos, sin = angles
+        q, k = backwards_rotary(q, k, cos, sin)
+        return q + k
+
+
+def backwards_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    return heads_ops.rope(q, k, cos, -sin, False)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Rotated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, (x[:, 0], x[:, 1]))
+
+
+def test_a_function_that_turns_otherwise_is_left_alone() -> None:
+    model, x = Model(), torch.randn(1, 2, 3, 8)
+    report = rmsnorm.patch(model, fuse={"x": x})
+    (entry,) = (e for e in report.skipped if e.name == "attention")
+    assert entry.reason == "rotary embedding not fused: backwards_rotary computes something else"
+
+
+def test_adds_alone_have_their_old_name() -> None:
+    report = rmsnorm.patch(model_of("Llama"), fuse_add=True)
+    assert report.fused
+    assert not any("rotary" in entry.meaning for entry in report.fused)
