@@ -96,7 +96,7 @@ class BuildNative(build_ext):
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
         units += [
             (f"csrc/{name}.cpp", f"{name}.o", boundary)
-            for name in ("ops", "gated_ops", "layer_ops", "quantised_ops", "aten")
+            for name in ("ops", "gated_ops", "layer_ops", "quantised_ops", "sandwich_ops", "aten")
         ]
         units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "older")]
 

@@ -14,6 +14,8 @@ from .forms.gated import gated_rms_norm as gated_rms_norm
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
+from .forms.sandwich import rms_norm_add as rms_norm_add
+from .forms.sandwich import sandwich_rms_norm as sandwich_rms_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .models import PatchReport as PatchReport
@@ -37,6 +39,8 @@ __all__ = [
     "patched",
     "quantised_rms_norm",
     "rms_norm",
+    "rms_norm_add",
+    "sandwich_rms_norm",
     "uninstall",
     "unpatch",
 ]

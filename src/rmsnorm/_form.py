@@ -64,6 +64,10 @@ class Form:
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: there is no such
     operator, as another form's serves."""
+    straight: tuple[str, ...] = ()
+    """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
+    fits: Callable[..., bool] = lambda *arguments: True
+    """Whether the operators are what serves these tensors; else the definition does."""
     check: Callable[..., None] = lambda *arguments: None
     """Raises for what no kernel takes, before the definition runs."""
 
@@ -76,6 +80,11 @@ class Form:
     def tensors(self) -> int:
         """How many come first."""
         return len(self.rows) + len(self.weights)
+
+    @cached_property
+    def moving(self) -> tuple[str, ...]:
+        """What backward finds the gradients of."""
+        return tuple(name for name in self.rows + self.weights if name not in self.straight)
 
     @cached_property
     def known(self) -> tuple[bool, ...]:
@@ -104,9 +113,9 @@ class Form:
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
             read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
-            needs = [f"bool need_{name}" for name in self.rows + self.weights]
+            needs = [f"bool need_{name}" for name in self.moving]
             read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
-            found = _returned([f"Tensor grad_{name}" for name in self.rows + self.weights])
+            found = _returned([f"Tensor grad_{name}" for name in self.moving])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
         return schemas
 
@@ -140,7 +149,7 @@ class Operators:
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
     outputs, read = len(form.outputs), len(form.saved or form.rows)
-    tensors = len(form.weights) + len(form.rows)
+    tensors = len(form.moving)
 
     def some(results: _Results) -> Any:
         return results[0] if outputs == 1 else tuple(results[:outputs])
@@ -177,7 +186,8 @@ def register(form: Form) -> Operators:
     def fake_backward(*arguments: Any) -> Any:
         arguments, needs = arguments[:-tensors], arguments[-tensors:]
         _, saved, weights, _ = parts(arguments)
-        given = [saved[0]] * len(form.rows) if len(saved) < len(form.rows) else list(saved[: len(form.rows)])
+        rows = tensors - len(form.weights)
+        given = [saved[0]] * rows if len(saved) < rows else list(saved[:rows])
         return tuple(
             saved[0].new_empty(0) if t is None or not need else like(t)
             for t, need in zip([*given, *weights], needs, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -58,7 +59,10 @@ def call(
         given = _arguments.given(**options)
         given |= _arguments.given(**{label: (rows[label], None) for label in by_name})
         first = [row for label, row in rows.items() if label not in by_name]
-        return handle_torch_function(public, tensors, *first, normalized_shape, *weights.values(), eps, **given)
+        arguments = (*first, normalized_shape, *weights.values(), eps)
+        found = handle_torch_function(public, tensors, *arguments, **given)
+        outputs = len(served.form.outputs)  # a graph's caller may unpack it
+        return tuple(found[i] for i in range(outputs)) if outputs > 1 and isinstance(found, torch.fx.Proxy) else found
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
         if weight is not None:
@@ -72,7 +76,7 @@ def call(
         if row is not None or label not in by_name:
             check_alike(name, label, row, input)
     if ranks := _everyday.distributed(*tensors):
-        return ranks.normalise(name, again, None, dims, rows, weights)
+        return ranks.normalise(name, again, None, dims, rows, weights, outputs=len(served.form.outputs))
     return served(native, *tensors, dims, eps, offset, round_first, *more)
 
 

@@ -18,10 +18,15 @@ from .. import _autograd, _foreign, _form, _onnx
 
 
 class Served:
-    """How calls of one form are served: ``made`` are its operators."""
+    """How calls of one form are served: ``made`` are its operators.
 
-    def __init__(self, made: _form.Operators) -> None:
+    ``norm`` takes the place of ``reference.rms_norm`` where the definition serves: a form of whole norms has the plain
+    norm's kernels, derivatives and rules there.
+    """
+
+    def __init__(self, made: _form.Operators, norm: Callable[..., Any] | None = None) -> None:
         self.made, self.form = made, made.form
+        self.more: dict[str, Any] = {} if norm is None else {"normalise": norm}
         self.operator: Callable[..., Any] = made.plain
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
@@ -38,7 +43,7 @@ class Served:
     def define(self, *arguments: Any, **more: Any) -> Any:
         """The definition's outputs."""
         assert self.form.define is not None
-        results = self.form.define(*arguments, **more)
+        results = self.form.define(*arguments, **(self.more | more))
         outputs = len(self.form.outputs)
         return results[0] if outputs == 1 else results[:outputs]
 
@@ -63,6 +68,7 @@ class Served:
         if (
             not native
             or any(t is not None and t.dtype is not tensors[0].dtype for t in tensors[: len(self.form.rows)])
+            or not self.form.fits(*arguments)
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or _foreign.wanted_by(*tensors)
@@ -84,6 +90,7 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     rows, tensors, outputs = len(form.rows), form.tensors, len(form.outputs)
     places = [(form.rows + form.outputs).index(name) for name in form.saved or form.rows]
     read, kept = len(places), len(places) + len(form.kept)
+    moving = [name in form.moving for name in form.rows + form.weights]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
@@ -99,7 +106,8 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         found: Sequence[Tensor | None]
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
-        needs, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
+        asked, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
+        needs = tuple(need for need, moves in zip(asked, moving, strict=True) if moves)
         options = [option for option, known in zip(ctx.options, form.known, strict=True) if known]
         first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
         rest, dtype = grads[1:], saved[0].dtype
@@ -118,7 +126,9 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
             found = served.backward(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
         if wider:
             found = [t if t is None or i >= rows else t.to(dtype) for i, t in enumerate(found)]
-        return *(t if need else None for t, need in zip(found, needs, strict=True)), *none
+        each = iter(found)
+        all = [next(each) if moves else grads[0] for moves in moving]
+        return *(t if need else None for t, need in zip(all, asked, strict=True)), *none
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn
