@@ -80,13 +80,13 @@ struct ForwardRows {
                      // two norms, of the input's type
   void* rstd;        // one wide(input) value per row of this batch, negative where it is the floor's; or null
   void* first_rstd;  // the same, of the first of two norms
-  double* mean;    // the same, for LayerNorm
-  bool stream;     // output is larger than the caches: its stores should go past them
-  bool add_again;  // a sum's should, and it is added again for them, or kept in scratch until then
-  bool back;       // rows are stored from their end on
-  bool keep_gain;  // a row, its output and its gain fit in L1, if only just
-  bool ask;        // rows to come are asked for into L2, as L1 has no room for them
-  int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
+  double* mean;      // the same, for LayerNorm
+  bool stream;       // output is larger than the caches: its stores should go past them
+  bool add_again;    // a sum's should, and it is added again for them, or kept in scratch until then
+  bool back;         // rows are stored from their end on
+  bool keep_gain;    // a row, its output and its gain fit in L1, if only just
+  bool ask;          // rows to come are asked for into L2, as L1 has no room for them
+  int64_t next;      // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
   int64_t next_output, next_residual;  // the same, of the others
 };
 

@@ -171,9 +171,8 @@ class Sandwich {
   }
   __attribute__((noinline, cold)) static typename Norm::Sums sum_of(const T* row, int64_t columns) {
     typename Norm::Sums sum;
-    sum_columns<T>(sum, columns, [&](auto span, int u) __attribute__((always_inline)) {
-      sum.add_square(u, span.load_from(row));
-    });
+    sum_columns<T>(sum, columns,
+                   [&](auto span, int u) __attribute__((always_inline)) { sum.add_square(u, span.load_from(row)); });
     return sum;
   }
 

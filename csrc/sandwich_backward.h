@@ -22,9 +22,7 @@ struct SandwichBackward {
 inline int64_t sandwich_block(const Backward& b) {
   return std::max<int64_t>(2, block_rows(b.input, 2 * b.columns) / 2 * 2);
 }
-inline int64_t sandwich_scratch(const Backward& b) {
-  return sandwich_block(b) * padded(b.columns) * size_of(b.input);
-}
+inline int64_t sandwich_scratch(const Backward& b) { return sandwich_block(b) * padded(b.columns) * size_of(b.input); }
 
 // Rows of one chunk, as backward_rows(); `partial` and `total` are a norm's each, or null; `scratch` is for ds where
 // nobody asked for it.
@@ -55,8 +53,8 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     const int64_t flush = kFlush - (row - begin) % kFlush;
     rows[0].count = rows[1].count = std::min({block, end - row, flush});
     const int64_t stride = size_of(wide(s.norm[0].input));
-    cursor.take(rows[0].count, {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input,
-                                rows[0].grad});
+    cursor.take(rows[0].count,
+                {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input, rows[0].grad});
     for (int64_t r = 0; r < rows[0].count; ++r) rows[1].grad_input[r] = rows[0].grad[r];
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {

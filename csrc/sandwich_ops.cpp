@@ -74,8 +74,7 @@ Results sandwich(const Tensor& input, const Tensor& residual, const OptionalTens
 std::tuple<Tensor, Tensor> sandwich_rms_norm(Tensor input, Tensor residual, OptionalTensor weight,
                                              OptionalTensor next_weight, int64_t dims, double eps, double offset,
                                              bool round_first, std::optional<double> next_eps) {
-  const Results found =
-      sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, false);
+  const Results found = sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, false);
   return {found.output, found.sum};
 }
 

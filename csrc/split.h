@@ -52,8 +52,8 @@ RMSNORM_INLINE Split round_split(const Split& x) {
   return Split::of([&](int i) __attribute__((always_inline)) {
     const BitsReg bits = (BitsReg)x.v[i], upper = bits >> 16;
 #if defined(RMSNORM_AVX512)  // (~upper & 1) - 0x8000, in one instruction
-    const BitsReg less = (BitsReg)_mm512_ternarylogic_epi32((__m512i)upper, _mm512_set1_epi32(1),
-                                                            _mm512_set1_epi32(-0x8000), 0xae);
+    const BitsReg less =
+        (BitsReg)_mm512_ternarylogic_epi32((__m512i)upper, _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);
     return (FloatReg)((bits - less) & 0xffff0000u);
 #else
     return (FloatReg)((bits + 0x7fff + (upper & 1)) & 0xffff0000u);

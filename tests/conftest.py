@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _everyday, _native, _ops
-from rmsnorm.forms import gated, gated_ops, quantised
+from rmsnorm.forms import gated, gated_ops, quantised, sandwich
 
-_FORMS = [room._served for room in (gated, quantised)]
+_FORMS = [*(room._served for room in (gated, quantised, sandwich)), sandwich._served_add]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "forms/quantised": {
         *("_arguments", "_form", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served", "reference"),
     },
+    "forms/sandwich": {"_arguments", "_form", "forms/calls", "forms/served", "functional", "reference"},
     "distributed/placement": {"distributed/ranks"},
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route"},
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
         *("_info", "_install", "forms/gated", "forms/layer_norm", "forms/quantised", "functional", "gpu/__init__"),
-        *("models/__init__", "module"),
+        *("forms/sandwich", "models/__init__", "module"),
     },
 }
 
@@ -81,6 +82,8 @@ def test_public_page():
             "patched",
             "quantised_rms_norm",
             "rms_norm",
+            "rms_norm_add",
+            "sandwich_rms_norm",
             "uninstall",
             "unpatch",
         ]

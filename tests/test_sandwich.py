@@ -94,7 +94,9 @@ def test_strides(target, dtype):
     for layout, other in [*product(LAYOUTS, ["contiguous"]), *product(["sliced"], LAYOUTS)]:
         results = []
         for arrange in (lay_out, rows_of):
-            a, b, da, db = alike(*(arrange(t, name) for t, name in zip((x, residual, dy, ds), (layout, other) * 2)))
+            a, b, da, db = alike(
+                *(arrange(t, name) for t, name in zip((x, residual, dy, ds), (layout, other) * 2, strict=True))
+            )
             a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
             leaves = (a, b, w.clone().requires_grad_(), v.clone().requires_grad_())
             outputs = both(*leaves)
@@ -129,9 +131,7 @@ def gradients(
     function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...], frozen: tuple[int, ...] = (),
     used: tuple[int, ...] = (0, 1), **options: object,
 ) -> list[Tensor | None]:  # fmt: skip
-    leaves = [
-        t if t is None else t.detach().clone().requires_grad_(i not in frozen) for i, t in enumerate(tensors)
-    ]
+    leaves = [t if t is None else t.detach().clone().requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
     outputs = function(*leaves, **options)
     grads = incoming(*outputs[0].shape, outputs[0].dtype), sample(*outputs[1].shape, outputs[1].dtype, seed=5) / 64
     pairs = [(outputs[i], grads[i]) for i in used if outputs[i].requires_grad]
@@ -206,8 +206,9 @@ def test_rows_of_any_size(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_tensors(native_target, large_outputs, dtype):
+def test_large_tensors(native_target, everything_is_large, dtype):
     """What goes past the caches, a sum through scratch: the same bits, aligned or not, on any number of threads."""
+    everything_is_large()
     for columns in (96, 576, 4096, 1027):
         for layout in ("contiguous", "misaligned"):
             tensors = (*(lay_out(t, layout) for t in pair(70, columns, dtype)), *weight_pairs(columns, dtype)[1])
@@ -220,16 +221,12 @@ def test_large_tensors(native_target, large_outputs, dtype):
                 assert same_bits(one, two)
 
 
-def test_several_threads(native_target):
+def test_several_threads(native_target, threads):
     tensors = (*pair(300, 576, torch.float32), *weight_pairs(576, torch.float32)[1])
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append([*both(*tensors), half(*tensors[:3]), *gradients(both, tensors)])
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        threads(count)
+        results.append([*both(*tensors), half(*tensors[:3]), *gradients(both, tensors)])
     assert all(map(same_bits, *results))
 
 
@@ -267,7 +264,7 @@ def test_what_is_kept(target):
     w, v = (t.requires_grad_() for t in weight_pairs(576, torch.bfloat16)[1])
     for function, tensors, numbers in ((both, (x, residual, w, v), 2), (half, (x, residual, w), 1)):
         kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             outputs = function(*tensors)
         known = {t.data_ptr() for t in (x, w, v, *outputs[1:2])} if numbers == 2 else {x.data_ptr(), w.data_ptr()}
         rest = [t for t in kept if t.data_ptr() not in known]
@@ -394,7 +391,12 @@ FITS = "residual must have the shape and device of input, (2, 3, 6) on cpu, but 
         ((X, X[0], 6), {}, RuntimeError, f"{FITS} (3, 6) on cpu; expand it first if broadcasting is meant"),
         ((X, X.to("meta"), 6), {}, RuntimeError, f"{FITS} (2, 3, 6) on meta; expand it first"),
         ((X, X.int(), 6), {}, RuntimeError, "residual must be of a real floating type, but is torch.int32"),
-        ((X.cfloat(), X.cfloat(), 6), {}, RuntimeError, "input must be of a real floating type, but is torch.complex64"),
+        (
+            (X.cfloat(), X.cfloat(), 6),
+            {},
+            RuntimeError,
+            "input must be of a real floating type, but is torch.complex64",
+        ),
         ((X, None, 6), {}, TypeError, "residual"),
         ((X, X, 6, "w"), {}, TypeError, "weight"),
         ((X, X, 6), {"casting_mode": "fla"}, ValueError, "unknown casting_mode 'fla'; choose one of 'torch', 'llama'"),
@@ -412,7 +414,7 @@ def test_arguments_that_do_not_fit(arguments, options, error, message):
 def test_second_arguments_that_do_not_fit():
     with pytest.raises(RuntimeError, match=re.escape("weight of shape [5] and normalized_shape = [6]")):
         sandwich_rms_norm(X, X, 6, None, torch.ones(5))
-    with pytest.raises(ValueError, match="sandwich_rms_norm: next_eps must be 0 or more, but is -1.0"):
+    with pytest.raises(ValueError, match=r"sandwich_rms_norm: next_eps must be 0 or more, but is -1\.0"):
         sandwich_rms_norm(X, X, 6, next_eps=-1.0)
     with pytest.raises(TypeError, match="next_eps"):
         sandwich_rms_norm(X, X, 6, next_eps="1e-6")

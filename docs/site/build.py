@@ -58,7 +58,10 @@ PARTS = [
     ),
 ]
 REFERENCE = {
-    ("Functions", "函数"): ["rms_norm", "add_rms_norm", "gated_rms_norm", "layer_norm", "quantised_rms_norm"],
+    ("Functions", "函数"): [
+        *("rms_norm", "add_rms_norm", "rms_norm_add", "sandwich_rms_norm"),
+        *("gated_rms_norm", "layer_norm", "quantised_rms_norm"),
+    ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],
     ("torch's own operator", "torch 自己的算子"): ["install", "installed", "uninstall"],

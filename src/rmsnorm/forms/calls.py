@@ -17,15 +17,15 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, _everyday, functional
 from .served import Served
 
-_Named = dict[str, Tensor | None]
+Named = dict[str, Tensor | None]
 
 
 def call(
     served: Served,
     public: Callable[..., Any],
-    rows: _Named,
+    rows: Named,
     normalized_shape: int | Sequence[int],
-    weights: _Named,
+    weights: Named,
     eps: float | None,
     options: dict[str, tuple[Any, Any]],
     more: tuple[Any, ...] = (),
@@ -62,7 +62,9 @@ def call(
         arguments = (*first, normalized_shape, *weights.values(), eps)
         found = handle_torch_function(public, tensors, *arguments, **given)
         outputs = len(served.form.outputs)  # a graph's caller may unpack it
-        return tuple(found[i] for i in range(outputs)) if outputs > 1 and isinstance(found, torch.fx.Proxy) else found
+        if outputs > 1 and isinstance(found, torch.fx.Proxy):
+            return tuple(found[i] for i in range(outputs))  # type: ignore[index]
+        return found
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
         if weight is not None:

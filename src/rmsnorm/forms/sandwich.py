@@ -142,7 +142,8 @@ def rms_norm_add(
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467; Gemma 2, arXiv 2408.00118, section 2.
     """
-    rows, weights = {"input": input, "residual": residual}, {"weight": weight}
+    rows: calls.Named = {"input": input, "residual": residual}
+    weights: calls.Named = {"weight": weight}
     options = {"offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
     return calls.call(_served_add, rms_norm_add, rows, normalized_shape, weights, eps, options)
 
@@ -194,6 +195,7 @@ def sandwich_rms_norm(
         _arguments.check_numbers("sandwich_rms_norm", next_eps=next_eps)
         if next_eps < 0:
             raise ValueError(f"sandwich_rms_norm: next_eps must be 0 or more, but is {next_eps}")
-    rows, weights = {"input": input, "residual": residual}, {"weight": weight, "next_weight": next_weight}
+    rows: calls.Named = {"input": input, "residual": residual}
+    weights: calls.Named = {"weight": weight, "next_weight": next_weight}
     options = {"next_eps": (next_eps, None), "offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
     return calls.call(_served, sandwich_rms_norm, rows, normalized_shape, weights, eps, options, (next_eps,))

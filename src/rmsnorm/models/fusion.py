@@ -1,4 +1,5 @@
-"""The only file that fuses residual adds in a model: it finds the layers, and proves each on an input it has seen."""
+"""The only file that fuses norms and residual adds in a model: it finds the layers, and proves each on an input that it
+has seen."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     The model is called once with ``example`` (by default its ``dummy_inputs``) to see what its layers are called with.
     """
     fused, left = [], []
-    layers = {name: layer for name, layer in model.named_modules() if _adds_before_norms(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if _adds_beside_norms(layer)}
     failure, calls = "the model doesn't call it", dict[str, Call]()
     try:
         _check_sharding(model)
@@ -49,7 +50,7 @@ def fuse(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"residual add not fused: {_words(reason)}"))
             continue
-        fused.append(Entry(name, cls.__name__, "add, then " + ", ".join(rewritten.norms), errors={"gradient": apart}))
+        fused.append(Entry(name, cls.__name__, rewritten.meaning, errors={"gradient": apart}))
     return fused, left
 
 
@@ -70,10 +71,10 @@ def _words(error: Exception) -> str:
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def _adds_before_norms(layer: nn.Module) -> bool:
-    """Whether its source adds before a norm that is patched, and can."""
+def _adds_beside_norms(layer: nn.Module) -> bool:
+    """Whether its source adds beside a norm that is patched, and can."""
     ours = {name for name, child in layer.named_children() if (found := binding_of(child)) and found.adds()}
-    return bool(ours and ours.intersection(rewrite.norms_behind_adds(classes.original(type(layer)).forward)))
+    return bool(ours and ours.intersection(rewrite.norms_beside_adds(classes.original(type(layer)).forward)))
 
 
 def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]) -> dict[str, Call]:

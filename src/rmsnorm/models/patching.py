@@ -15,7 +15,7 @@ from .._arguments import described
 from . import classes
 from .binding import binding_of
 from .conditions import signature
-from .fusion import fuse
+from .fusion import fuse as fuse_layers
 from .probe import EPS_NAMES, Proof, Refused, examine
 from .recipes import Recipe
 from .report import Entry, PatchReport
@@ -25,6 +25,7 @@ def patch(
     model: nn.Module,
     *,
     verify: bool = True,
+    fuse: bool | Mapping[str, Any] = False,
     fuse_add: bool | Mapping[str, Any] = False,
     layer_norm: bool = False,
 ) -> PatchReport:
@@ -38,9 +39,11 @@ def patch(
     Args:
         model: any module; a model of transformers, or one of yours with ``torch.nn.RMSNorm``.
         verify: False leaves out gradients, which takes half as long.
-        fuse_add: True also runs ``h = residual + h; norm(h)`` in one pass where a layer's forward has that line,
-            proven on the layer's output and gradients. For this the model is called once, with its ``dummy_inputs``
-            or with the keyword arguments that are given here instead of True.
+        fuse: True also runs a residual add and the norms beside it in one pass where a layer's forward has those lines
+            (``h = residual + h; norm(h)``; ``h = norm(h); h = residual + h``; both), proven on the layer's output, to
+            the bit, and gradients. For this the model is called once, with its ``dummy_inputs`` or with the keyword
+            arguments that are given here instead of True.
+        fuse_add: the old name of ``fuse``.
         layer_norm: whether LayerNorms are taken too.
 
     Returns:
@@ -79,9 +82,10 @@ def patch(
             known[cls] = binding.recipe
             types = binding.types()
             report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
-    if fuse_add is not False:
+    fuse = fuse_add if fuse is False else fuse
+    if fuse is not False:
         with torch.inference_mode(False), torch.enable_grad():  # the caller's modes stay: the model may count on them
-            report.fused, left = fuse(model, None if fuse_add is True else fuse_add)
+            report.fused, left = fuse_layers(model, None if fuse is True else fuse)
         report.skipped += left
     return report
 
