@@ -13,9 +13,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rmsnorm
@@ -94,18 +96,61 @@ def gradient(outputs: Any, leaves: list[Tensor], grads: list[Tensor]) -> Callabl
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
-def cases() -> Iterator[tuple[str, str, Calls, int]]:
-    for normed, back in ((True, False), (True, True), (False, False), (False, True)):
-        for tokens in (1, 512):
-            for dtype in (torch.float32, torch.bfloat16):
-                name = f"{'heads' if normed else 'rope'} {tokens} tokens {str(dtype)[6:]}{' backward' if back else ''}"
-                yield "heads", name, *heads(tokens, dtype, normed, back)
+def norm_add(rows: int, columns: int, dtype: torch.dtype) -> tuple[Calls, int]:
+    """The first half of the sandwich alone."""
+    x, r = noise(rows, columns, dtype=dtype), noise(rows, columns, dtype=dtype, seed=1)
+    w = 1 + noise(columns, dtype=dtype, seed=2) / 4
+    return {
+        "fused": lambda: rmsnorm.rms_norm_add(x, r, (columns,), w, EPS),
+        "rms_norm, +": lambda: r + rmsnorm.rms_norm(x, (columns,), w, EPS),
+        "torch's": lambda: r + F.rms_norm(x, (columns,), w, EPS),
+    }, 3 * x.nbytes
+
+
+def sandwich(rows: int, columns: int, dtype: torch.dtype, backward: bool) -> tuple[Calls, int]:
+    """Norm, add, norm: as Gemma 2 and 3 have them, by our own calls and by torch's."""
+    x, r, dy, ds = (noise(rows, columns, dtype=dtype, seed=seed).requires_grad_(backward) for seed in range(4))
+    w, v = (1 + noise(columns, dtype=dtype, seed=seed) / 4 for seed in (4, 5))
+    leaves = [x, r, w.requires_grad_(backward), v.requires_grad_(backward)]
+
+    def steps(norm: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        s = r + norm(x, (columns,), w, EPS)
+        return norm(s, (columns,), v, EPS), s
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return rmsnorm.add_rms_norm(rmsnorm.rms_norm(x, (columns,), w, EPS), r, (columns,), v, EPS)
+
+    calls: Calls = {
+        "fused": lambda: rmsnorm.sandwich_rms_norm(x, r, (columns,), w, v, EPS),
+        "rms_norm, +, rms_norm": lambda: steps(rmsnorm.rms_norm),
+        "rms_norm, add_rms_norm": ours,
+        "torch's": lambda: steps(F.rms_norm),
+    }
+    if not backward:
+        return calls, 4 * x.nbytes
+
+    return {name: gradient(call(), leaves, [dy, ds]) for name, call in calls.items()}, 6 * x.nbytes
+
+
+FORMS = ("quantised", "sandwich", "heads")
+
+
+def cases(wanted: list[str]) -> Iterator[tuple[str, Calls, int]]:
     for dtype in (torch.float32, torch.bfloat16):
+        kind = str(dtype)[6:]
         for rows, columns in ((1, 4096), (512, 4096), (512, 576)):
-            for residual in (False, True):
+            for residual in (False, True) if "quantised" in wanted else ():
                 name = "add + norm + int8" if residual else "norm + int8"
-                calls, moved = quantised(rows, columns, dtype, residual)
-                yield "quantised", f"{name} {rows}x{columns} {str(dtype)[6:]}", calls, moved
+                yield f"{name} {rows}x{columns} {kind}", *quantised(rows, columns, dtype, residual)
+        for rows, columns in ((1, 4096), (512, 4096), (4096, 4096)) if "sandwich" in wanted else ():
+            what = f"{rows}x{columns} {kind}"
+            yield f"norm + add {what}", *norm_add(rows, columns, dtype)
+            yield f"sandwich {what}", *sandwich(rows, columns, dtype, backward=False)
+            yield f"sandwich backward {what}", *sandwich(rows, columns, dtype, backward=True)
+        for tokens in (1, 512) if "heads" in wanted else ():
+            for normed, back in product((True, False), (False, True)):
+                name = f"{'heads' if normed else 'rope'} {'backward ' if back else ''}{tokens} tokens {kind}"
+                yield name, *heads(tokens, dtype, normed, back)
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -149,7 +194,7 @@ def copy_speed() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("forms", nargs="*")
+    parser.add_argument("forms", nargs="*", help=", ".join(FORMS))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender of a case")
     given = parser.parse_args()
@@ -157,9 +202,7 @@ def main() -> None:
     for threads in map(int, given.threads.split(",")):
         torch.set_num_threads(threads)
         speed = copy_speed()
-        for form, name, calls, moved in cases():
-            if given.forms and form not in given.forms:
-                continue
+        for name, calls, moved in cases(given.forms or list(FORMS)):
             with torch.no_grad():
                 check(calls)
                 times = race(calls, given.seconds)

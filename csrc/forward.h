@@ -10,7 +10,7 @@ class Plain {
   using Norm = Norm_;
   using Out = Out_;
   // Asking for rows to come is a kernel of its own. LayerNorm of half types has more to compute, and lost 7 % by it.
-  static constexpr bool kAsks = kStreams && !(Norm::kBias && sizeof(T) == 2), kAdds = Add;
+  static constexpr bool kAsks = kStreams && !(Norm::kBias && sizeof(T) == 2), kAdds = Add, kTwice = false;
   // Out of the last cache, rows to come are asked for while one is summed, and none of them while one is stored, as the
   // output's are: 4096x576 takes 0.91 of the time, 32768x128 with 2 threads 0.93. What adds is no faster by it.
   static constexpr bool kAsksInSum = std::is_same_v<T, float> && !Add;
@@ -86,7 +86,7 @@ class Plain {
   }
 
   // What rescue() reads, where it was not kept.
-  __attribute__((noinline, cold)) static void keep_sum(const Forward& f, const ForwardRows& rows, int64_t r) {
+  __attribute__((noinline, cold)) static void keep_sum(const Forward& f, const ForwardRows& rows, int64_t r, int64_t) {
     const Loader<false, true> load(f, rows, r, 0);
     for_columns<T>(f.columns, [&](auto span) { load(span); });
   }
@@ -99,14 +99,13 @@ class Plain {
   typename Norm::Normaliser normalised_;
 };
 
-// `ask`: bytes of a row to come to ask for with each column.
-template <class Form, bool Ask, bool Keep>
-RMSNORM_INLINE void sum_row(const Forward& f, const ForwardRows& rows, int64_t r, typename Form::Norm::Block& found,
+// `load` is the load step; `ask`: bytes of a row to come to ask for with each column.
+template <class Form, bool Ask, class Load>
+RMSNORM_INLINE void sum_row(const Load& load, const ForwardRows& rows, int64_t r, typename Form::Norm::Block& found,
                             int64_t in_block, int64_t block, int64_t columns, int64_t ask) {
   using Norm = typename Form::Norm;
   using T = typename Norm::Element;
   const auto adder = Norm::adder((const T*)rows.input[r], columns);
-  const typename Form::template Loader<Ask, Keep> load(f, rows, r, in_block);
   const char* next = (const char*)rows.input[r] + rows.next * block;
   const char* next_residual = (const char*)rows.residual[r] + rows.next_residual * block;
   typename Norm::Sums sum;
@@ -134,7 +133,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
   for (int64_t r = begin; r < end; ++r) {
     if (__builtin_expect(!found.safe(r - begin), 0)) {
       typename Norm::Row rescued = found[r - begin];
-      if constexpr (Again) Form::keep_sum(f, rows, r);
+      if constexpr (Again) Form::keep_sum(f, rows, r, r - begin);
       Form::rescue(f, rows, r, rescued);
       if (rows.rstd) keep(r, rescued);
       continue;
@@ -171,9 +170,17 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     const int64_t end = begin + block < rows.count ? begin + block : rows.count;
     typename Form::Norm::Block found;
-    for (int64_t r = begin; r < end; ++r) {
-      if (again) sum_row<Form, Ask, !kAgain>(f, rows, r, found, r - begin, block, columns, ask);
-      else sum_row<Form, Ask, true>(f, rows, r, found, r - begin, block, columns, ask);
+    const auto sum_up = [&](int64_t r, auto keep) __attribute__((always_inline)) {
+      const typename Form::template Loader<Ask, decltype(keep)::value> load(f, rows, r, r - begin);
+      sum_row<Form, Ask>(load, rows, r, found, r - begin, block, columns, ask);
+    };
+    if constexpr (Form::kTwice) {
+      Form::template sum_twice<Ask>(f, rows, found, begin, end, again, block, ask);
+    } else {
+      for (int64_t r = begin; r < end; ++r) {
+        if (again) sum_up(r, std::bool_constant<!kAgain>{});
+        else sum_up(r, std::true_type{});
+      }
     }
     found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
     if (again && stream) store_rows<Form, kStreams, Ask, kAgain>(f, rows, found, begin, end, columns, back);
@@ -192,6 +199,9 @@ void forward(const Forward& f, const ForwardRows& rows) {
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);
 }
+
+template <class T>
+ForwardKernel sandwich_of(const Forward& f);
 
 template <class T, class Out>
 ForwardKernel gated_of(const Forward& f) {
@@ -214,6 +224,7 @@ template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
+  if (f.add_after || f.twice) return sandwich_of<T>(f);
   if (f.gate != Gate::none) return f.output == f.input ? gated_of<T, T>(f) : gated_of<T, float>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
   if (f.gain_type == f.input) return f.round_first ? forward_of<T, T, T, true>(f) : forward_of<T, T, T, false>(f);
@@ -226,6 +237,7 @@ template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
+  if (f.add_after || f.twice) return sandwich_of<T>(f);
   if (f.gate != Gate::none) return gated_of<T, T>(f);
   return f.gain_type == Type::none ? forward_of<T, void, T, false>(f) : forward_of<T, T, T, false>(f);
 }

@@ -111,8 +111,7 @@ void turn_normed(const Forward& f, const ForwardRows& rows) {
   part.stream = part.add_again = part.back = part.ask = false;
   part.keep_gain = rows.keep_gain, part.mean = nullptr;
   part.next = part.next_output = part.next_residual = 0;
-  for (int64_t r = 0; r < block; ++r)
-    part.output[r] = (T*)rows.scratch + r * f.columns, part.gain[r] = rows.gain[0];
+  for (int64_t r = 0; r < block; ++r) part.output[r] = (T*)rows.scratch + r * f.columns, part.gain[r] = rows.gain[0];
   for (int64_t begin = 0; begin < rows.count; begin += block) {
     part.count = begin + block < rows.count ? block : rows.count - begin;
     part.rstd = rows.rstd ? (Scalar<T>*)rows.rstd + begin : nullptr;

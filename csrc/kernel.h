@@ -49,7 +49,11 @@ struct Forward {
   Type gain_type;    // none, the input's, or wide(input)
   bool round_first;  // round to the input's type before the gain (Llama) instead of after it (torch)
   bool add;          // sum = input + residual first
-  WeightRows gain;
+  bool add_after;    // the output is residual + the norm's
+  bool twice;        // sum = that, with the first norm's gain and eps, and the output is the sum's norm
+  WeightRows gain;   // of these: of the input's type and without the offset, or formed, wide, in the kernel's own order
+  WeightRows first_gain;
+  double offset, first_eps;
   bool layer;  // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
   const void* bias;
   Gate gate;           // the gain is there then, and as in Backward
@@ -84,15 +88,18 @@ struct ForwardRows {
   void* output[kBatch];
   void* gate[kBatch];  // or cosines
   void* gain[kBatch];
-  void* scratch;   // a block of rows, scratch_bytes() of rows.h, if the gate is first, or what is turned is normed
-  void* rstd;      // one wide(input) value per row of this batch, negative where it is the floor's; or null
-  double* mean;    // the same, for LayerNorm
-  bool stream;     // output is larger than the caches: its stores should go past them
-  bool add_again;  // a sum's should, and it is added again for them
-  bool back;       // rows are stored from their end on
-  bool keep_gain;  // a row, its output and its gain fit in L1, if only just
-  bool ask;        // rows to come are asked for into L2, as L1 has no room for them
-  int64_t next;    // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
+  void* first_gain[kBatch];
+  void* scratch;     // scratch_bytes() of rows.h: a block of rows, if the gate is first, if there are two norms, or if
+                     // what is turned is normed
+  void* rstd;        // one wide(input) value per row of this batch, negative where it is the floor's; or null
+  void* first_rstd;  // the same, of the first of two norms
+  double* mean;      // the same, for LayerNorm
+  bool stream;       // output is larger than the caches: its stores should go past them
+  bool add_again;    // a sum's should, and it is added again for them, or kept in scratch until then
+  bool back;         // rows are stored from their end on
+  bool keep_gain;    // a row, its output and its gain fit in L1, if only just
+  bool ask;          // rows to come are asked for into L2, as L1 has no room for them
+  int64_t next;      // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
   int64_t next_output, next_residual;  // the same, of the others
 };
 

@@ -66,15 +66,18 @@ inline bool fills_first_cache(const Forward& f) {
 }
 
 // fp32 that is only normalised: what waits for the caches most.
-inline bool is_plain(const Forward& f) { return f.input == Type::f32 && !f.add && !f.layer && f.gate == Gate::none; }
+inline bool is_plain(const Forward& f) {
+  return f.input == Type::f32 && !f.add && !f.add_after && !f.twice && !f.layer && f.gate == Gate::none;
+}
 
 // Whether rows to come are asked for into L2: where there is something to wait for. Always memory; for fp32 all that
 // lies beyond L2 (a thread's share of 2 MiB then takes 0.97 of the time, 4 MiB 0.85 to 0.96, 8 MiB 0.75 to 0.95; within
 // L2 1.03); for what computes or reads more, a last cache that the share half fills (640x4096 LayerNorm 0.95; less full
 // 1.05). Half types wait for arithmetic there (32768x128 bf16 1.08). All on a Zen 4 (L1 32 KiB), where 8192x4096 fp32,
-// 1 thread, takes 0.86 of a copy by it, and not 1.32.
+// 1 thread, takes 0.86 of a copy by it, and not 1.32. Two norms wait for two tensors at once, in half types too
+// (512x4096 bf16 0.8 of the time).
 inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
-  const bool far = is_plain(f) ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
+  const bool far = is_plain(f) || f.twice ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
   return fills_first_cache(f) && (far || overflows_caches(bytes));
 }
 
@@ -84,7 +87,7 @@ inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes &
 // Whether add's sum goes past the caches, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread
 // or 2; 512x4096 0.7 by 1 thread, and 0.93 by two cores of a complex (1.4 with the output past their cache, too).
 inline bool should_add_again(const Forward& f, int64_t bytes) {
-  return f.add && f.input == Type::f32 && overflows_caches(bytes);
+  return (f.twice || (f.add && f.input == Type::f32)) && overflows_caches(bytes);
 }
 
 // Whether the output goes past the caches. A core complex of a Zen 4 writes 28.6 GB/s there, by one core or by several.

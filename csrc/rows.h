@@ -90,27 +90,36 @@ inline void take_weight(const WeightRows& weight, int64_t row, int64_t count, vo
 
 enum ForwardOperand { kInput, kOutput, kResidual, kSum, kGate, kForwardOperands };
 
-// Bytes that a gate in front of the norm needs, or what is turned behind it: a block of rows of what it makes.
+// Bytes of a block of rows: of what a gate or a norm in front of the norm makes, or of what is turned behind it.
 inline int64_t scratch_bytes(const Forward& f) {
   if (f.turn == Turn::norm) return block_rows(f.input, f.columns) * f.columns * size_of(f.input);
-  return f.gate_first ? block_rows(f.input, f.columns) * padded(f.columns) * (size_of(f.input) == 2 ? 4 : 8) : 0;
+  const int64_t each = f.gate_first ? (size_of(f.input) == 2 ? 4 : 8) : f.twice ? size_of(f.input) : 0;
+  return block_rows(f.input, f.columns) * padded(f.columns) * each;
 }
 
-// `rstd` and `mean` have one value per row, or are null; `scratch` has scratch_bytes().
-inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, char* rstd,
-                         double* mean, char* scratch, int64_t begin, int64_t end) {
+// What is kept of each row: one value each, or null.
+struct Statistics {
+  char* rstd;
+  char* first_rstd;
+  double* mean;
+};
+
+// `scratch` has scratch_bytes().
+inline void forward_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands,
+                         const Statistics& kept, char* scratch, int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
   ForwardRows rows = {};
   rows.scratch = scratch;
-  const int64_t read = (f.add ? 3 : f.gate != Gate::none ? 2 : 1) * size_of(f.input);  // a sum is written, too
+  const bool sums = f.add || f.twice;  // a sum is written, too
+  const int64_t read = (sums ? 3 : f.add_after || f.gate != Gate::none ? 2 : 1) * size_of(f.input);
   const int64_t row_bytes = f.columns * (read + size_of(f.output));
   const int64_t bytes = operands.rows * row_bytes, share = (end - begin) * row_bytes;
   rows.stream = should_stream(f, bytes, share);
   rows.add_again = should_add_again(f, bytes);
   const auto& data = operands.data;
   rows.back = rows.add_again ? should_walk_back({data[kInput], data[kResidual]}, {data[kSum], data[kOutput]})
-                             : should_walk_back({data[f.add ? kSum : kInput], data[kGate]}, {data[kOutput]});
+                             : should_walk_back({data[sums ? kSum : kInput], data[kGate]}, {data[kOutput]});
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
   rows.ask = should_ask(f, bytes, share);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
@@ -118,10 +127,13 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   rows.next_residual = operands.dims > 0 ? operands.stride[kResidual][operands.dims - 1] : 0;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(kBatch, end - row);
-    rows.rstd = rstd ? rstd + row * size_of(wide(f.input)) : nullptr;
-    rows.mean = mean ? mean + row : nullptr;
+    rows.rstd = kept.rstd ? kept.rstd + row * size_of(wide(f.input)) : nullptr;
+    rows.first_rstd = kept.first_rstd ? kept.first_rstd + row * size_of(wide(f.input)) : nullptr;
+    rows.mean = kept.mean ? kept.mean + row : nullptr;
     cursor.take(rows.count, {rows.input, rows.output, rows.residual, rows.sum, rows.gate});
     if (f.gain.count > 1 || row == begin) take_weight(f.gain, row, rows.count, rows.gain);
+    if (f.twice && (f.first_gain.count > 1 || row == begin))
+      take_weight(f.first_gain, row, rows.count, rows.first_gain);
     kernel(f, rows);
   }
   if (rows.stream || rows.add_again) finish_streaming();

@@ -47,6 +47,20 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
 #endif
 }
 
+// unpack(pack(x)) of what has no NaN with a payload in the lower half, which would be carried out of it.
+RMSNORM_INLINE Split round_split(const Split& x) {
+  return Split::of([&](int i) __attribute__((always_inline)) {
+    const BitsReg bits = (BitsReg)x.v[i], upper = bits >> 16;
+#if defined(RMSNORM_AVX512)  // (~upper & 1) - 0x8000, in one instruction
+    const BitsReg less =
+        (BitsReg)_mm512_ternarylogic_epi32((__m512i)upper, _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);
+    return (FloatReg)((bits - less) & 0xffff0000u);
+#else
+    return (FloatReg)((bits + 0x7fff + (upper & 1)) & 0xffff0000u);
+#endif
+  });
+}
+
 RMSNORM_INLINE Split load_split(const bf16* p) { return unpack(load_register<BitsReg>(p)); }
 RMSNORM_INLINE void store_split(bf16* p, const Split& x) { store_register(p, pack(x)); }
 
@@ -144,6 +158,15 @@ RMSNORM_INLINE Vector<T> round_to(const Vector<T>& x) {
   if constexpr (sizeof(T) > 2) return x;
   T stored[kStep<T>];
   return store_back_for<T>(stored, x);
+}
+
+// The same of what was computed from numbers of that type and from gains, as make_gain() forms them.
+template <class T>
+RMSNORM_INLINE Vector<T> round_own(const Vector<T>& x) {
+#if defined(__AVX2__)
+  if constexpr (kSplit<T>) return round_split(x);
+#endif
+  return round_to<T>(x);
 }
 
 // Whether load_few() and store_few() take the last columns of a row, by masks. By way of the stack a load waits until

@@ -53,6 +53,8 @@ namespace {
 
 #include "forward.h"
 
+#include "sandwich.h"
+
 #include "gated_backward.h"
 
 #include "backward.h"

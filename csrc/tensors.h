@@ -234,27 +234,30 @@ inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
 
 // Forward, for all rows of operands that are known.
 inline void run_forward(const Forward& f, const Operands<kForwardOperands>& operands, const Target& target,
-                        const Tensor* rstd, const Tensor* mean) {
-  char* statistic = rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr;
-  double* means = mean ? static_cast<double*>(mean->data_ptr()) : nullptr;
+                        const Tensor* rstd, const Tensor* mean, const Tensor* first_rstd = nullptr) {
+  const auto data = [](const Tensor* kept) { return kept ? static_cast<char*>(kept->data_ptr()) : nullptr; };
+  const Statistics kept = {data(rstd), data(first_rstd), reinterpret_cast<double*>(data(mean))};
   const int64_t bytes = scratch_bytes(f);
   parallel(operands.rows, grain_rows(f.columns), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(bytes ? new char[bytes] : nullptr);
-    forward_rows(target, f, operands, statistic, means, scratch.get(), begin, end);
+    const std::unique_ptr<char[]> scratch(bytes ? new char[bytes + 63] : nullptr);
+    char* lines = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);  // whole ones of the cache
+    forward_rows(target, f, operands, kept, lines, begin, end);
   });
 }
 
-// The same of tensors. `other` is the gate if there is one, else the residual or null.
+// The same of tensors. `other` is the gate if there is one, else the residual or null; `first_rstd` is for two norms.
 inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
-                        const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean) {
+                        const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
+                        const Tensor* first_rstd = nullptr) {
   const Tensor x = with_plain_rows(input, shape.outer);
   const OptionalTensor second = with_plain_rows(other, shape.outer);
   const bool gated = f.gate != Gate::none;
-  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output), f.add = other && !gated;
+  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output);
+  f.add = other && !gated && !f.add_after && !f.twice;
   f.gain_type = gain.type, f.gain = gain.rows;
   const auto operands = operands_of<kForwardOperands>(
-      x, shape.outer, {&x, &output, f.add ? address(second) : nullptr, sum, gated ? address(second) : nullptr});
-  run_forward(f, operands, *gain.target, rstd, mean);
+      x, shape.outer, {&x, &output, gated ? nullptr : address(second), sum, gated ? address(second) : nullptr});
+  run_forward(f, operands, *gain.target, rstd, mean, first_rstd);
 }
 
 // Backward, for all rows of operands that are known. The weight's gradient comes as totals per chunk: finish() adds

@@ -17,6 +17,15 @@ RMSNORM_INLINE D to_wide(const F& x, double) { return widen(x); }
 RMSNORM_INLINE F to_wide(const F& x, float) { return x; }
 RMSNORM_INLINE F to_wide(const D& x, float) { return narrow(x); }
 
+// NaNs whose lower half is 0, for round_own().
+template <class V>
+RMSNORM_INLINE V without_payload(const V& x) {
+  return V::of([&](int i) __attribute__((always_inline)) {
+    const BitsReg bits = (BitsReg)x.v[i];
+    return (typename V::Register)(x.v[i] == x.v[i] ? bits : BitsReg{} + 0x7fc00000u);
+  });
+}
+
 // For rows of type `row` the gain is raw, for none it is in columns' order.
 void make_gain(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,
                int64_t count) {
@@ -31,7 +40,7 @@ void make_gain(Type row, Type weight_type, const void* weight, double offset, Ty
   });
   if (row == Type::bf16) {
     float* to = (float*)gain;
-    for_columns<bf16>(count, [&](auto span) { span.store_raw(to, span.load_from(to)); });
+    for_columns<bf16>(count, [&](auto span) { span.store_raw(to, without_payload(span.load_from(to))); });
   }
 }
 

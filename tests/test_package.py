@@ -46,16 +46,11 @@ MAY_IMPORT = {
     },
     "forms/heads_ops": {"_foreign", "_form", "reference"},
     "forms/heads": {
-        *(
-            "_arguments",
-            "_everyday",
-            "_foreign",
-            "functional",
-            "distributed/heads",
-        ),  # the latter when a DTensor arrives
+        *("_arguments", "_everyday", "_foreign", "functional", "distributed/heads"),  # the latter for a DTensor
         *("forms/calls", "forms/heads_ops", "forms/served"),
     },
     "distributed/heads": {"distributed/placement"},
+    "forms/sandwich": {"_arguments", "_form", "forms/calls", "forms/served", "functional", "reference"},
     "distributed/placement": {"distributed/ranks"},
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route"},
@@ -68,7 +63,7 @@ MAY_IMPORT = {
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
         *("_info", "_install", "forms/gated", "forms/heads", "forms/layer_norm", "forms/quantised", "functional"),
-        *("gpu/__init__", "models/__init__", "module"),
+        *("forms/sandwich", "gpu/__init__", "models/__init__", "module"),
     },
 }
 
@@ -95,7 +90,9 @@ def test_public_page():
             "patched",
             "quantised_rms_norm",
             "rms_norm",
+            "rms_norm_add",
             "rope",
+            "sandwich_rms_norm",
             "uninstall",
             "unpatch",
         ]

@@ -16,6 +16,8 @@ from .forms.heads import rope as rope
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
+from .forms.sandwich import rms_norm_add as rms_norm_add
+from .forms.sandwich import sandwich_rms_norm as sandwich_rms_norm
 from .functional import add_rms_norm as add_rms_norm
 from .functional import rms_norm as rms_norm
 from .models import PatchReport as PatchReport
@@ -40,7 +42,9 @@ __all__ = [
     "patched",
     "quantised_rms_norm",
     "rms_norm",
+    "rms_norm_add",
     "rope",
+    "sandwich_rms_norm",
     "uninstall",
     "unpatch",
 ]

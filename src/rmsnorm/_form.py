@@ -65,11 +65,15 @@ class Form:
     """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: there is no such
     operator, as another form's serves."""
     fixed: tuple[str, ...] = ()
-    """The last rows, where they have no gradient but the definition's, and types of their own."""
+    """Rows that have no gradient but the definition's, and types of their own."""
+    straight: tuple[str, ...] = ()
+    """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
     sources: Callable[..., Sequence[Tensor]] | None = None
     """``(grads, saved) -> tensors`` of the shapes and types of the rows' gradients; None: what is saved."""
     laid: Callable[[Tensor], Tensor] = Tensor.contiguous
     """Lays out the gradient of a row."""
+    fits: Callable[..., bool] = lambda *arguments: True
+    """Whether the operators are what serves these tensors; else the definition does."""
     check: Callable[..., None] = lambda *arguments: None
     """Raises for what no kernel takes, before the definition runs."""
 
@@ -84,14 +88,14 @@ class Form:
         return len(self.rows) + len(self.weights)
 
     @cached_property
-    def moving(self) -> int:
-        """How many rows have a gradient."""
-        return len(self.rows) - len(self.fixed)
+    def moving(self) -> tuple[str, ...]:
+        """Rows whose gradients backward finds."""
+        return tuple(name for name in self.rows if name not in self.straight + self.fixed)
 
     @cached_property
     def learnt(self) -> tuple[str, ...]:
-        """What has a gradient."""
-        return self.rows[: self.moving] + self.weights
+        """What backward finds the gradients of."""
+        return self.moving + self.weights
 
     @cached_property
     def known(self) -> tuple[bool, ...]:
@@ -112,7 +116,8 @@ class Form:
         """Tensors of the shapes and types of the rows' gradients."""
         if self.sources is not None:
             return self.sources(grads, saved)
-        return [saved[0]] * self.moving if len(saved) < len(self.rows) else saved[: self.moving]
+        count = len(self.moving)
+        return [saved[0]] * count if len(saved) < count else saved[:count]
 
     def schemas(self) -> dict[str, str]:
         """By the ends of the operators' names."""
@@ -162,7 +167,7 @@ class Operators:
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
     outputs, read = len(form.outputs), len(form.saved or form.rows)
-    moving, tensors = form.moving, len(form.learnt)
+    moving, tensors = len(form.moving), len(form.learnt)
 
     def some(results: _Results) -> Any:
         return results[0] if outputs == 1 else tuple(results[:outputs])

@@ -35,9 +35,11 @@ def rms_norm(input: Tensor, weight: Tensor | None, dims: int, eps: float, offset
     return _normalise(wide, reference.gain(weight, wide, offset), dims, eps).to(input.dtype)
 
 
-def normalised(wide: Tensor, weight: None, dims: int, eps: float, *_: Any) -> tuple[Tensor, Any]:
-    """``reference.rms_norm`` without a weight, for norms that do more than that."""
-    return _normalise(wide, weight, dims, eps), None
+def normalised(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, *_: Any
+) -> tuple[Tensor, Any]:
+    """The same in the place of ``reference.rms_norm``, for forms that are made of it."""
+    return rms_norm(input, weight, dims, eps, offset, round_first), None
 
 
 def _normalise(wide: Tensor, gain: Tensor | None, dims: int, eps: float) -> Tensor:

@@ -167,6 +167,63 @@ def test_columns(ranks, name, weight, layout):
             judge(name, dtype, shape, found)
 
 
+def sandwiched(
+    tensors: list[Tensor], grads: list[Tensor], grid: tuple[int, ...], placements: list[Placement]
+) -> list[list[Tensor]] | None:
+    """On a rank: outputs and gradients of the sandwich, then of its half; None outside of the mesh."""
+    here = mesh(*grid)
+    found = []
+    for norm, weights in ((rmsnorm.sandwich_rms_norm, 2), (rmsnorm.rms_norm_add, 1)):
+        placed = [placements] * 2 + [[WHOLE] * len(grid)] * weights
+        args = [
+            distribute_tensor(t, here, p, src_data_rank=None).requires_grad_()
+            for t, p in zip(tensors, placed, strict=False)
+        ]
+        outputs = norm(*args[:2], tensors[0].shape[-1:], *args[2:], eps=1e-5)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = [distribute_tensor(g, here, placements, src_data_rank=None) for g in grads[: len(outputs)]]
+        each = torch.autograd.grad(outputs, args, given)
+        found.append([whole(t.detach()) for t in (*outputs, *each)] if here.get_coordinate() is not None else [])
+    return found if found[0] else None
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_sandwich(ranks, layout):
+    """Rows anywhere: outputs and gradients of rows have the bits of the whole, the weights' are sums of parts."""
+    shape, grid, placements = ROWS[layout]
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *sizes: torch.randn(sizes, generator=generator)  # noqa: E731
+    tensors, grads = [draw(*shape), draw(*shape), draw(shape[-1]), draw(shape[-1])], [draw(*shape), draw(*shape)]
+    answers = [answer for answer in ranks.run(sandwiched, tensors, grads, grid, placements) if answer]
+    assert answers
+    for k, norm in enumerate((rmsnorm.sandwich_rms_norm, rmsnorm.rms_norm_add)):
+        leaves = [t.clone().requires_grad_() for t in tensors[: 4 - k]]
+        outputs = norm(*leaves[:2], shape[-1:], *leaves[2:], eps=1e-5)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [*outputs, *torch.autograd.grad(outputs, leaves, grads[: len(outputs)])]
+        for answer in answers:
+            for i, (one, two) in enumerate(zip(answer[k], wanted, strict=True)):
+                if i < len(outputs) + 2:
+                    assert same_bits(one, two.detach())
+                torch.testing.assert_close(one, two.detach())
+
+
+def cut(x: Tensor) -> str | None:
+    """On a rank: what a sandwich of rows on two ranks says."""
+    here = mesh(2)
+    x = distribute_tensor(x, here, [Shard(1)], src_data_rank=None)
+    try:
+        rmsnorm.sandwich_rms_norm(x, x, x.shape[-1:])
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_sandwich_of_cut_rows(ranks):
+    said = ranks.run(cut, torch.ones(4, 6))
+    assert any("this form has no norm of rows on several ranks" in (each or "") for each in said)
+
+
 def normalise(norm: Any, x: Tensor, grad: Tensor, options: dict[str, float]) -> tuple[Tensor, Tensor] | None:
     """On a rank: output and gradient of rows cut in two; None outside of the mesh."""
     here = mesh(2)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rmsnorm.models import rewrite
+from rmsnorm.models import neighbours
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
-    """How often the fused operator ran."""
+    """How often a fused operator ran."""
     seen: list[int] = []
-    fused = rewrite.add_rms_norm
-    monkeypatch.setattr(rewrite, "add_rms_norm", lambda *args, **options: (seen.append(1), fused(*args, **options))[1])
+
+    def counted(fused: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: (seen.append(1), fused(*args, **options))[1]
+
+    for name in ("add_rms_norm", "rms_norm_add", "sandwich_rms_norm"):
+        monkeypatch.setattr(neighbours, name, counted(getattr(neighbours, name)))
     return seen
 
 

@@ -9,6 +9,7 @@ import pickle
 import traceback
 
 import pytest
+import tiny
 import torch
 from layers import Layer, Model, x
 from oracle import same_bits
@@ -141,3 +142,90 @@ def test_tracebacks_show_the_rewritten_lines() -> None:
     text = "".join(traceback.format_exception(error.value))
     assert "with fused adds" in text
     assert "raise RuntimeError('no')" in text
+
+
+class Sandwich(Layer):
+    """A norm on either side of the first add, one before the second, which ends the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.mixer(x)
+        x = self.input_layernorm(x)
+        x = x + residual
+        residual = x
+        x = self.post_attention_layernorm(x)
+        x = self.mlp(x)
+        x = self.input_layernorm(x)
+        x = residual + x
+        return x  # noqa: RET504 - the line is the pattern
+
+
+class UsedAgain(Layer):
+    """What the norm made is read behind the add, or the add isn't of what it made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        normed = self.input_layernorm(x)
+        x = residual + normed
+        x = self.mlp(x + normed)
+        x = self.post_attention_layernorm(x)
+        x = x + x
+        return x  # noqa: RET504 - as above
+
+
+def test_norms_before_adds(calls: list[int]) -> None:
+    model = Model(Sandwich)
+    rmsnorm.patch(model)
+    plain = model(x())
+    rmsnorm.unpatch(model)
+    report = rmsnorm.patch(model, fuse=True)
+    said = "input_layernorm, add, then post_attention_layernorm; input_layernorm, add"
+    assert [entry.meaning for entry in report.fused] == [said] * 2
+    calls.clear()
+    assert same_bits(model(x()), plain)
+    assert len(calls) == 4
+    rmsnorm.unpatch(model.layers[0].input_layernorm)  # the sandwich falls apart: what is ours stays so
+    calls.clear()
+    model(x())
+    assert len(calls) == 3
+    model.layers[1].post_attention_layernorm.register_forward_hook(lambda *_: None)
+    calls.clear()
+    model(x())
+    assert len(calls) == 3
+
+
+def test_what_is_used_again_is_no_pattern() -> None:
+    report = rmsnorm.patch(Model(UsedAgain), fuse=True)
+    assert (report.fused, report.skipped) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "each"),
+    [
+        ("gemma2", "post_attention_layernorm, add, then pre_feedforward_layernorm; post_feedforward_layernorm, add", 2),
+        ("gemma3", "post_attention_layernorm, add, then pre_feedforward_layernorm; post_feedforward_layernorm, add", 2),
+        ("olmo2", "post_attention_layernorm, add; post_feedforward_layernorm, add", 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_with_norms_before_adds(calls: list[int], name: str, said: str, each: int, dtype: torch.dtype) -> None:
+    """The bits of the patched model that is not fused; gradients within rounding."""
+    torch.manual_seed(0)
+    model = tiny.MODELS[name]().to(dtype).eval()
+    ids = torch.arange(2, 26).view(2, 12)
+    rmsnorm.patch(model)
+    plain = model(input_ids=ids, labels=ids)
+    plain.loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    rmsnorm.unpatch(model)
+    report = rmsnorm.patch(model, fuse={"input_ids": ids})
+    assert [entry.meaning for entry in report.fused] == [said] * 2, report.skipped
+    calls.clear()
+    output = model(input_ids=ids, labels=ids)
+    assert len(calls) == 2 * each
+    assert same_bits(output.logits, plain.logits)
+    output.loss.backward()
+    for place, parameter in model.named_parameters():
+        apart = (parameter.grad - wanted[place]).double().norm() / wanted[place].double().norm().clamp_min(1e-30)
+        assert apart <= 16 * torch.finfo(dtype).eps, place

@@ -1,4 +1,4 @@
-"""Small random models of eight architectures, as ``save_pretrained`` writes them, and a tokenizer to go with them."""
+"""Small random models of ten architectures, as ``save_pretrained`` writes them, and a tokenizer to go with them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,13 @@ MODELS: dict[str, Callable[[], Any]] = {
         transformers.LlamaConfig(**_WIDTHS, **_HEADS, **_ENDS, num_key_value_heads=2)
     ),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_WIDTHS, **_GROUPS, **_ENDS)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**_WIDTHS, **_GROUPS, **_ENDS, sliding_window=64)
+    ),
     "gemma3": _gemma3,
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(
+        transformers.Olmo2Config(**_WIDTHS, **_HEADS, **_ENDS, num_key_value_heads=2)
+    ),
     "mamba2": _mamba2,
     "t5": _t5,
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_WIDTHS, **_HEADS)),

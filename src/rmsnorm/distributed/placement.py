@@ -69,7 +69,7 @@ def add_rms_norm(
         return ranks.rms_norm(parts, x + r, w, dims, eps, offset, casting_mode == "llama", keep=True)
 
     alike = {"input": input, "residual": residual}
-    return normalise("add_rms_norm", local, across, dims, alike, {"weight": weight})
+    return normalise("add_rms_norm", local, across, dims, alike, {"weight": weight}, outputs=2)
 
 
 def gated_rms_norm(
@@ -131,6 +131,7 @@ def normalise(
     alike: _Tensors,
     weights: _Tensors,
     group_size: int | None = None,
+    outputs: int = 1,
 ) -> Any:
     """``alike`` are the tensors of the input's shape, ``weights`` those of its last dimensions, by name; ``local`` and
     ``across`` take what a rank has of them, where rows are whole and where they aren't."""
@@ -147,7 +148,7 @@ def normalise(
         cut = f"{name}: input is placed {list(placements)}, which cuts a normalised dimension"
         raise RuntimeError(f"{cut}; this form has no norm of rows on several ranks: shard another dimension")
     if mesh.get_coordinate() is None:  # this rank has no part; torch's own operators compute nothing either
-        output: Any = tensors[0] if len(alike) == 1 else (tensors[0],) * 2
+        output: Any = tensors[0] if outputs == 1 else (tensors[0],) * outputs
     elif across is not None and split:
         groups = tuple(mesh.get_group(i).group_name for i in split)
         output = across((groups, prod(_tail(whole, dims))), *tensors)

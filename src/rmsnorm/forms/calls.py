@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _everyday, functional
 from .served import Served
 
-_Named = dict[str, Tensor | None]
+Named = dict[str, Tensor | None]
 
 
 def call(
     served: Served,
     public: Callable[..., Any],
-    rows: _Named,
+    rows: Named,
     normalized_shape: int | Sequence[int],
-    weights: _Named,
+    weights: Named,
     eps: float | None,
     options: dict[str, tuple[Any, Any]],
     more: tuple[Any, ...] = (),
@@ -59,7 +60,12 @@ def call(
         given = _arguments.given(**options)
         given |= _arguments.given(**{label: (rows[label], None) for label in by_name})
         first = [row for label, row in rows.items() if label not in by_name]
-        return handle_torch_function(public, tensors, *first, normalized_shape, *weights.values(), eps, **given)
+        arguments = (*first, normalized_shape, *weights.values(), eps)
+        found = handle_torch_function(public, tensors, *arguments, **given)
+        outputs = len(served.form.outputs)  # a graph's caller may unpack it
+        if outputs > 1 and isinstance(found, torch.fx.Proxy):
+            return tuple(found[i] for i in range(outputs))  # type: ignore[index]
+        return found
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
         if weight is not None:
@@ -73,7 +79,7 @@ def call(
         if row is not None or label not in by_name:
             check_alike(name, label, row, input)
     if ranks := _everyday.distributed(*tensors):
-        return ranks.normalise(name, again, None, dims, rows, weights)
+        return ranks.normalise(name, again, None, dims, rows, weights, outputs=len(served.form.outputs))
     return served(native, *tensors, dims, eps, offset, round_first, *more)
 
 

@@ -18,10 +18,15 @@ from .. import _autograd, _foreign, _form, _onnx
 
 
 class Served:
-    """How calls of one form are served: ``made`` are its operators."""
+    """How calls of one form are served: ``made`` are its operators.
 
-    def __init__(self, made: _form.Operators) -> None:
+    ``norm`` takes the place of ``reference.rms_norm`` where the definition serves: a form of whole norms has the plain
+    norm's kernels, derivatives and rules there.
+    """
+
+    def __init__(self, made: _form.Operators, norm: Callable[..., Any] | None = None) -> None:
         self.made, self.form = made, made.form
+        self.more: dict[str, Any] = {} if norm is None else {"normalise": norm}
         self.operator: Callable[..., Any] = made.plain
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
@@ -38,7 +43,7 @@ class Served:
     def define(self, *arguments: Any, **more: Any) -> Any:
         """The definition's outputs."""
         assert self.form.define is not None
-        results = self.form.define(*arguments, **more)
+        results = self.form.define(*arguments, **(self.more | more))
         outputs = len(self.form.outputs)
         return results[0] if outputs == 1 else results[:outputs]
 
@@ -54,8 +59,13 @@ class Served:
 
     def is_moved(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether a derivative by a row is wanted that only the definition has."""
-        fixed = tensors[self.form.moving : len(self.form.rows)]
+        fixed = [t for t, name in zip(tensors, self.form.rows, strict=False) if name in self.form.fixed]
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in fixed)
+
+    def is_mixed(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether rows are of several types that no kernel has together."""
+        rows = [t for t, name in zip(tensors, self.form.rows, strict=False) if name not in self.form.fixed]
+        return any(t is not None and t.dtype is not rows[0].dtype for t in rows)  # type: ignore[union-attr]
 
     def __call__(self, native: bool, *arguments: Any) -> Any:
         """The outputs; ``native`` is False for types that no kernel has."""
@@ -69,7 +79,8 @@ class Served:
             return self.define(*arguments, normalise=_onnx.normalised)
         if (
             not native
-            or any(t is not None and t.dtype is not tensors[0].dtype for t in tensors[: self.form.moving])
+            or self.is_mixed(tensors)
+            or not self.form.fits(*arguments)
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or _foreign.wanted_by(*tensors)
@@ -89,9 +100,14 @@ class Served:
 def _function_of(served: Served) -> type[torch.autograd.Function]:
     """Kept for backward: what the row says, the weights, and a number per row."""
     form = served.form
-    rows, tensors, outputs, moving = len(form.rows), form.tensors, len(form.outputs), form.moving
+    rows, tensors, outputs, moving = len(form.rows), form.tensors, len(form.outputs), len(form.moving)
     places = [(form.rows + form.outputs).index(name) for name in form.saved or form.rows]
     read, kept = len(places), len(places) + len(form.kept)
+    names = form.rows + form.weights
+    # Of each tensor where its gradient is among those found, or -1 where it is the output's; None where there is none.
+    found_at = [form.learnt.index(n) if n in form.learnt else -1 if n in form.straight else None for n in names]
+    asked_at = [i for i, name in enumerate(names) if name in form.learnt]
+    known_at = [i for i, known in enumerate(form.known) if known]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
@@ -108,11 +124,11 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         found: Sequence[Tensor | None]
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
-        needs, none = ctx.needs_input_grad, (None,) * len(ctx.options)
-        needs = needs[:moving] + needs[rows:tensors]
-        options = [option for option, known in zip(ctx.options, form.known, strict=True) if known]
+        asked, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
+        needs, options = [asked[i] for i in asked_at], [ctx.options[i] for i in known_at]
         first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
-        rest, dtype = grads[1:], form.shaped((first, *grads[1:]), saved)[0].dtype
+        rest = grads[1:]
+        dtype = (saved if form.sources is None else form.sources((first, *rest), saved))[0].dtype
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
         wider = first.dtype is not dtype
         if wider:
@@ -128,8 +144,10 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
             found = served.backward(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
         if wider:
             found = [t if t is None or i >= moving else t.to(dtype) for i, t in enumerate(found)]
-        found = [t if need else None for t, need in zip(found, needs, strict=True)]
-        return *found[:moving], *(None,) * (rows - moving), *found[moving:], *none
+        return *(
+            None if at is None or not need else found[at] if at >= 0 else grads[0]
+            for at, need in zip(found_at, asked, strict=True)
+        ), *none
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn

@@ -34,7 +34,7 @@ def fuse(
     layers: dict[str, nn.Module] = {}
     changes: dict[str, Any] = {}
     for name, layer in model.named_modules():
-        if _adds_before_norms(layer):
+        if _adds_beside_norms(layer):
             layers[name], changes[name] = layer, rewrite.Rewritten
         elif heads and attention.turns_heads(layer):
             layers[name], changes[name] = layer, attention.Turned
@@ -79,10 +79,10 @@ def _words(error: Exception) -> str:
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def _adds_before_norms(layer: nn.Module) -> bool:
-    """Whether its source adds before a norm that is patched, and can."""
+def _adds_beside_norms(layer: nn.Module) -> bool:
+    """Whether its source adds beside a norm that is patched, and can."""
     ours = {name for name, child in layer.named_children() if (found := binding_of(child)) and found.adds()}
-    return bool(ours and ours.intersection(rewrite.norms_behind_adds(classes.original(type(layer)).forward)))
+    return bool(ours and ours.intersection(rewrite.norms_beside_adds(classes.original(type(layer)).forward)))
 
 
 def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]) -> dict[str, Call]:

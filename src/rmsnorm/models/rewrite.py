@@ -1,14 +1,10 @@
-"""The only file that rewrites a decoder layer: where a residual is added right before a norm, both become one call.
-
-    hidden_states = residual + hidden_states        normed, hidden_states = add_norm(self.norm, residual, hidden_states)
-    residual = hidden_states                    →   residual = hidden_states
-    hidden_states = self.norm(hidden_states)        hidden_states = normed
+"""The only file that rewrites a decoder layer: where a residual is added beside a norm, both become one call.
 
 The add is a line of the layer's own forward, so no change of a norm can reach it, and copies of every layer's source
-would rot. Hence: the source of the layer's class, parsed, this one pattern replaced, compiled for the same globals and
-closure. Text is only how the function is read: it counts if it compiles, unchanged, to the very code that the function
-runs. ``wrappers.py`` puts the decorators around the result, ``fusion.py`` compares what comes out with what the layer
-did before.
+would rot. Hence: the source of the layer's class, parsed, what ``patterns.py`` knows replaced, compiled for the same
+globals and closure. Text is only how the function is read: it counts if it compiles, unchanged, to the very code that
+the function runs. ``wrappers.py`` puts the decorators around the result, ``fusion.py`` compares what comes out with
+what the layer did before.
 """
 
 from __future__ import annotations
@@ -22,15 +18,16 @@ from collections.abc import Callable, Iterable
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from ..functional import add_rms_norm
 from . import classes, wrappers
-from .binding import binding_of, eps_of, serves, shape_of
+from .neighbours import add_norm, norm_add, sandwich
+from .patterns import CALLS, Fused, fuse
 
 Forward = Callable[..., Any]
-_ADD, _NORMED, _MAKE = "_rmsnorm_add_norm", "_rmsnorm_normed", "_rmsnorm_make"
+# Of a function's source and the name of its first argument: changes it, and says what was found.
+Change = Callable[[ast.AST, str], Iterable[Any]]
+_MAKE = "_rmsnorm_make"
 _FLAGS = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -43,8 +40,18 @@ class Rewritten:
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
-        self.function, self.norms = rewrite(cls.forward)
-        self.meaning = "add, then " + ", ".join(self.norms)
+        self.function, self.fused = rewrite(cls.forward)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return tuple(norm for pair in self.fused for norm in pair if norm)
+
+    @property
+    def meaning(self) -> str:
+        """What became one call each."""
+        behind = [after for before, after in self.fused if after and not before]
+        said = [", then ".join(filter(None, (f"{before}, add", after))) for before, after in self.fused if before]
+        return "; ".join([*(["add, then " + ", ".join(behind)] if behind else []), *said])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rewritten) and other.function is self.function
@@ -62,52 +69,29 @@ class Rewritten:
 classes.READERS["layer"] = Rewritten
 
 
-def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
-    """``norm(a + b)`` and ``a + b``; in one pass if the norm is patched, can add, and nobody listens to it."""
-    binding = binding_of(norm)
-    if (
-        binding is not None
-        and binding.adds()
-        and isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and a.dtype is b.dtype
-        and a.shape == b.shape
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        and not _has_any_global_hook()
-    ):
-        weight = getattr(norm, binding.weight) if binding.weight else None
-        if serves(norm, binding, weight, a):
-            recipe, shape, eps = binding.recipe, shape_of(norm, weight, a), eps_of(norm, binding)
-            return add_rms_norm(a, b, shape, weight, eps, offset=recipe.offset, casting_mode=recipe.casting_mode)
-    total = a + b
-    return norm(total), total
-
-
 @functools.cache
-def norms_behind_adds(original: Forward) -> tuple[str, ...]:
-    """The attributes of the norms that the function calls right behind an add."""
-    return found_by(_fuse, original)
+def norms_beside_adds(original: Forward) -> tuple[str, ...]:
+    """The attributes of the norms that the function calls right beside an add."""
+    return tuple(norm for pair in found_by(fuse, original) for norm in pair if norm)
 
 
-def found_by(change: Callable[[ast.AST, str], list[str]], original: Forward) -> tuple[str, ...]:
+def found_by(change: Change, original: Forward) -> tuple[Any, ...]:
     """What the change says of the function's source."""
     definition = _definition(original)
     return tuple(change(definition, definition.args.args[0].arg)) if definition and definition.args.args else ()
 
 
 @functools.cache
-def rewrite(original: Forward) -> tuple[Forward, tuple[str, ...]]:
-    """The function with each add before a norm fused, in the wrappers that it has, and the attributes of those norms.
+def rewrite(original: Forward) -> tuple[Forward, tuple[Fused, ...]]:
+    """The function with each add beside a norm fused, in the wrappers that it has, and the attributes of those norms.
 
     Raises:
         ValueError: it can't be rewritten, with the reason.
     """
-    return remade(original, _fuse, {_ADD: add_norm}, "fused adds")
+    return remade(original, fuse, dict(zip(CALLS, (add_norm, norm_add, sandwich), strict=True)), "fused adds")
 
 
-def remade(
-    original: Forward, change: Callable[[ast.AST, str], list[str]], calls: dict[str, Forward], what: str
-) -> tuple[Forward, tuple[str, ...]]:
+def remade(original: Forward, change: Change, calls: dict[str, Forward], what: str) -> tuple[Forward, tuple[Any, ...]]:
     """The function with a change of its source, in which the names of ``calls`` mean these, and what ``change`` says.
 
     Raises:
@@ -120,7 +104,7 @@ def remade(
     # With the lines of the source: between lines that differ, compilers leave instructions that do nothing.
     if _bare(_compile(innermost, _module(innermost, definition, calls), "<source>")) != _bare(innermost.__code__):
         raise ValueError("its source isn't what it runs")
-    norms = tuple(change(definition, definition.args.args[0].arg))
+    said = tuple(change(definition, definition.args.args[0].arg))
     text = ast.unparse(_module(innermost, definition, calls))
     line = innermost.__code__.co_firstlineno
     file = f"<rmsnorm: {innermost.__module__}.{innermost.__qualname__}, line {line}, with {what}>"
@@ -132,7 +116,7 @@ def remade(
     function = FunctionType(code, innermost.__globals__, innermost.__name__, innermost.__defaults__, closure)
     function.__kwdefaults__ = innermost.__kwdefaults__
     wrappers.resemble(function, innermost)
-    return wrappers.rewrap(links, function), norms
+    return wrappers.rewrap(links, function), said
 
 
 def _definition(original: Forward) -> ast.FunctionDef | None:
@@ -204,44 +188,3 @@ def _bare(code: CodeType) -> CodeType:
 
     constants, flags = tuple(map(bare, code.co_consts)), code.co_flags & ~inspect.CO_NESTED
     return code.replace(co_firstlineno=1, co_linetable=b"", co_flags=flags, co_consts=constants)
-
-
-def _fuse(node: ast.AST, this: str) -> list[str]:
-    """Replaces the pattern in all blocks of statements below; returns the attributes of ``this`` that are called."""
-    norms = [norm for child in ast.iter_child_nodes(node) for norm in _fuse(child, this)]
-    for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
-        statements = block if isinstance(block, list) else []
-        for i, add in enumerate(statements):
-            match add:
-                case ast.Assign(targets=[ast.Name(id=total)], value=ast.BinOp(left=a, op=ast.Add(), right=b)):
-                    use = _after_copies(statements[i + 1 :], total)
-                    if use and (norm := _called(use.value, this, total)):
-                        names: list[ast.expr] = [ast.Name(_NORMED, ast.Store()), ast.Name(total, ast.Store())]
-                        add.targets = [ast.Tuple(names, ast.Store())]
-                        layer = ast.Attribute(ast.Name(this, ast.Load()), norm, ast.Load())
-                        add.value = ast.Call(ast.Name(_ADD, ast.Load()), [layer, a, b], [])
-                        use.value = ast.Name(_NORMED, ast.Load())
-                        norms.append(norm)
-    return norms
-
-
-def _after_copies(statements: list[ast.stmt], total: str) -> ast.Assign | None:
-    """The first assignment that isn't ``other = name``, if only such copies stand before it."""
-    for statement in statements:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=other)], value=ast.Name()) if other != total:
-                continue
-            case ast.Assign():
-                return statement
-        return None
-    return None
-
-
-def _called(value: ast.expr, this: str, argument: str) -> str | None:
-    """``self.norm(argument)``: the attribute."""
-    match value:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id=owner), attr=name), args=[ast.Name(id=only)], keywords=[]
-        ) if (owner, only) == (this, argument):
-            return name
-    return None

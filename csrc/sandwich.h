@@ -1,0 +1,193 @@
+// The only file with the sandwich's steps: a norm whose output is added to the residual, alone or with the norm of that
+// sum behind it.
+//
+//   s = round(residual + round(x·r·gain))        y = round(s·r'·gain')
+//
+// Nothing between the two norms leaves L1 but the sum. Both gains are of one type, so that two weights, each in one of
+// two types or none, are not nine kernels: formed before, or, for few rows, weights of the input's type as they are.
+#pragma once
+
+template <class T, class Gain>
+class Gains {
+ public:
+  RMSNORM_INLINE Gains(const Forward& f, const void* gain)
+      : gain_((const Gain*)gain), offset_((Scalar<T>)(f.offset == 0 ? -0.0 : f.offset)) {}  // -0 + w is w, be it -0
+  template <class Span>
+  RMSNORM_INLINE Vector<T> operator()(Span span) const {
+    if constexpr (kRaw) return span.load_raw(gain_);
+    else return span.load_from(gain_) + splat<T>(offset_);
+  }
+  double at(int64_t i) const {
+    if constexpr (kRaw) return (double)gain_[raw_index<T>(i)];
+    else return (double)((Scalar<T>)element(gain_, i) + offset_);
+  }
+
+ private:
+  static constexpr bool kRaw = std::is_same_v<Gain, Scalar<T>>;
+  const Gain* gain_;
+  Scalar<T> offset_;
+};
+
+template <class T>
+RMSNORM_INLINE Vector<T> round_if(bool round, const Vector<T>& x) {
+  if constexpr (sizeof(T) == 2)
+    if (round) return round_own<T>(x);
+  return x;
+}
+
+// x̂ of an element of a row that is not safe.
+template <class T>
+double rescued(const ScaledRow& row, bool round_first, double x) {
+  const double y = row.normalise(x);
+  return sizeof(T) == 2 && round_first ? round_element<T>(y) : y;
+}
+
+// norm + add: a store step, and the load step of the norm behind it.
+template <class T, class Gain>
+class NormAdd {
+ public:
+  using Norm = Rms<T>;
+  using Out = T;
+  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = false, kTwice = false;
+  template <bool Ask, bool Keep>
+  using Loader = typename Plain<Norm, void, T, false, false>::template Loader<Ask, Keep>;
+  RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return rows.input; }
+
+  RMSNORM_INLINE NormAdd(const Forward& f, const ForwardRows& rows, int64_t r, const void* gain,
+                         const Rstd<Scalar<T>>& row)
+      : x_((const T*)rows.input[r]),
+        residual_((const T*)rows.residual[r]),
+        gain_(f, gain),
+        round_first_(f.round_first),
+        normalised_(row) {}
+  RMSNORM_INLINE NormAdd(const Forward& f, const ForwardRows& rows, int64_t r, int64_t, const Rstd<Scalar<T>>& row)
+      : NormAdd(f, rows, r, rows.gain[r], row) {}
+  template <class Span>
+  RMSNORM_INLINE Vector<T> operator()(Span span) const {
+    const Vector<T> y = round_if<T>(round_first_, normalised_(span.load_from(x_))) * gain_(span);
+    return round_own<T>(y) + span.load_from(residual_);
+  }
+
+  __attribute__((noinline, cold)) static void rescue_to(T* to, const Forward& f, const ForwardRows& rows, int64_t r,
+                                                        const void* gain, double eps, Rstd<Scalar<T>>& row) {
+    const T *x = (const T*)rows.input[r], *residual = (const T*)rows.residual[r];
+    const Gains<T, Gain> gains(f, gain);
+    const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, f.columns, eps, false);
+    for (int64_t i = 0; i < f.columns; ++i) {
+      const double y = rescued<T>(scaled, f.round_first, element(x, i)) * gains.at(i);
+      set_element(to, i, round_element<T>(y) + element(residual, i));
+    }
+    set_row(row, scaled);
+  }
+  RMSNORM_INLINE static void rescue(const Forward& f, const ForwardRows& rows, int64_t r, Rstd<Scalar<T>>& row) {
+    rescue_to((T*)rows.output[r], f, rows, r, rows.gain[r], f.eps, row);
+  }
+
+ private:
+  const T *x_, *residual_;
+  Gains<T, Gain> gain_;
+  bool round_first_;
+  typename Norm::Normaliser normalised_;
+};
+
+// The norm of that sum. A sum that goes past the caches is kept in scratch until it is normalised.
+template <class T, class Gain>
+class Sandwich {
+  using First = NormAdd<T, Gain>;
+
+ public:
+  using Norm = Rms<T>;
+  using Out = T;
+  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = kStreams, kTwice = true;
+  template <bool, bool>
+  struct Loader;  // sum_twice() has its own
+  RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return rows.sum; }
+
+  // Both sums of the rows of a block.
+  template <bool Ask>
+  RMSNORM_INLINE static void sum_twice(const Forward& f, const ForwardRows& rows, typename Norm::Block& found,
+                                       int64_t begin, int64_t end, bool again, int64_t block, int64_t ask) {
+    typename Norm::Block first;
+    for (int64_t r = begin; r < end; ++r) {
+      const typename First::template Loader<Ask, true> load(f, rows, r, 0);
+      sum_row<First, Ask>(load, rows, r, first, r - begin, block, f.columns, ask);
+    }
+    first.find_rows(rows.input + begin, end - begin, f.columns, f.first_eps);
+    for (int64_t r = begin; r < end; ++r) {
+      T* to = again ? scratch_of(f, rows, r - begin) : (T*)rows.sum[r];
+      typename Norm::Row row = first[r - begin];
+      if (__builtin_expect(first.safe(r - begin), 1)) {
+        const First add(f, rows, r, rows.first_gain[r], row);
+        const auto load = [&](auto span) __attribute__((always_inline)) { return span.store_back(to, add(span)); };
+        sum_row<First, false>(load, rows, r, found, r - begin, block, f.columns, ask);
+      } else {
+        First::rescue_to(to, f, rows, r, rows.first_gain[r], f.first_eps, row);
+        found.set(r - begin, sum_of(to, f.columns));
+      }
+      if (rows.first_rstd) ((Scalar<T>*)rows.first_rstd)[r] = row.kept;
+    }
+  }
+
+  RMSNORM_INLINE Sandwich(const Forward& f, const ForwardRows& rows, int64_t r, int64_t in_block,
+                          const Rstd<Scalar<T>>& row)
+      : scratch_(scratch_of(f, rows, in_block)),
+        sum_((T*)rows.sum[r]),
+        gain_(f, rows.gain[r]),
+        round_first_(f.round_first),
+        normalised_(row) {}
+  template <class Span>
+  RMSNORM_INLINE Vector<T> operator()(Span span) const {
+    return from(span, span.load_from(sum_));
+  }
+  template <class Span>
+  RMSNORM_INLINE Vector<T> add_again(Span span) const {
+    const Vector<T> x = span.load_from(scratch_);
+    stream_to(span, sum_, x);
+    return from(span, x);
+  }
+
+  __attribute__((noinline, cold)) static void rescue(const Forward& f, const ForwardRows& rows, int64_t r,
+                                                     Rstd<Scalar<T>>& row) {
+    const T* x = (const T*)rows.sum[r];
+    const Gains<T, Gain> gains(f, rows.gain[r]);
+    const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, f.columns, f.eps, false);
+    for (int64_t i = 0; i < f.columns; ++i)
+      set_element((T*)rows.output[r], i, rescued<T>(scaled, f.round_first, element(x, i)) * gains.at(i));
+    set_row(row, scaled);
+  }
+
+  __attribute__((noinline, cold)) static void keep_sum(const Forward& f, const ForwardRows& rows, int64_t r,
+                                                       int64_t in_block) {
+    __builtin_memcpy(rows.sum[r], scratch_of(f, rows, in_block), f.columns * sizeof(T));
+  }
+
+ private:
+  RMSNORM_INLINE static T* scratch_of(const Forward& f, const ForwardRows& rows, int64_t in_block) {
+    return (T*)rows.scratch + in_block * padded(f.columns);
+  }
+  template <class Span>
+  RMSNORM_INLINE Vector<T> from(Span span, const Vector<T>& x) const {
+    return round_if<T>(round_first_, normalised_(x)) * gain_(span);
+  }
+  __attribute__((noinline, cold)) static typename Norm::Sums sum_of(const T* row, int64_t columns) {
+    typename Norm::Sums sum;
+    sum_columns<T>(sum, columns,
+                   [&](auto span, int u) __attribute__((always_inline)) { sum.add_square(u, span.load_from(row)); });
+    return sum;
+  }
+
+  const T* scratch_;
+  T* sum_;
+  Gains<T, Gain> gain_;
+  bool round_first_;
+  typename Norm::Normaliser normalised_;
+};
+
+template <class T, class Gain>
+ForwardKernel sandwich_with(const Forward& f) {
+  return f.twice ? &forward<Sandwich<T, Gain>> : &forward<NormAdd<T, Gain>>;
+}
+template <class T>
+ForwardKernel sandwich_of(const Forward& f) {
+  return f.gain_type == f.input ? sandwich_with<T, T>(f) : sandwich_with<T, Scalar<T>>(f);
+}

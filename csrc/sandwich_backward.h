@@ -1,0 +1,70 @@
+// The only file with the sandwich's gradients: the backward kernel of every norm, of the second norm and then of the
+// first, over so few rows at a time that what flows between them stays in L1.
+//
+//   ds = norm'(dy; s, gain') + grad_sum,  rounded        dx = norm'(ds; x, gain)        dw', dw +=
+//
+// So they have the bits of the two operators called one after the other, in chunks of the same rows.
+#pragma once
+
+#include "rows.h"
+
+namespace rmsnorm {
+
+enum SandwichOperand { kTheX, kTheSum, kTheGrad, kTheGradSum, kTheGradX, kTheGradResidual, kSandwichOperands };
+
+// Of both norms: first that of x, then that of the sum.
+struct SandwichBackward {
+  Backward norm[2];
+  const char* rstd[2];
+};
+
+// An even number of rows: the kernel takes two together. Four things of each are read or written.
+inline int64_t sandwich_block(const Backward& b) {
+  return std::max<int64_t>(2, block_rows(b.input, 2 * b.columns) / 2 * 2);
+}
+inline int64_t sandwich_scratch(const Backward& b) { return sandwich_block(b) * padded(b.columns) * size_of(b.input); }
+
+// Rows of one chunk, as backward_rows(); `partial` and `total` are a norm's each, or null; `scratch` is for ds where
+// nobody asked for it.
+inline void sandwich_backward_rows(const Target& target, const SandwichBackward& s,
+                                   const Operands<kSandwichOperands>& operands, const std::array<char*, 2>& partial,
+                                   const std::array<double*, 2>& total, char* scratch, int64_t begin, int64_t end) {
+  const BackwardKernel kernel[2] = {target.backward(s.norm[0]), target.backward(s.norm[1])};
+  const int64_t columns = s.norm[0].columns, bytes = size_of(s.norm[0].input), block = sandwich_block(s.norm[0]);
+  const auto& data = operands.data;
+  Cursor<kSandwichOperands> cursor(operands, begin);
+  BackwardRows rows[2] = {};
+  for (int k = 0; k < 2; ++k) {
+    rows[k].shared_weight = true;
+    std::fill_n(rows[k].gain, kBatch, s.norm[k].gain.data);
+    std::fill_n(rows[k].grad_weight, kBatch, partial[k]);
+  }
+  const bool overflows = overflows_caches(operands.rows * columns * bytes * 6);
+  rows[0].stream = overflows;
+  rows[0].back = (overflows || s.norm[0].input != Type::f16) &&
+                 should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
+  rows[1].back = (overflows || s.norm[0].input != Type::f16) &&
+                 should_walk_back({data[kTheSum], data[kTheGrad], data[kTheGradSum]}, {data[kTheGradResidual]});
+  const auto next = [&](int k) { return operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0; };
+  rows[0].next[0] = next(kTheX), rows[1].next[0] = next(kTheSum), rows[1].next[1] = next(kTheGrad);
+  for (int64_t r = 0; r < block; ++r) rows[0].grad[r] = scratch + r * padded(columns) * bytes;
+  for (int64_t row = begin; row < end; row += rows[0].count) {
+    // Blocks end with a flush.
+    const int64_t flush = kFlush - (row - begin) % kFlush;
+    rows[0].count = rows[1].count = std::min({block, end - row, flush});
+    const int64_t stride = size_of(wide(s.norm[0].input));
+    cursor.take(rows[0].count,
+                {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input, rows[0].grad});
+    for (int64_t r = 0; r < rows[0].count; ++r) rows[1].grad_input[r] = rows[0].grad[r];
+    const int64_t done = row + rows[0].count - begin;
+    for (int k = 1; k >= 0; --k) {
+      rows[k].rstd = s.rstd[k] + row * stride;
+      kernel[k](s.norm[k], rows[k]);
+      if (partial[k] && (done % kFlush == 0 || begin + done == end))
+        target.flush(s.norm[k].input, partial[k], total[k], columns, done <= kFlush);
+    }
+  }
+  if (rows[0].stream) finish_streaming();
+}
+
+}  // namespace rmsnorm
