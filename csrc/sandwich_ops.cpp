@@ -23,67 +23,65 @@ Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& input, c
                 : Gain(1.0, type_of(input), padded(shape.columns));
 }
 
-std::tuple<Tensor, Tensor> norm_add(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                    int64_t dims, double eps, double offset, bool round_first, bool keep) {
+void norm_add(const Tensor& input, const Tensor& residual, const OptionalTensor& weight, int64_t dims, double eps,
+              double offset, bool round_first, const Tensor& sum, const Tensor* rstd) {
   check_same(residual, input, "residual");
   const Shape shape(input, dims);
-  const Type type = type_of(input);
   const bool in_place = few_rows(input, shape) && is_of(weight, input);
   const Gain gain = gain_of(weight, offset, input, shape, in_place, round_first);
   Forward f = {};
   f.offset = offset, f.eps = eps, f.round_first = round_first, f.add_after = true;
-  Tensor sum = empty_like(input, type), rstd = keep ? empty_statistic(input, dims, wide(type)) : none(wide(type));
-  run_forward(f, input, &residual, gain, shape, sum, nullptr, keep ? &rstd : nullptr, nullptr);
-  return {sum, rstd};
+  run_forward(f, input, &residual, gain, shape, sum, nullptr, rstd, nullptr);
 }
 
 Tensor rms_norm_add(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims, double eps, double offset,
                     bool round_first) {
-  return std::get<0>(norm_add(input, residual, weight, dims, eps, offset, round_first, false));
+  Tensor sum = empty_like(input, type_of(input));
+  norm_add(input, residual, weight, dims, eps, offset, round_first, sum, nullptr);
+  return sum;
 }
 
 std::tuple<Tensor, Tensor> rms_norm_add_forward(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims,
                                                 double eps, double offset, bool round_first) {
-  return norm_add(input, residual, weight, dims, eps, offset, round_first, true);
+  Tensor sum = empty_like(input, type_of(input)), rstd = empty_statistic(input, dims, wide(type_of(input)));
+  norm_add(input, residual, weight, dims, eps, offset, round_first, sum, &rstd);
+  return {sum, rstd};
 }
 
-struct Results {
-  Tensor output, sum, rstd, next_rstd;
-};
-
-Results sandwich(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                 const OptionalTensor& next_weight, int64_t dims, double eps, double offset, bool round_first,
-                 std::optional<double> next_eps, bool keep) {
+void sandwich(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+              const OptionalTensor& next_weight, int64_t dims, double eps, double offset, bool round_first,
+              std::optional<double> next_eps, const Tensor& output, const Tensor& sum, const Tensor* rstd,
+              const Tensor* next_rstd) {
   check_same(residual, input, "residual");
   const Shape shape(input, dims);
-  const Type type = type_of(input);
   const bool in_place = few_rows(input, shape) && is_of(weight, input) && is_of(next_weight, input);
   const Gain first = gain_of(weight, offset, input, shape, in_place, round_first);
   const Gain gain = gain_of(next_weight, offset, input, shape, in_place, round_first);
   Forward f = {};
-  f.offset = offset;
-  f.round_first = round_first, f.twice = true;
+  f.offset = offset, f.round_first = round_first, f.twice = true;
   f.first_gain = first.rows, f.first_eps = eps, f.eps = next_eps.value_or(eps);
-  const auto statistic = [&] { return keep ? empty_statistic(input, dims, wide(type)) : none(wide(type)); };
-  Results results = {empty_like(input, type), empty_like(input, type), statistic(), statistic()};
-  run_forward(f, input, &residual, gain, shape, results.output, &results.sum, keep ? &results.next_rstd : nullptr,
-              nullptr, keep ? &results.rstd : nullptr);
-  return results;
+  run_forward(f, input, &residual, gain, shape, output, &sum, next_rstd, nullptr, rstd);
 }
 
 std::tuple<Tensor, Tensor> sandwich_rms_norm(Tensor input, Tensor residual, OptionalTensor weight,
                                              OptionalTensor next_weight, int64_t dims, double eps, double offset,
                                              bool round_first, std::optional<double> next_eps) {
-  const Results found = sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, false);
-  return {found.output, found.sum};
+  Tensor output = empty_like(input, type_of(input)), sum = empty_like(input, type_of(input));
+  sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, output, sum, nullptr,
+           nullptr);
+  return {output, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_rms_norm_forward(Tensor input, Tensor residual,
                                                                      OptionalTensor weight, OptionalTensor next_weight,
                                                                      int64_t dims, double eps, double offset,
                                                                      bool round_first, std::optional<double> next_eps) {
-  const Results found = sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, true);
-  return {found.output, found.sum, found.rstd, found.next_rstd};
+  Tensor output = empty_like(input, type_of(input)), sum = empty_like(input, type_of(input));
+  Tensor rstd = empty_statistic(input, dims, wide(type_of(input)));
+  Tensor next_rstd = empty_statistic(input, dims, wide(type_of(input)));
+  sandwich(input, residual, weight, next_weight, dims, eps, offset, round_first, next_eps, output, sum, &rstd,
+           &next_rstd);
+  return {output, sum, rstd, next_rstd};
 }
 
 // Both backward kernels over the same few rows: where ds is wanted, and weights are of one row each.

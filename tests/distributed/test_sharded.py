@@ -181,10 +181,12 @@ def sandwiched(
         ]
         outputs = norm(*args[:2], tensors[0].shape[-1:], *args[2:], eps=1e-5)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if here.get_coordinate() is None:
+            return None
         given = [distribute_tensor(g, here, placements, src_data_rank=None) for g in grads[: len(outputs)]]
         each = torch.autograd.grad(outputs, args, given)
-        found.append([whole(t.detach()) for t in (*outputs, *each)] if here.get_coordinate() is not None else [])
-    return found if found[0] else None
+        found.append([whole(t.detach()) for t in (*outputs, *each)])
+    return found
 
 
 @pytest.mark.parametrize("layout", ROWS)

@@ -157,7 +157,11 @@ def normalise(
 
     def placed(tensor: Tensor) -> DTensor:
         # Shape and strides are given, as torch would multiply this rank's by the number of ranks.
-        shape = whole.shape if split else (*whole.shape[: whole.dim() - dims], *_tail(tensor, dims))
+        shape = (
+            whole.shape
+            if split or tensor.dim() < whole.dim()
+            else (*whole.shape[: whole.dim() - dims], *_tail(tensor, dims))
+        )
         strides = tuple(prod(shape[i + 1 :]) for i in range(whole.dim()))
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
 

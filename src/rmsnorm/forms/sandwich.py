@@ -142,6 +142,9 @@ def rms_norm_add(
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467; Gemma 2, arXiv 2408.00118, section 2.
     """
+    found = calls.quick(_served_add, (input, residual, weight), normalized_shape, eps, offset, casting_mode)
+    if found is not None:
+        return found
     rows: calls.Named = {"input": input, "residual": residual}
     weights: calls.Named = {"weight": weight}
     options = {"offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
@@ -195,6 +198,10 @@ def sandwich_rms_norm(
         _arguments.check_numbers("sandwich_rms_norm", next_eps=next_eps)
         if next_eps < 0:
             raise ValueError(f"sandwich_rms_norm: next_eps must be 0 or more, but is {next_eps}")
+    tensors = input, residual, weight, next_weight
+    found = calls.quick(_served, tensors, normalized_shape, eps, offset, casting_mode, next_eps)
+    if found is not None:
+        return found
     rows: calls.Named = {"input": input, "residual": residual}
     weights: calls.Named = {"weight": weight, "next_weight": next_weight}
     options = {"next_eps": (next_eps, None), "offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}

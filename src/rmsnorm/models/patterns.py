@@ -33,6 +33,8 @@ def fuse(node: ast.AST, this: str) -> list[Fused]:
                     use = _after_copies(statements[i + 1 :], total)
                     after = _called(use.value, this, total) if use else None
                     before = _normed(statements[i - 1], this, total, a, b) if i else None
+                    if before and after and "norm" not in after.lower():  # OLMo 2 has its mlp there
+                        after = None
                     if not (before or after):
                         continue
                     norms = [before[0] if before else None, after]
