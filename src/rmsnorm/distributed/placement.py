@@ -150,20 +150,16 @@ def normalise(
     if mesh.get_coordinate() is None:  # this rank has no part; torch's own operators compute nothing either
         output: Any = tensors[0] if outputs == 1 else (tensors[0],) * outputs
     elif across is not None and split:
-        groups = tuple(mesh.get_group(i).group_name for i in split)
-        output = across((groups, prod(_tail(whole, dims))), *tensors)
+        output = across((tuple(mesh.get_group(i).group_name for i in split), prod(_tail(whole, dims))), *tensors)
     else:
         output = local(*tensors)
 
     def placed(tensor: Tensor) -> DTensor:
         # Shape and strides are given, as torch would multiply this rank's by the number of ranks.
-        shape = (
-            whole.shape
-            if split or tensor.dim() < whole.dim()
-            else (*whole.shape[: whole.dim() - dims], *_tail(tensor, dims))
-        )
+        last = _tail(whole if split or tensor.dim() < whole.dim() else tensor, dims)
+        shape = torch.Size((*whole.shape[: whole.dim() - dims], *last))
         strides = tuple(prod(shape[i + 1 :]) for i in range(whole.dim()))
-        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
 
     return tuple(map(placed, output)) if isinstance(output, tuple) else placed(output)
 
