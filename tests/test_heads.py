@@ -83,6 +83,30 @@ def test_values(target, dtype, form):
         with_offset.bounds(x, own, cos, sin, bound(target, dtype)).check(z, "offset")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_and_many_columns(target, dtype):
+    """More rows than a batch, in one head and in many; heads beyond L1. And the weight's gradient, in chunks."""
+    for shape, turned in (
+        ((1, 1, 1025, 64), 64),
+        ((1, 205, 5, 64), 32),
+        ((1, 2, 1, 5137), 5136),
+        ((1, 3, 1, 5137), 256),
+    ):
+        columns, form = shape[-1], Form(mode="llama", interleaved=turned == 256)
+        x = heads(shape[0], shape[1], shape[2], columns, dtype).requires_grad_()
+        cos, sin = angles(shape[2], turned, dtype)
+        weight = gains(columns, dtype=dtype).requires_grad_()
+        z, _ = call(form, x, x[:, :1], cos, sin, weight)
+        form.bounds(x.detach(), weight.detach(), cos, sin, bound(target, dtype)).check(z, shape)
+        got = torch.autograd.grad(z, weight, torch.ones_like(z))[0].double()
+        wide = [t.detach().double() for t in (x, cos, sin, weight)]
+        truth = formula(form, *wide[:3], wide[3].requires_grad_())
+        wanted = torch.autograd.grad(truth, wide[3], torch.ones_like(truth))[0]
+        margin = 0.51 * torch.finfo(dtype).eps * wanted.abs()
+        margin += 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * wanted.abs().max()
+        assert ((got - wanted).abs() <= margin).all(), shape
+
+
 def call(form: Form, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None):
     return heads_rms_norm_rope(query, key, cos, sin, weight, weight, **form.options())
 

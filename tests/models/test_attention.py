@@ -91,14 +91,34 @@ def test_fused_with_the_same_bits(family: str, dtype: torch.dtype, turns: list[s
     assert type(model.model.layers[0].self_attn).forward.__code__.co_filename.endswith(".py")  # unpatched
 
 
-def test_copies_and_compiled_graphs(turns: list[str]) -> None:
+def test_copies(turns: list[str]) -> None:
     model = model_of("Qwen3")
     rmsnorm.patch(model, fuse=True)
     with torch.no_grad():
         wanted = model(IDS).logits
-        twin = copy.deepcopy(model)
-        assert same_bits(twin(IDS).logits, wanted)
-    assert turns.count("heads_rms_norm_rope") >= 4
+        turns.clear()
+        assert same_bits(copy.deepcopy(model)(IDS).logits, wanted)
+    assert turns == ["heads_rms_norm_rope"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_compiled_whole(family: str) -> None:
+    """One graph, with one node for query and key of a layer, and the bits of eager mode."""
+    model, nodes = model_of(family), []
+    rmsnorm.patch(model, fuse=True)
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        eager = model(IDS, use_cache=False).logits
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend=backend, fullgraph=True)(IDS, use_cache=False).logits
+    assert same_bits(compiled, eager)
+    name = "heads_rms_norm_rope" if family == "Qwen3" else "rope"
+    assert nodes.count(f"rmsnorm.{name}.default") == 2
 
 
 def test_what_was_not_proven_runs_as_it_was(turns: list[str], monkeypatch) -> None:

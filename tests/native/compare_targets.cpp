@@ -130,6 +130,9 @@ struct Case {
   Gate gate = Gate::none;
   bool gate_first = false;
   double eps = 1e-6;
+  Turn turn = Turn::none;
+  bool interleaved = false;
+  Type angle = Type::none;
 };
 
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight, bool back) {
@@ -151,6 +154,13 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   f.columns = c.columns, f.eps = c.eps, f.input = c.input, f.output = c.output, f.gain_type = c.gain;
   f.round_first = f.round_product = c.round_first, f.add = c.add, f.layer = c.layer, f.bias = gain.at(0);
   f.gate = c.gate, f.gate_first = c.gate_first;
+  // All columns are turned in one order, some in the other.
+  f.turn = c.turn, f.interleaved = c.interleaved, f.angle = c.angle;
+  f.turned = (c.interleaved ? c.columns : c.columns / 2 + 1) / 2 * 2;
+  const Type angle = c.turn == Turn::none ? c.input : c.angle;
+  const int64_t angle_bytes = c.columns * size_of(angle);
+  Rows cosines(make_rows(angle, kRows, c.columns, 5), kRows, angle_bytes, size_of(angle));
+  Rows sines(make_rows(angle, kRows, c.columns, 6), kRows, angle_bytes, size_of(angle));
   std::vector<double> mean(kRows);
   ForwardRows rows = {};
   rows.mean = mean.data();
@@ -163,6 +173,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   for (int64_t r = 0; r < kRows; ++r)
     rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r),
     rows.gate[r] = other.at(r), rows.gain[r] = c.gate == Gate::none ? gain.at(0) : formed.data();
+  for (int64_t r = 0; c.turn != Turn::none && r < kRows; ++r)
+    rows.gate[r] = cosines.at(r), rows.residual[r] = sines.at(r);
   target.forward(f)(f, rows);
 
   // The output's codes as numbers, and behind them the scales.
@@ -185,7 +197,10 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   b.add = c.add && need_input, b.layer = c.layer, b.gate = c.gate, b.gate_first = c.gate_first;
   b.need_gate = c.gate != Gate::none && need_weight;
   if (c.gain != Type::none) b.gain.data = formed.data();
+  if (c.turn == Turn::norm) b.turn = f, b.need_input = true;
+  Bytes back_scratch(scratch_bytes(b));
   BackwardRows grads = {};
+  grads.scratch = back_scratch.data();
   grads.mean = mean.data();
   grads.count = kRows;
   grads.rstd = rstd.data();
@@ -195,6 +210,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     grads.input[r] = input.at(r), grads.grad[r] = grad.at(r), grads.grad_sum[r] = other.at(r),
     grads.gate[r] = other.at(r), grads.grad_gate[r] = dgate.at(r), grads.grad_input[r] = dx.at(r),
     grads.gain[r] = b.gain.data, grads.grad_weight[r] = partial.data();
+  for (int64_t r = 0; c.turn == Turn::norm && r < kRows; ++r)
+    grads.gate[r] = cosines.at(r), grads.grad_sum[r] = sines.at(r);
   target.backward(b)(b, grads);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
   if (c.layer) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
@@ -215,7 +232,7 @@ int main(int argc, char** argv) {
   long compared = 0;
   for (Type input : kTypes)
     for (int64_t columns : kColumns)
-      for (int form = 0; form < 15; ++form)
+      for (int form = 0; form < 21; ++form)
         for (int add = 0; add < (form < 6 ? 2 : 1); ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
@@ -227,13 +244,20 @@ int main(int argc, char** argv) {
                 {input, input, input, true, false, columns},       {input, input, input, false, false, columns},
                 {input, input, wider, true, false, columns},       {input, wider, input, false, false, columns},
                 {input, Type::none, input, false, false, columns}, {input, input, input, false, false, columns},
-                {input, wider, input, false, false, columns}};
+                {input, wider, input, false, false, columns},      {input, input, input, false, false, columns},
+                {input, wider, input, true, false, columns},       {input, input, input, true, false, columns},
+                {input, wider, input, false, false, columns},      {input, Type::none, input, false, false, columns},
+                {input, Type::none, input, false, false, columns}};
             Case c = cases[form];
             c.layer = form == 6 || form == 7;
             c.add = add;
-            if (form >= 12) c.eps = -1e-6;  // a floor: of tiny rows, and of ordinary ones none
+            if (form >= 12 && form < 15) c.eps = -1e-6;  // a floor: of tiny rows, and of ordinary ones none
             if ((form >= 8 && form < 12) || form == 14)
               c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
+            if (form >= 15) {
+              c.turn = form < 19 ? Turn::norm : form == 19 ? Turn::input : Turn::back;
+              c.interleaved = form % 2, c.angle = form == 15 || form == 16 || form == 19 ? input : wider;
+            }
             const auto expected = run(*targets[0], c, needs & 1, needs & 2, false);
             const Type types[] = {c.output, input, wider, input, input, Type::f64, input, Type::f32};
             const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate", "codes"};
