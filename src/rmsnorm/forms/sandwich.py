@@ -142,7 +142,7 @@ def rms_norm_add(
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467; Gemma 2, arXiv 2408.00118, section 2.
     """
-    found = calls.quick(_served_add, (input, residual, weight), normalized_shape, eps, offset, casting_mode)
+    found = calls.everyday_norm(_served_add, (input, residual, weight), normalized_shape, eps, offset, casting_mode)
     if found is not None:
         return found
     rows: calls.Named = {"input": input, "residual": residual}
@@ -199,7 +199,7 @@ def sandwich_rms_norm(
         if next_eps < 0:
             raise ValueError(f"sandwich_rms_norm: next_eps must be 0 or more, but is {next_eps}")
     tensors = input, residual, weight, next_weight
-    found = calls.quick(_served, tensors, normalized_shape, eps, offset, casting_mode, next_eps)
+    found = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, next_eps)
     if found is not None:
         return found
     rows: calls.Named = {"input": input, "residual": residual}
