@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int]] = {
     "Gemma2": ({"head_dim": 16}, 9, 2),  # before and after each block
     "Gemma3": ({"head_dim": 16}, 13, 2),  # strided q and k
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, 5, 2),
-    "Olmo2": ({}, 9, 0),  # only after each block: the add follows the norm
+    "Olmo2": ({}, 9, 2),  # only after each block: the add follows the norm
     "DeepseekV3": (  # the norm sees a slice
         {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1}

@@ -220,7 +220,8 @@ def test_models_with_norms_before_adds(calls: list[int], name: str, said: str, e
     model.zero_grad()
     rmsnorm.unpatch(model)
     report = rmsnorm.patch(model, fuse={"input_ids": ids})
-    assert [entry.meaning for entry in report.fused] == [said] * 2, report.skipped
+    layers = [entry.meaning for entry in report.fused if "rotary" not in entry.meaning]  # attention is fused, too
+    assert layers == [said] * 2, report.skipped
     calls.clear()
     output = model(input_ids=ids, labels=ids)
     assert len(calls) == 2 * each
