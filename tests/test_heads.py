@@ -393,7 +393,7 @@ class Both(torch.nn.Module):
 def test_exported_graphs_are_torchs(tmp_path):
     """torch.export, TorchScript and ONNX get torch's operators, and the values of the definition."""
     inputs = *projected(16, torch.float32), *angles(5, 8, torch.float32)
-    module = Both().eval()  # ONNX export warns of others
+    module = Both().eval()
     wanted = module(*inputs)
     program = torch.export.export(module, inputs)
     assert "rmsnorm" not in str(program.graph)
