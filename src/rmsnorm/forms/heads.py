@@ -114,8 +114,11 @@ def rope(
 
         z = x · cos + rotate(x) · sin
 
-    Shapes, types and options are those of :func:`rmsnorm.heads_rms_norm_rope`, and so are the roundings: with cos and
-    sin of query's type the results are those of the lines that models have, bit for bit.
+    The roundings are those of :func:`rmsnorm.heads_rms_norm_rope`: with cos and sin of query's type the results are
+    those of the lines that models have, bit for bit.
+
+    Args:
+        query, key, cos, sin, interleaved: as in :func:`rmsnorm.heads_rms_norm_rope`.
 
     GLM hands over cosines of which the first half counts, for each pair one:
     ``cos[..., :n // 2].repeat_interleave(2, -1)`` is what ``interleaved=True`` wants.

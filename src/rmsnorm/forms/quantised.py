@@ -61,7 +61,7 @@ def quantised_rms_norm(
     Examples:
         >>> codes, scale = quantised_rms_norm(torch.tensor([0.1, 0.1, 0.2, 0.3]), 4, eps=0.0)
         >>> codes
-        tensor([42, 42, 85, 127], dtype=torch.int8)
+        tensor([ 42,  42,  85, 127], dtype=torch.int8)
 
     Source: the rules are torchao's, https://github.com/pytorch/ao.
     """
