@@ -51,7 +51,7 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
 RMSNORM_INLINE Split round_split(const Split& x) {
   return Split::of([&](int i) __attribute__((always_inline)) {
     const BitsReg bits = (BitsReg)x.v[i], upper = bits >> 16;
-#if defined(RMSNORM_AVX512)  // (~upper & 1) - 0x8000, in one instruction
+#if defined(RMSNORM_AVX512) && !defined(RMSNORM_EMULATE_AVX512)  // (~upper & 1) - 0x8000, in one instruction
     const BitsReg less =
         (BitsReg)_mm512_ternarylogic_epi32((__m512i)upper, _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);
     return (FloatReg)((bits - less) & 0xffff0000u);
