@@ -76,7 +76,7 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
   forward.push(p.outer, {pitch, p.inner * pitch, p.inner * pitch, p.inner * pitch, 0});
   forward.push(p.inner, {p.outer * pitch, pitch, pitch, pitch, 0});
   parallel(threads, rows, [&](int64_t begin, int64_t end) {
-    forward_rows(target, f, forward, rstd.data(), nullptr, nullptr, begin, end);
+    forward_rows(target, f, forward, {rstd.data(), nullptr, nullptr}, nullptr, begin, end);
   });
 
   std::vector<Bytes> written = {output, sum, rstd};

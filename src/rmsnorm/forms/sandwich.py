@@ -122,7 +122,8 @@ def rms_norm_add(
     r"""RMS normalisation and residual add in one pass: ``s = residual + rms_norm(input)``.
 
     The norm's output is rounded to its dtype, and so is the sum: the bits are those of the two steps. The first half of
-    :func:`sandwich_rms_norm`, for where no norm follows, as at the end of a layer of Gemma 2 and 3, OLMo 2 and GLM-4.
+    :func:`rmsnorm.sandwich_rms_norm`, for where no norm follows, as at the end of a layer of Gemma 2 and 3, OLMo 2 and
+    GLM-4.
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``, of real floating types. Of two, the sum has
