@@ -75,6 +75,10 @@ def quantised_rms_norm(
             f"quantised_rms_norm: input must be float32, bfloat16 or float16, but is {input.dtype}; convert it, e.g. "
             "input.float()"
         )
+    tensors, more = (input, residual, gate, weight), (norm_before_gate, ACTIVATIONS[activation], TYPES[dtype])
+    results = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
+    if results is not None:
+        return results[:2] if residual is None else results
     results = calls.call(
         _served,
         quantised_rms_norm,
@@ -89,7 +93,7 @@ def quantised_rms_norm(
             "activation": (activation, "silu"),
             "norm_before_gate": (norm_before_gate, True),
         },
-        (norm_before_gate, ACTIVATIONS[activation], TYPES[dtype]),
+        more,
         by_name=("residual", "gate"),
     )
     return results[:2] if residual is None and len(results) == 3 else results

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _foreign
 from ..forms.heads import heads_rms_norm_rope, rope
 from . import classes, rewrite, wrappers
-from .binding import TYPES, binding_of, eps_of, serves
+from .binding import TYPES
+from .neighbours import ours
 
 _TURN = "_rmsnorm_turned"
 _PLAIN = "rotary embedding"
@@ -129,8 +129,8 @@ def _turned(
     served = known and _serves(query, key, cos, sin)
     if query_norm is not None:
         if served and (options := _options(query_norm, key_norm, query, key)):
-            w, v, eps, offset, mode = options
-            return heads_rms_norm_rope(query, key, cos, sin, w, v, eps, offset=offset, casting_mode=mode)
+            *weights_and_eps, named = options
+            return heads_rms_norm_rope(query, key, cos, sin, *weights_and_eps, **named)
         if transposed:
             query = query_norm(query.transpose(1, 2)).transpose(1, 2)
             key = key_norm(key.transpose(1, 2)).transpose(1, 2)
@@ -155,20 +155,14 @@ def _serves(query: Any, key: Any, cos: Any, sin: Any) -> bool:
 
 
 def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> tuple[Any, ...] | None:
-    """The weights, eps, offset and casting mode of two norms that differ in their weights alone."""
-    found = []
-    for norm, x in ((query_norm, query), (key_norm, key)):
-        binding = binding_of(norm)
-        if binding is None or not binding.adds() or _has_any_global_hook():
+    """The weights, eps and options of two norms that differ in their weights alone."""
+    one, two = ours(query_norm, query), ours(key_norm, key)
+    if one is None or two is None or (one.eps, one.options) != (two.eps, two.options):
+        return None
+    for own, x in ((one, query), (two, key)):
+        if own.weight is not None and own.weight.shape != x.shape[-1:]:
             return None
-        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-            return None
-        weight = getattr(norm, binding.weight) if binding.weight else None
-        if not serves(norm, binding, weight, x) or (weight is not None and weight.shape != x.shape[-1:]):
-            return None
-        found.append((weight, eps_of(norm, binding), binding.recipe.offset, binding.recipe.casting_mode))
-    (query_weight, *options), (key_weight, *others) = found
-    return (query_weight, key_weight, *options) if options == others else None
+    return one.weight, two.weight, one.eps, one.options
 
 
 def _turn(node: ast.AST, this: str, names: list[str]) -> list[str]:

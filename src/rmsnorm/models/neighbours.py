@@ -13,7 +13,7 @@ from ..functional import add_rms_norm
 from .binding import binding_of, eps_of, serves, shape_of
 
 
-class _Ours:
+class Ours:
     """A norm that is patched, can stand beside an add, was proven for rows like these, and to which nobody listens."""
 
     def __init__(self, norm: Any, binding: Any, weight: Tensor | None, x: Tensor) -> None:
@@ -21,27 +21,30 @@ class _Ours:
         self.options = {"offset": binding.recipe.offset, "casting_mode": binding.recipe.casting_mode}
 
 
-def _ours(norm: Any, x: Any, other: Any) -> _Ours | None:
+def ours(norm: Any, x: Tensor) -> Ours | None:
+    """The norm, if its forward needn't be called for such rows."""
     binding = binding_of(norm)
     if (
         binding is not None
         and binding.adds()
-        and isinstance(x, Tensor)
-        and isinstance(other, Tensor)
-        and x.dtype is other.dtype
-        and x.shape == other.shape
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not _has_any_global_hook()
     ):
         weight = getattr(norm, binding.weight) if binding.weight else None
         if serves(norm, binding, weight, x):
-            return _Ours(norm, binding, weight, x)
+            return Ours(norm, binding, weight, x)
     return None
+
+
+def _beside(norm: Any, x: Any, other: Any) -> Ours | None:
+    """The same of a norm beside an add of ``other``."""
+    both = isinstance(x, Tensor) and isinstance(other, Tensor)
+    return ours(norm, x) if both and x.dtype is other.dtype and x.shape == other.shape else None
 
 
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
     """``norm(a + b)`` and ``a + b``."""
-    if own := _ours(norm, a, b):
+    if own := _beside(norm, a, b):
         return add_rms_norm(a, b, own.shape, own.weight, own.eps, **own.options)
     total = a + b
     return norm(total), total
@@ -49,14 +52,14 @@ def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
 
 def norm_add(norm: Any, x: Any, residual: Any) -> Any:
     """``residual + norm(x)``."""
-    if own := _ours(norm, x, residual):
+    if own := _beside(norm, x, residual):
         return rms_norm_add(x, residual, own.shape, own.weight, own.eps, **own.options)
     return residual + norm(x)
 
 
 def sandwich(first: Any, second: Any, x: Any, residual: Any) -> tuple[Any, Any]:
     """``second(total)`` and ``total``, which is ``residual + first(x)``."""
-    one, two = _ours(first, x, residual), _ours(second, x, residual)
+    one, two = _beside(first, x, residual), _beside(second, x, residual)
     if (
         one
         and two
