@@ -76,20 +76,10 @@ def heads_rms_norm_rope(
     turned: list[Tensor] = []
     kept: list[Any] = []
     for x, weight in ((query, query_weight), (key, key_weight)):
-        y, rstd = _normed(x, weight, eps, offset, round_first, normalise)
+        y, rstd = normalise(x, weight, 1, eps, offset, round_first)
         turned.append(turn(y, cos, sin, interleaved))
         kept.append(rstd if rstd is None else _walked(rstd))
     return *turned, *kept
-
-
-def _normed(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool, normalise: Callable[..., Any]
-) -> tuple[Tensor, Tensor | None]:
-    if normalise is reference.rms_norm:
-        return normalise(x, weight, 1, eps, offset, round_first)
-    wide = reference.cast(x, reference.accumulation_dtype(x.dtype))
-    normalised, rstd = normalise(wide, None, 1, eps, 0.0, False)
-    return reference.apply_gain(normalised, x, weight, offset, round_first), rstd
 
 
 def _walked(x: Tensor) -> Tensor:

@@ -133,8 +133,7 @@ def _define(
     if gate is not None:
         y = gated_ops.gated_rms_norm(input, gate, weight, *options, norm_before_gate, silu, normalise=normalise)[0]
     else:
-        wide = reference.cast(sum, reference.accumulation_dtype(sum.dtype))
-        y = reference.apply_gain(normalise(wide, None, dims, eps, 0.0, False)[0], sum, weight, offset, round_first)
+        y = normalise(sum, weight, *options)[0]
     return *quantise(y, dims, e4m3), input.new_empty(0) if residual is None else sum
 
 
