@@ -8,6 +8,7 @@ in torch's libraries, or in what they take from the same system library themselv
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,12 @@ def repair(wheel: Path, target: Target, where: Path) -> None:
     require(result.returncode == 0, f"{wheel.name} is no {target.tag}: {result.stderr.strip()}")
 
 
+def exported_functions() -> set[str]:
+    """The C functions that csrc/ says are visible, by their definitions."""
+    definition = re.compile(r'extern "C" __attribute__\(\(visibility\("default"\)\)\) .*?(rmsnorm_\w+)\(')
+    return {found for file in (ROOT / "csrc").glob("*.cpp") for found in definition.findall(file.read_text())}
+
+
 def check_mac(name: str, library: Path, target: Target) -> str:
     parsed = lief.MachO.parse(str(library))
     require(parsed.size == 1, f"{name} has {parsed.size} architectures")
@@ -121,8 +128,9 @@ def check_mac(name: str, library: Path, target: Target) -> str:
         source = loaded[place - 1]
         # libSystem's names are not listed: those that we take are C's and the linker's, older than arm64 Macs.
         require(source == LIBSYSTEM or symbol.name in known[source], f"{name}: {source} has no {symbol.name}")
-    ours = sum(symbol.name.startswith("_rmsnorm_") for symbol in binary.exported_symbols)
-    require(ours == 7, f"{name} has {ours} of our 7 functions")
+    ours = {symbol.name for symbol in binary.exported_symbols if symbol.name.startswith("_rmsnorm_")}
+    wrong = ours ^ {f"_{function}" for function in exported_functions()}
+    require(not wrong, f"{name} and csrc/ don't agree about the functions {sorted(wrong)}")
     return f"macOS ≥ 14.0, {', '.join(Path(part).name for part in loaded)}; read, not run"
 
 
