@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import rmsnorm
 from rmsnorm.forms import heads_ops
 from rmsnorm.models import attention
+from rmsnorm.models import turns as turns_of_models
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -31,12 +33,17 @@ MEANINGS = {
     "Gemma3Text": "q_norm, k_norm, rotary embedding",
     "Llama": "rotary embedding",
     "Mistral": "rotary embedding",
+    "Olmo2": "rotary embedding",
+    "Glm4": "rotary embedding",  # pairs are neighbours, half of a head is turned
+    "Cohere": "rotary embedding",  # the same in fp32
+    "Ernie4_5": "rotary embedding",
+    "Qwen3Moe": "q_norm, k_norm, rotary embedding",
 }
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES)
+    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0)
     cls = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     model = cls(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
@@ -187,6 +194,46 @@ def test_a_function_that_turns_otherwise_is_left_alone() -> None:
     report = rmsnorm.patch(model, fuse={"x": x})
     (entry,) = (e for e in report.skipped if e.name == "attention")
     assert entry.reason == "rotary embedding not fused: backwards_rotary computes something else"
+
+
+def written(interleaved: bool, halves: bool, wide: bool, partial: bool):
+    """A rotary embedding as models write it, from the formula."""
+
+    def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = (
+            t[..., : t.shape[-1] // 2].repeat_interleave(2, -1)[:, None] if halves else t[:, None] for t in (cos, sin)
+        )
+        out = []
+        for x in (q, k):
+            turned = cos.shape[-1] if partial else x.shape[-1]
+            part, rest = x[..., :turned], x[..., turned:]
+            part = part.float() if wide and part.element_size() == 2 else part
+            if interleaved:
+                other = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+            else:
+                other = torch.cat((-part[..., turned // 2 :], part[..., : turned // 2]), -1)
+            out.append(torch.cat(((part * cos + other * sin).to(x.dtype), rest), -1))
+        return tuple(out)
+
+    return apply_rotary
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("way", turns_of_models.TURNS, ids=str)
+def test_each_way_to_write_it_is_told(way: turns_of_models.Turn, partial: bool) -> None:
+    found = turns_of_models.turn_of(written(way.interleaved, way.halves, way.wide, partial))
+    assert found is not None
+    assert (found.interleaved, found.halves, found.wide, found.partial) == (*astuple(way)[:3], partial)
+    x = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+    assert found.takes(x[..., :8], x) is partial
+    assert found.takes(x.float(), x) is found.mixed
+    assert found.mixed is True  # to(x.dtype) says so
+
+
+def test_tables_in_another_type_are_their_functions_own() -> None:
+    """Llama's lines make fp32 of half types beside fp32 tables: ours would round."""
+    found = turns_of_models.turn_of(transformers.models.llama.modeling_llama.apply_rotary_pos_emb)
+    assert found == turns_of_models.Turn(False, False, False)
 
 
 def test_adds_alone_have_their_old_name() -> None:

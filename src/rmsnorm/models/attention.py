@@ -23,6 +23,7 @@ from ..forms.heads import heads_rms_norm_rope, rope
 from . import classes, rewrite, wrappers
 from .binding import TYPES
 from .neighbours import ours
+from .turns import Turn, turn_of
 
 _TURN = "_rmsnorm_turned"
 _PLAIN = "rotary embedding"
@@ -66,7 +67,7 @@ def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...
     known: list[Any] = []
 
     def turned(rotate: Any, *arguments: Any) -> Any:
-        return _turned(rotate is known[0], rotate, *arguments)
+        return _turned(known[1] if rotate is known[0] else None, rotate, *arguments)
 
     calls[_TURN] = turned
     function, found = rewrite.remade(original, change, calls, "turned heads")
@@ -74,9 +75,10 @@ def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...
         raise ValueError("it turns heads more than once")
     innermost: Any = wrappers.links_of(original)[-1]
     rotate = innermost.__globals__.get(names[0])
-    if not _is_rope(rotate):
+    turn = turn_of(rotate)
+    if turn is None:
         raise ValueError(f"{names[0]} computes something else")
-    known.append(rotate)
+    known += rotate, turn
     return function, found
 
 
@@ -93,26 +95,8 @@ def _found(original: rewrite.Forward) -> tuple[str, ...]:
     return rewrite.found_by(lambda node, this: _turn(node, this, []), original)
 
 
-@functools.cache
-def _is_rope(rotate: Any) -> bool:
-    """Whether a function is ``rmsnorm.rope``, bit for bit, for angles of no pattern; called as attention does."""
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for dtype in TYPES:
-            q, k, cos, sin = (
-                torch.randn(shape, generator=generator).to(dtype)
-                for shape in ((2, 3, 5, 16), (2, 1, 5, 16), (1, 5, 16), (1, 5, 16))
-            )
-            theirs, ours = rotate(q, k, cos, sin), rope(q, k, cos, sin)
-            if not all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)):
-                return False
-    except Exception:  # whatever a stranger says to such tensors
-        return False
-    return True
-
-
 def _turned(
-    known: bool,
+    turn: Turn | None,
     rotate: Any,
     query: Any,
     key: Any,
@@ -126,35 +110,37 @@ def _turned(
 
     ``transposed``: theirs norms before it transposes.
     """
-    served = known and _serves(query, key, cos, sin)
+    served: dict[str, Any] | None = None
+    if turn and _serves(turn, query, key, cos, sin):
+        served = {"cos": turn.angle(cos), "sin": turn.angle(sin), "interleaved": turn.interleaved}
     if query_norm is not None:
         if served and (options := _options(query_norm, key_norm, query, key)):
-            *weights_and_eps, named = options
-            return heads_rms_norm_rope(query, key, cos, sin, *weights_and_eps, **named)
+            return heads_rms_norm_rope(query, key, **served, **options)
         if transposed:
             query = query_norm(query.transpose(1, 2)).transpose(1, 2)
             key = key_norm(key.transpose(1, 2)).transpose(1, 2)
         else:
             query, key = query_norm(query), key_norm(key)
-    return rope(query, key, cos, sin) if served else rotate(query, key, cos, sin)
+    return rope(query, key, **served) if served else rotate(query, key, cos, sin)
 
 
-def _serves(query: Any, key: Any, cos: Any, sin: Any) -> bool:
+def _serves(turn: Turn, query: Any, key: Any, cos: Any, sin: Any) -> bool:
     if not all(isinstance(t, Tensor) and type(t) in _foreign.COMPILERS for t in (query, key, cos, sin)):
         return False  # a subclass sees what its module calls
     return (
         query.dtype in TYPES
-        and query.dtype is key.dtype is cos.dtype is sin.dtype
+        and query.dtype is key.dtype
+        and cos.dtype is sin.dtype
         and query.dim() == key.dim() == 4
         and cos.dim() == 3
         and cos.shape == sin.shape
-        and cos.shape[-1] == query.shape[-1]
+        and turn.takes(cos, query)
         and not torch.compiler._is_exporting_flag
         and not torch.is_autocast_enabled(query.device.type)
     )
 
 
-def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> tuple[Any, ...] | None:
+def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> dict[str, Any] | None:
     """The weights, eps and options of two norms that differ in their weights alone."""
     one, two = ours(query_norm, query), ours(key_norm, key)
     if one is None or two is None or (one.eps, one.options) != (two.eps, two.options):
@@ -162,7 +148,7 @@ def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> tupl
     for own, x in ((one, query), (two, key)):
         if own.weight is not None and own.weight.shape != x.shape[-1:]:
             return None
-    return one.weight, two.weight, one.eps, one.options
+    return {"query_weight": one.weight, "key_weight": two.weight, "eps": one.eps, **one.options}
 
 
 def _turn(node: ast.AST, this: str, names: list[str]) -> list[str]:

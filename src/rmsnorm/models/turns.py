@@ -1,0 +1,78 @@
+"""The only file that knows how models write a rotary embedding: a table, and which row computes what a function does.
+
+    q_embed = q · cos + rotate_half(q) · sin
+
+in which the pairs are columns of two halves or neighbours, the tables have a number for each column or count in their
+first half alone, the products are rounded or are fp32, and a head may be wider than what is turned.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forms.heads import rope
+from .binding import TYPES
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A way to write it, in words of ``rmsnorm.rope``."""
+
+    interleaved: bool
+    halves: bool
+    """Of the tables the first half counts: a number for each pair of neighbours."""
+    wide: bool
+    """Products and sum are fp32 in all types."""
+    partial: bool = False
+    """Tables may have fewer columns than a head,"""
+    mixed: bool = False
+    """and be fp32 beside heads of a half type."""
+
+    def angle(self, table: Tensor) -> Tensor:
+        """A table of cosines or sines as ``rmsnorm.rope`` takes it."""
+        if self.halves:
+            table = table[..., : table.shape[-1] // 2].repeat_interleave(2, -1)
+        return table.float() if self.wide and table.dtype in (torch.bfloat16, torch.float16) else table
+
+    def takes(self, table: Tensor, heads: Tensor) -> bool:
+        turned, columns = table.shape[-1], heads.shape[-1]
+        fits = turned == columns or (self.partial and turned % 2 == 0 and turned < columns)
+        return fits and (table.dtype is heads.dtype or (self.mixed and table.dtype is torch.float32))
+
+
+# Llama and most others; ESM, ModernBERT; GLM, Helium; Ernie 4.5; GLM-4V, BLT; Cohere.
+TURNS = [
+    Turn(interleaved, halves, wide)
+    for interleaved, halves, wide in product((False, True), (False, True), (False, True))
+    if interleaved or not halves
+]
+
+
+@functools.cache
+def turn_of(rotate: Any) -> Turn | None:
+    """The row that is a function, bit for bit, for angles of no pattern; it is called as attention does."""
+    for turn in TURNS:
+        if _is(turn, rotate, 16):
+            return replace(turn, partial=_is(turn, rotate, 8), mixed=_is(turn, rotate, 16, torch.float32))
+    return None
+
+
+def _is(turn: Turn, rotate: Any, turned: int, tables: torch.dtype | None = None) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for dtype in TYPES:
+            q, k = (torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (3, 1))
+            cos, sin = (torch.randn(1, 5, turned, generator=generator).to(tables or dtype) for _ in range(2))
+            ours = rope(q, k, turn.angle(cos), turn.angle(sin), interleaved=turn.interleaved)
+            theirs = rotate(q, k, cos, sin)
+            if not all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)):
+                return False
+    except Exception:  # whatever a stranger says to such tensors
+        return False
+    return True
