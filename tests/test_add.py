@@ -29,7 +29,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from rmsnorm import add_rms_norm, rms_norm
+import rmsnorm
+from rmsnorm import _everyday, add_rms_norm, functional, rms_norm
 
 
 def pair(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -188,3 +189,15 @@ def test_only_the_sum_the_weight_and_one_number_per_row_are_kept(target):
         _, total = add_rms_norm(x, residual, 576, weight)
     rest = [t for t in kept if t.data_ptr() not in (total.data_ptr(), weight.data_ptr())]
     assert (len(kept), [t.untyped_storage().nbytes() for t in rest]) == (3, [37 * 4])
+
+
+@pytest.mark.parametrize("shape", [64, (64,), [64], torch.Size([64])], ids=["int", "tuple", "list", "Size"])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rms_norm_add", "sandwich_rms_norm", "gated_rms_norm"])
+def test_any_shape_takes_the_short_way(name: str, shape: object, monkeypatch) -> None:
+    """`weight.shape` is a torch.Size: with it calls took the long way, 33 µs instead of 6."""
+    if not _everyday._plain:
+        pytest.skip("without kernels there is no short way")
+    monkeypatch.setattr(functional, "_resolve", lambda *_: pytest.fail("the long way"))
+    x, weight = torch.ones(2, 64), torch.ones(64)
+    rows = (x,) if name == "rms_norm" else (x, x)
+    getattr(rmsnorm, name)(*rows, shape, weight, eps=1e-6)

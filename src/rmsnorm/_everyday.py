@@ -85,7 +85,7 @@ def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: fl
     """How many dimensions a call that is :func:`ordinary` normalises; 0 if more has to be asked first."""
     if eps is None or eps < 0:  # to the operators that is a floor
         return 0
-    shape = normalized_shape if type(normalized_shape) is tuple else (normalized_shape,)
+    shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)  # a torch.Size, a list
     return len(shape) if shape == (input.shape[-len(shape) :] if weight is None else weight.shape) else 0
 
 

@@ -10,15 +10,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import reference
 from ..forms.sandwich import rms_norm_add, sandwich_rms_norm
 from ..functional import add_rms_norm
-from .binding import binding_of, eps_of, serves, shape_of
+from .binding import Binding, binding_of, eps_of, serves, shape_of, weight_of
 
 
 class Ours:
     """A norm that is patched, can stand beside an add, was proven for rows like these, and to which nobody listens."""
 
-    def __init__(self, norm: Any, binding: Any, weight: Tensor | None, x: Tensor) -> None:
-        self.weight, self.shape, self.eps = weight, shape_of(norm, weight, x), eps_of(norm, binding)
-        self.options = {"offset": binding.recipe.offset, "casting_mode": binding.recipe.casting_mode}
+    __slots__ = "eps", "options", "shape", "weight"
+
+    def __init__(self, norm: Any, binding: Binding, weight: Tensor | None, x: Tensor) -> None:
+        self.weight, self.options = weight, binding.options
+        self.shape, self.eps = shape_of(norm, weight, x), eps_of(norm, binding)
 
 
 def ours(norm: Any, x: Tensor) -> Ours | None:
@@ -26,11 +28,11 @@ def ours(norm: Any, x: Tensor) -> Ours | None:
     binding = binding_of(norm)
     if (
         binding is not None
-        and binding.adds()
+        and binding.plainly
         and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not _has_any_global_hook()
     ):
-        weight = getattr(norm, binding.weight) if binding.weight else None
+        weight = weight_of(norm, binding)
         if serves(norm, binding, weight, x):
             return Ours(norm, binding, weight, x)
     return None

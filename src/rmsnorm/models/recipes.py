@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,12 +78,12 @@ class Recipe:
             eps = None if eps is None else eps if self.floors else eps / size
         if self.floors:
             floor = self.floor(shape.numel(), eps)
-            output = floored_rms_norm(x, shape, weight, floor, offset=self.offset, casting_mode=self.casting_mode)
+            output = floored_rms_norm(x, shape, weight, floor, **self.options())
             if steps:
                 output = output * shape.numel() ** 0.5
                 output = output if gain is None else output * gain
         elif gate is None and group is None:
-            output = rms_norm(x, shape, weight, eps, offset=self.offset, casting_mode=self.casting_mode)
+            output = rms_norm(x, shape, weight, eps, **self.options())
         else:
             output = gated_rms_norm(
                 x,
@@ -93,14 +94,17 @@ class Recipe:
                 activation=self.activation,
                 norm_before_gate=self.gate != "before",
                 group_size=group,
-                offset=self.offset,
-                casting_mode=self.casting_mode,
+                **self.options(),
             )
         return output if bias is None else output + bias
 
     def adds(self) -> bool:
-        """Whether :func:`rmsnorm.add_rms_norm` computes the same of a sum."""
+        """Whether :func:`rmsnorm.rms_norm` is all of it, and :func:`rmsnorm.add_rms_norm` does the same of a sum."""
         return not (self.own_gain or self.scaled_input or self.gate or self.centred or self.floors or self.unit)
+
+    def options(self) -> dict[str, Any]:
+        """Those of a norm of ours, but for what a module holds."""
+        return {"offset": self.offset, "casting_mode": self.casting_mode}
 
     def floor(self, columns: int, eps: float | None) -> float:
         """What the mean square of so many columns is at least."""
