@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import extremes, reads, trial
-from .binding import TYPES, Binding, Types, eps_of
+from .binding import TYPES, Binding, Types
+from .numbers import eps_of
 from .reads import Unfit
 
 _MODULES = frozenset(vars(nn.Module())) - {"training"}

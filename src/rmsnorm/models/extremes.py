@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from . import looks, trial
-from .binding import Binding, Types, eps_of
+from .binding import Binding, Types
+from .numbers import eps_of
 from .reads import Unfit
 
 

@@ -10,7 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import reference
 from ..forms.sandwich import rms_norm_add, sandwich_rms_norm
 from ..functional import add_rms_norm
-from .binding import Binding, binding_of, eps_of, serves, shape_of, weight_of
+from .binding import Binding, binding_of, serves
+from .numbers import eps_of, shape_of, weight_of
 
 
 class Ours:

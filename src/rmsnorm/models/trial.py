@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .binding import Binding, Types, apply, eps_of
+from . import numbers
+from .binding import Binding, Types
 from .reads import Unfit
 
 # Bounds in units of a type's eps. Forward, relative to each output: in float32 their sum, root and products round, up
@@ -98,7 +99,7 @@ class Trial:
         """
         columns, x_type = self.shape.numel(), self.x_type
         least = 1e-3 if x_type is torch.float16 else 1e-5
-        recipe, eps = self.binding.recipe, eps_of(self.module, self.binding)
+        recipe, eps = self.binding.recipe, numbers.eps_of(self.module, self.binding)
         square = recipe.floor(columns, eps) if recipe.floors else eps
         root = max(square or 0.0, 0.0 if recipe.floors and not gradient else least**2) ** 0.5
         sizes = [0.3 * root, root, 3 * root, 1.0, 30.0]
@@ -118,12 +119,11 @@ class Trial:
     def inputs(self, leading: tuple[int, ...] | None = None, *, gradient: bool = False) -> list[Tensor]:
         """The rows shaped so: as many as fit. By default all of them, in as many dimensions as the weight asks for."""
         rows = self.rows(gradient=gradient)
-        channels = self.binding.layout == "channels"
         if leading is None:
             leading = self._leading(len(rows[0]))
         count = torch.Size(leading).numel()
         shaped = [r[len(r) - count :].reshape(*leading, *self.shape) for r in rows]
-        if channels:
+        if self.binding.layout == "channels":
             shaped = [r.movedim(-1, 1).contiguous() for r in shaped]
         return [r.clone().requires_grad_(gradient) for r in shaped]
 
@@ -160,7 +160,7 @@ class Trial:
 
     def ours(self, inputs: list[Tensor]) -> Tensor:
         """What the recipe makes of them."""
-        return apply(self.module, self.binding, self.weight, *(t.clone() for t in inputs))
+        return numbers.apply(self.module, self.binding, self.weight, *(t.clone() for t in inputs))
 
 
 def _normalised(module: nn.Module, binding: Binding, weight: Tensor | None) -> torch.Size:
