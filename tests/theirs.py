@@ -1,7 +1,7 @@
 """Proves that transformers' own model tests pass with every model patched at construction, if they pass unpatched.
 
     python tests/theirs.py --folder build/theirs                        # eight families, two processes; 40 minutes
-    python tests/theirs.py --folder build/theirs --fuse --family llama  # with residual adds fused, too
+    python tests/theirs.py --folder build/theirs --fuse --family llama  # with what stands beside norms fused, too
     python tests/theirs.py --folder build/theirs --write                # nothing more but the rows in docs/models.md
     python tests/theirs.py --family gemma3 -k "not generate"            # a part of one family's tests
     python tests/theirs.py --checkout transformers/                     # where there is a git checkout already
@@ -126,7 +126,16 @@ def run(family: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-TITLES = ("tests of", "in all", "pass unpatched", "of these, patched", "models patched", "norms", "left", "adds fused")
+TITLES = (
+    "tests of",
+    "in all",
+    "pass unpatched",
+    "of these, patched",
+    "models patched",
+    "norms",
+    "left",
+    "layers fused",
+)
 # Of an inner model; before the values are loaded, after which it is patched; those that nobody asked for.
 EXPECTED = ("it is patched already", "on the device meta", "it is a LayerNorm")
 

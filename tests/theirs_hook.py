@@ -69,7 +69,7 @@ def hook() -> None:
 def _patch(model: Any) -> None:
     import rmsnorm
 
-    report = rmsnorm.patch(model, fuse_add=os.environ[HOW] == "fused")
+    report = rmsnorm.patch(model, fuse=os.environ[HOW] == "fused")
     with open(os.environ[RECORD] + ".models", "a") as record:
         left = [f"{entry.cls}: {entry.reason}" for entry in report.skipped]
         entry = {"cls": type(model).__name__, "patched": len(report.patched), "fused": len(report.fused), "left": left}
