@@ -1,8 +1,9 @@
-"""Measures what whole models gain from ``rmsnorm.patch``, and writes the table of README.md: ``make gain``.
+"""Measures what whole models gain from ``rmsnorm.patch(model, fuse=True)``; writes the table of README.md, and that of
+docs/models.md which says where a token's time goes: ``make gain``.
 
-SmolLM2 is real; the other models have the layers of real ones, fewer of them, and random weights: time per layer hangs
-on neither. Before and after take turns, sample by sample; a cell shows the median over rounds of time after ÷ time
-before, and the quartiles. A cell whose quartiles have 1 between them is shown as no difference.
+SmolLM2 is real; the other models have the layers of real ones and random weights: time hangs on neither. Before and
+after take turns, in blocks of ten tokens; a cell shows the median over rounds of time after ÷ time before, and the
+quartiles. A cell whose quartiles have 1 between them is shown as no difference.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import transformers
 import rmsnorm
 from rmsnorm.bench.console import machine
 from rmsnorm.bench.pages import replace_block, table
+from rmsnorm.bench.timing import measure
 from rmsnorm.models import loading, workload
 from rmsnorm.models.classes import switch
 
@@ -26,8 +28,10 @@ ROOT = Path(__file__).parents[2]
 LABEL = "made by `make gain`"
 VOCABULARY = 8192
 """Of the models with random weights: a real one's head would be as large as all of these layers."""
-READ = 128
-SECONDS = 15.0
+READ = 512
+TOKENS = 10
+"""In a block: the machine's own drift between two of them is smaller than between two minutes."""
+SECONDS = 20.0
 """For each cell, and at least seven rounds."""
 
 
@@ -42,20 +46,20 @@ def _shaped(name: str, **config: Any) -> Callable[[torch.dtype], Any]:
 
 MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     "SmolLM2-135M": lambda dtype: loading.load(loading.SMOLLM2, dtype)[1],
-    "Qwen3-0.6B, 6 layers": _shaped(
+    "Qwen3-0.6B, 14 layers": _shaped(
         "qwen3",
         hidden_size=1024,
         intermediate_size=3072,
-        num_hidden_layers=6,
+        num_hidden_layers=14,
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
     ),
-    "Gemma-3-1B, 6 layers": _shaped(
+    "Gemma-3-270M": _shaped(
         "gemma3_text",
-        hidden_size=1152,
-        intermediate_size=6912,
-        num_hidden_layers=6,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=256,
@@ -73,34 +77,71 @@ def cell(speed: workload.Speed) -> str:
     return f"**{speed.ratio:.2f}** {span}" if speed.measurable else f"no difference {span}"
 
 
-def row(name: str, dtype: str, seconds: float = SECONDS) -> list[str]:
-    """What a model of this type gains: its name, its norms, three times and the memory that a step keeps."""
+def row(name: str, dtype: str, seconds: float = SECONDS) -> tuple[list[str], list[str]]:
+    """What a model of this type gains: its name, what was swapped, three times and the memory that a step keeps. And
+    where the time of a token goes."""
     model = MODELS[name](DTYPES[dtype])
     size = model.get_input_embeddings().num_embeddings
     ids = torch.randint(size, (1, READ), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = model(ids).logits.float()
-    report = rmsnorm.patch(model, fuse_add={"input_ids": ids})
+    report = rmsnorm.patch(model, fuse={"input_ids": ids})
     with torch.inference_mode():
         after = model(ids).logits.float()
     # The proof of every norm is patch's own. Here: that the model as a whole says the same, up to its type's noise.
     assert (after - before).abs().max() <= 0.05 * before.abs().max(), f"{name} {dtype} says something else"
-    turn, cells = switch(model), []
-    inputs = {"input_ids": ids}
-    for work in workload.kinds(model, inputs, writes=True).values():
-        cells.append(cell(workload.time(work, turn, seconds)))
+    turn, inputs = switch(model), {"input_ids": ids}
+    works = workload.kinds(model, inputs, writes=True)
+    works["decode"] = workload.Work(lambda: _block(workload.decoding(model, ids)), TOKENS)
+    speeds = {kind: workload.time(work, turn, seconds) for kind, work in works.items()}
     held = [one.kept for one in workload.memories(model, inputs, turn, writes=True).values()]
-    norms = f"{len(report.patched)} norms, {len(report.fused)} adds"
-    print(name, dtype, norms, *cells, f"{held[1] / held[0]:.2f}", sep=" | ", flush=True)
-    return [f"{name}, {dtype}", norms, *cells, f"{held[1] / held[0]:.2f}"]
+    swapped = f"{len(report.patched)} norms, {len(report.fused)} layers fused"
+    cells = [f"{name}, {dtype}", swapped, *map(cell, speeds.values()), f"{held[1] / held[0]:.2f}"]
+    spent = [f"{name}, {dtype}", *_spent(model, ids, turn, speeds["decode"])]
+    print(*cells, *spent[1:], sep=" | ", flush=True)
+    return cells, spent
+
+
+def _block(token: Callable[[], object]) -> Callable[[], None]:
+    def block() -> None:
+        for _ in range(TOKENS):
+            token()
+
+    return block
+
+
+def _spent(model: Any, ids: torch.Tensor, turn: workload.Turn, decode: workload.Speed) -> list[str]:
+    """Of a token: time before and after; the weights at the speed of a copy, below which no time can fall; and what
+    torch's profiler says of matrix products and attention before, and of all else before and after, in shares."""
+    times = [1e3 * side.median / TOKENS for side in (decode.before, decode.after)]
+    table = model.get_input_embeddings().weight
+    read = sum(p.nbytes for p in model.parameters() if p is not table or model.get_output_embeddings().weight is table)
+    a, b = torch.zeros(2**25), torch.zeros(2**25)
+    copy = measure({"copy": lambda: b.copy_(a)}, 1.0)["copy"].fastest
+    shares = []
+    for on in (False, True):
+        turn(on)
+        token = workload.decoding(model, ids)
+        token()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            _block(token)()
+        spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+        products = sum(time for key, time in spent.items() if key in PRODUCTS or "attention" in key)
+        shares.append(products / sum(spent.values()))
+    turn(True)
+    floor = 1e3 * read / (2 * a.nbytes / copy)
+    return [*(f"{time:.1f}" for time in times), f"{floor:.1f}", *(f"{share:.2f}" for share in shares)]
+
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::baddbmm"}
 
 
 def main() -> None:
-    """Writes the table into README.md and README.zh-CN.md."""
+    """Writes the tables into README.md, README.zh-CN.md and docs/models.md."""
     here = machine()
     if here["why_not_native"]:
         sys.exit(f"The native kernels are off: {here['why_not_native']}")
-    rows = [row(name, dtype) for name in MODELS for dtype in DTYPES]
+    rows, spent = zip(*(row(name, dtype) for name in MODELS for dtype in DTYPES), strict=True)
     titles = (
         "after ÷ before",
         "swapped",
@@ -115,6 +156,15 @@ def main() -> None:
     )
     for page, says in (("README.md", f"Measured on: {where}."), ("README.zh-CN.md", f"测量环境：{where}。")):
         replace_block(ROOT / page, LABEL, f"{table(titles, rows)}\n{says}")
+    titles = (
+        "a token",
+        "before, ms",
+        "after, ms",
+        "weights ÷ copy, ms",
+        "products and attention, before",
+        "after",
+    )
+    replace_block(ROOT / "docs/models.md", LABEL, f"{table(titles, spent)}\nMeasured on: {where}.")
 
 
 if __name__ == "__main__":
