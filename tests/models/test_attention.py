@@ -236,6 +236,18 @@ def test_tables_in_another_type_are_their_functions_own() -> None:
     assert found == turns_of_models.Turn(False, False, False)
 
 
+def test_a_model_on_the_meta_device_spoils_nothing() -> None:
+    """A function was tried under the caller's `torch.device("meta")`, failed, and was never tried again; and torch knows
+    no autocast of that device."""
+    turns_of_models.turn_of.cache_clear()
+    with torch.device("meta"):
+        empty = model_of("Llama")
+        report = rmsnorm.patch(empty, fuse=True)
+        assert not any("autocast" in e.reason or "something else" in e.reason for e in report.skipped), report
+        assert empty(IDS.to("meta")).logits.is_meta
+    assert len(rmsnorm.patch(model_of("Llama"), fuse=True).fused) == 4
+
+
 def test_adds_alone_have_their_old_name() -> None:
     report = rmsnorm.patch(model_of("Llama"), fuse_add=True)
     assert report.fused

@@ -23,6 +23,7 @@ from ..forms.heads import heads_rms_norm_rope, rope
 from . import classes, rewrite, wrappers
 from .binding import TYPES
 from .neighbours import ours
+from .numbers import under_autocast
 from .turns import Turn, turn_of
 
 _TURN = "_rmsnorm_turned"
@@ -136,7 +137,7 @@ def _serves(turn: Turn, query: Any, key: Any, cos: Any, sin: Any) -> bool:
         and cos.shape == sin.shape
         and turn.takes(cos, query)
         and not torch.compiler._is_exporting_flag
-        and not torch.is_autocast_enabled(query.device.type)
+        and not under_autocast(query)
     )
 
 

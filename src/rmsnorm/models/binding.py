@@ -20,7 +20,7 @@ from .. import _foreign
 from ..functional import rms_norm
 from . import classes
 from .forwards import forward_like
-from .numbers import apply, eps_of, fits, shape_of, weight_of
+from .numbers import apply, eps_of, fits, shape_of, under_autocast, weight_of
 from .recipes import RECIPES, Recipe
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -173,7 +173,7 @@ def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: A
         and (weight is None or weight.dim() == binding.rank)
         and (binding.columns is None or x.shape[1 if binding.layout == "channels" else -1] == binding.columns)
         and x.numel() != 0
-        and (binding.autocast or not torch.is_autocast_enabled(x.device.type))
+        and (binding.autocast or not under_autocast(x))
         and _unchanged(module, binding)
     )
 

@@ -65,3 +65,9 @@ def eps_of(module: Any, binding: Any) -> Any:
 def shape_of(module: Any, weight: Tensor | None, x: Tensor) -> torch.Size:
     """The sizes of the normalised dimensions."""
     return weight.shape if weight is not None else getattr(module, "normalized_shape", x.shape[-1:])
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for its device; torch raises for those that have none, such as meta."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

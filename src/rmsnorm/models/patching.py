@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .._arguments import described
 from . import classes
 from .binding import binding_of
 from .conditions import signature
 from .fusion import fuse as fuse_layers
+from .modes import undisturbed
 from .probe import EPS_NAMES, Proof, Refused, examine
 from .recipes import Recipe
 from .report import Entry, PatchReport
@@ -62,7 +61,7 @@ def patch(
     report = PatchReport()
     known: dict[type, Recipe] = {}
     found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
-    with _undisturbed():
+    with undisturbed():
         for name, module in model.named_modules():
             cls = type(module)
             if not _may_be_a_norm(module):
@@ -90,19 +89,6 @@ def patch(
             report.fused, left = fuse_layers(model, None if fuse is True else fuse, heads)
         report.skipped += left
     return report
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without modes of the caller's: proofs need gradients, real numbers, and our kernels on trial instead of what we
-    hand over to. A FakeTensorMode is one, and so is ``with torch.device(...)``."""
-    with ExitStack() as stack:
-        while torch._C._len_torch_function_stack():
-            stack.enter_context(_pop_mode_temporarily())
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        yield
 
 
 def _check(model: object, name: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..forms.heads import rope
 from .binding import TYPES
+from .modes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ TURNS = [
 @functools.cache
 def turn_of(rotate: Any) -> Turn | None:
     """The row that is a function, bit for bit, for angles of no pattern; it is called as attention does."""
-    for turn in TURNS:
-        if _is(turn, rotate, 16):
-            return replace(turn, partial=_is(turn, rotate, 8), mixed=_is(turn, rotate, 16, torch.float32))
+    with undisturbed():  # models are built on the meta device, too
+        for turn in TURNS:
+            if _is(turn, rotate, 16):
+                return replace(turn, partial=_is(turn, rotate, 8), mixed=_is(turn, rotate, 16, torch.float32))
     return None
 
 
