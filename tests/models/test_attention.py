@@ -237,7 +237,7 @@ def test_tables_in_another_type_are_their_functions_own() -> None:
 
 
 def test_a_model_on_the_meta_device_spoils_nothing() -> None:
-    """A function was tried under the caller's `torch.device("meta")`, failed, and was never tried again; and torch knows
+    """A function was tried under a caller's `torch.device("meta")`, failed, and was never tried again; and torch knows
     no autocast of that device."""
     turns_of_models.turn_of.cache_clear()
     with torch.device("meta"):
