@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor> norm(const Tensor& input, const Tensor& gate, const O
   f.eps = eps;
   Tensor output = empty_like(input, round_first && f.gate_first && !same_type ? wide(type) : type);
   Tensor rstd = keep ? empty_statistic(input, dims, wide(type)) : none(wide(type));
-  run_forward(f, input, &gate, gated_gain(weight, offset, input, shape), shape, output, nullptr, keep ? &rstd : nullptr,
-              nullptr);
+  run_forward(f, input, &gate, gain_or_ones(weight, offset, input, shape, Gain::kBackward), shape, output, nullptr,
+              keep ? &rstd : nullptr, nullptr);
   return {output, rstd};
 }
 
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor i
   check_same(gate, input, "gate");
   const Shape shape(input, dims);
   const Type type = type_of(input);
-  const Gain gain = gated_gain(weight, offset, input, shape);
+  const Gain gain = gain_or_ones(weight, offset, input, shape, Gain::kBackward);
   need_weight = need_weight && weight;
   Backward b = {};
   b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight;

@@ -126,11 +126,10 @@ std::tuple<Tensor, Tensor> rope_backward(Tensor grad_query, Tensor grad_key, Ten
   return {back(grad_query, need_query), back(grad_key, need_key)};
 }
 
-// A weight, offset + weight, or ones.
 Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& x, Gain::For use) {
   const Shape shape(x, 1);
   require(!weight || weight->dim() == 1, "rmsnorm: a weight must have the size of a head");
-  return weight ? Gain(weight, offset, x, shape, use) : Gain(1.0, type_of(x), padded(shape.columns));
+  return gain_or_ones(weight, offset, x, shape, use);
 }
 
 // Returns what is kept of the rows, if it is.

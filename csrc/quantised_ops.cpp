@@ -5,18 +5,6 @@
 namespace rmsnorm {
 namespace {
 
-Tensor empty_codes(const Tensor& like, bool e4m3) {
-  const auto sizes = like.sizes();
-  int64_t strides[kMaxDims], stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  AtenTensorHandle handle;
-  const int32_t code = e4m3 ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_int8();
-  require(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code,
-                                   aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
-          "rmsnorm: not enough memory for ", stride, " bytes");
-  return Tensor(handle);
-}
-
 // Rows [begin, end): as many at a time as stay in the first cache.
 void quantise_rows(const Target& target, const Forward& f, const Operands<kForwardOperands>& operands, bool e4m3,
                    char* codes, float* scales, int64_t begin, int64_t end) {
@@ -48,23 +36,24 @@ std::tuple<Tensor, Tensor, Tensor> quantised_rms_norm(Tensor input, OptionalTens
   require(type != Type::f64, "rmsnorm: no quantiser for float64");
   const Shape shape(input, dims);
   Forward f = gate ? gated(silu, !norm_before_gate, round_first, weight, type) : Forward{};
-  f.eps = eps, f.round_first = round_first, f.add = residual.has_value();
-  const Gain gain =
-      gate ? gated_gain(weight, offset, input, shape) : Gain(weight, offset, input, shape, Gain::kForward);
+  f.eps = eps, f.round_first = round_first;
+  const Gain gain = gate ? gain_or_ones(weight, offset, input, shape, Gain::kBackward)
+                         : Gain(weight, offset, input, shape, Gain::kForward);
   const bool promoted = round_first && weight && type_of(*weight) != type && (!gate || f.gate_first);
-  f.columns = shape.columns, f.input = type, f.output = promoted ? wide(type) : type;
-  f.gain_type = gain.type, f.gain = gain.rows;
-  const Tensor codes = empty_codes(input, e4m3), scale = empty_statistic(input, dims, Type::f32);
-  const Tensor sum = residual ? empty_like(input, type) : none(type);
-  const Tensor x = with_plain_rows(input, shape.outer);
-  const OptionalTensor other = with_plain_rows(residual ? &*residual : gate ? &*gate : nullptr, shape.outer);
-  const auto operands = operands_of<kForwardOperands>(
-      x, shape.outer,
-      {&x, nullptr, residual ? address(other) : nullptr, residual ? &sum : nullptr, gate ? address(other) : nullptr});
+  f.output = promoted ? wide(type) : type;
+  const auto sizes = input.sizes();
+  const Tensor codes = empty(sizes.data(), static_cast<int64_t>(sizes.size()),
+                             e4m3 ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_int8(), 1);
+  const Tensor scale = empty_statistic(input, dims, Type::f32), sum = residual ? empty_like(input, type) : none(type);
   auto* to = static_cast<char*>(codes.data_ptr());
   auto* scales = static_cast<float*>(scale.data_ptr());
-  parallel(operands.rows, grain_rows(shape.columns),
-           [&](int64_t begin, int64_t end) { quantise_rows(*gain.target, f, operands, e4m3, to, scales, begin, end); });
+  const Tensor* other = residual ? &*residual : gate ? &*gate : nullptr;
+  with_operands(f, input, other, gain, shape, nullptr, residual ? &sum : nullptr,
+                [&](const Forward& f, const auto& operands) {
+                  parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
+                    quantise_rows(*gain.target, f, operands, e4m3, to, scales, begin, end);
+                  });
+                });
   return {codes, scale, sum};
 }
 

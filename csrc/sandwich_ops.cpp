@@ -19,8 +19,7 @@ Gain gain_of(const OptionalTensor& weight, double offset, const Tensor& input, c
   require(!weight || !round_first || size_of(type_of(input)) > 2 || is_of(weight, input),
           "rmsnorm: no native kernel whose sum is wider than its input");
   if (in_place) return Gain(weight, 0.0, input, shape, Gain::kForward);
-  return weight ? Gain(weight, offset, input, shape, Gain::kBackward)
-                : Gain(1.0, type_of(input), padded(shape.columns));
+  return gain_or_ones(weight, offset, input, shape, Gain::kBackward);
 }
 
 void norm_add(const Tensor& input, const Tensor& residual, const OptionalTensor& weight, int64_t dims, double eps,

@@ -46,17 +46,22 @@ inline ScalarType scalar_of(Type type) {
   }
 }
 
-inline Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
+// Of any of torch's types, by its number and the bytes of an element.
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size) {
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  const int64_t bytes = stride * size_of(type);
+  const int64_t bytes = stride * size;
   AtenTensorHandle handle;
-  require(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(scalar_of(type)),
-                                   aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
+  require(aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
+              AOTI_TORCH_SUCCESS,
           "rmsnorm: not enough memory for ", bytes, " bytes");
   Tensor tensor(handle);
   if (is_large(bytes)) ask_for_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
+  return empty(sizes, dims, static_cast<int32_t>(scalar_of(type)), size_of(type));
 }
 
 inline Tensor empty_like(const Tensor& tensor, Type type) {
@@ -202,17 +207,18 @@ class Gain {
   std::unique_ptr<char[]> formed_;
 };
 
-// A gated call, and its gain: offset + weight or ones, in the wide type and the kernels' own order, forward and
-// backward.
+// The weight's gain, or ones: of forms whose kernels always multiply.
+inline Gain gain_or_ones(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape,
+                         Gain::For use) {
+  return weight ? Gain(weight, offset, x, shape, use) : Gain(1.0, type_of(x), padded(shape.columns));
+}
+
+// A gated call, whose gain is that or ones, in the wide type and the kernels' own order, forward and backward.
 inline Forward gated(bool silu, bool gate_first, bool round_first, const OptionalTensor& weight, Type input) {
   Forward f = {};
   f.gate = silu ? Gate::silu : Gate::sigmoid, f.gate_first = gate_first, f.round_first = round_first;
   f.round_product = round_first && weight && type_of(*weight) == input;
   return f;
-}
-inline Gain gated_gain(const OptionalTensor& weight, double offset, const Tensor& input, const Shape& shape) {
-  return weight ? Gain(weight, offset, input, shape, Gain::kBackward)
-                : Gain(1.0, type_of(input), padded(shape.columns));
 }
 
 // The least work worth a thread: rows of so many columns each.
@@ -245,19 +251,29 @@ inline void run_forward(const Forward& f, const Operands<kForwardOperands>& oper
   });
 }
 
-// The same of tensors. `other` is the gate if there is one, else the residual or null; `first_rstd` is for two norms.
-inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
-                        const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
-                        const Tensor* first_rstd = nullptr) {
+// Calls run(f, operands), with what tensors say filled in. `other` is the gate if there is one, else the residual or
+// null; the type of the output is in `f`, and there may be none.
+template <class Run>
+void with_operands(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
+                   const Tensor* output, const Tensor* sum, const Run& run) {
   const Tensor x = with_plain_rows(input, shape.outer);
   const OptionalTensor second = with_plain_rows(other, shape.outer);
   const bool gated = f.gate != Gate::none;
-  f.columns = shape.columns, f.input = type_of(input), f.output = type_of(output);
+  f.columns = shape.columns, f.input = type_of(input);
   f.add = other && !gated && !f.add_after && !f.twice;
   f.gain_type = gain.type, f.gain = gain.rows;
-  const auto operands = operands_of<kForwardOperands>(
-      x, shape.outer, {&x, &output, gated ? nullptr : address(second), sum, gated ? address(second) : nullptr});
-  run_forward(f, operands, *gain.target, rstd, mean, first_rstd);
+  run(f, operands_of<kForwardOperands>(
+             x, shape.outer, {&x, output, gated ? nullptr : address(second), sum, gated ? address(second) : nullptr}));
+}
+
+// Forward, of tensors; `first_rstd` is for two norms.
+inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
+                        const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
+                        const Tensor* first_rstd = nullptr) {
+  f.output = type_of(output);
+  with_operands(f, input, other, gain, shape, &output, sum, [&](const Forward& f, const auto& operands) {
+    run_forward(f, operands, *gain.target, rstd, mean, first_rstd);
+  });
 }
 
 // Backward, for all rows of operands that are known. The weight's gradient comes as totals per chunk: finish() adds
