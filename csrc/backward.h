@@ -185,6 +185,7 @@ BackwardKernel backward_with_gain(const Backward& b) {
 
 template <class T>
 BackwardKernel backward_of(const Backward& b) {
+  if (b.general) return &general_backward<T>;
   if (b.turn.turn != Turn::none) return b.need_weight ? &turned_backward<T, true> : &turned_backward<T, false>;
   if (b.gate != Gate::none) return b.gate_first ? &gated_backward<T, true> : &gated_backward<T, false>;
   if (b.layer) {

@@ -10,7 +10,8 @@ class Plain {
   using Norm = Norm_;
   using Out = Out_;
   // Asking for rows to come is a kernel of its own. LayerNorm of half types has more to compute, and lost 7 % by it.
-  static constexpr bool kAsks = kStreams && !(Norm::kBias && sizeof(T) == 2), kAdds = Add, kTwice = false;
+  static constexpr bool kAsks = kStreams && !(Norm::kBias && sizeof(T) == 2), kAdds = Add, kTwice = false,
+                        kStores = false;
   // Out of the last cache, rows to come are asked for while one is summed, and none of them while one is stored, as the
   // output's are: 4096x576 takes 0.91 of the time, 32768x128 with 2 threads 0.93. What adds is no faster by it.
   static constexpr bool kAsksInSum = std::is_same_v<T, float> && !Add;
@@ -149,12 +150,16 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
       if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(half_residual, span);
       if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
-      const auto y = [&]() __attribute__((always_inline)) {
-        if constexpr (Again) return part.add_again(span);
-        else return part(span);
-      }();
-      if constexpr (Stream) stream_to(span, out, y);
-      else span.store_to(out, y);
+      if constexpr (Form::kStores) {
+        part.template store<Stream>(span);
+      } else {
+        const auto y = [&]() __attribute__((always_inline)) {
+          if constexpr (Again) return part.add_again(span);
+          else return part(span);
+        }();
+        if constexpr (Stream) stream_to(span, out, y);
+        else span.store_to(out, y);
+      }
     });
   }
 }
@@ -164,6 +169,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
   constexpr bool kAgain = Form::kAddsAgain;
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
+  const int64_t counted = Form::kStores ? f.counted : columns, divisor = Form::kStores ? f.divisor : columns;
   // Backwards, what wasn't asked for comes too late from memory: 8192x4096 bf16 takes 1.3 of the time.
   const bool back = rows.back && (Ask || !stream);
   const int64_t ask = (int64_t)sizeof(typename Form::Norm::Element) / (Form::kAsksInSum && !stream ? 1 : 2);
@@ -172,7 +178,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
     typename Form::Norm::Block found;
     const auto sum_up = [&](int64_t r, auto keep) __attribute__((always_inline)) {
       const typename Form::template Loader<Ask, decltype(keep)::value> load(f, rows, r, r - begin);
-      sum_row<Form, Ask>(load, rows, r, found, r - begin, block, columns, ask);
+      sum_row<Form, Ask>(load, rows, r, found, r - begin, block, counted, ask);
     };
     if constexpr (Form::kTwice) {
       Form::template sum_twice<Ask>(f, rows, found, begin, end, again, block, ask);
@@ -182,7 +188,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
         else sum_up(r, std::true_type{});
       }
     }
-    found.find_rows(Form::rows_of(rows) + begin, end - begin, columns, f.eps);
+    found.find_rows(Form::rows_of(rows) + begin, end - begin, divisor, f.eps);
     if (again && stream) store_rows<Form, kStreams, Ask, kAgain>(f, rows, found, begin, end, columns, back);
     else if (again) store_rows<Form, false, Ask, kAgain>(f, rows, found, begin, end, columns, back);
     else if (stream) store_rows<Form, kStreams && !kAgain, Ask, false>(f, rows, found, begin, end, columns, back);
@@ -195,13 +201,16 @@ void forward(const Forward& f, const ForwardRows& rows) {
   bool again = Form::kAddsAgain && rows.add_again;
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
   bool stream = kStreams && rows.stream && again == Form::kAddsAgain;  // no output without its sum, where that can go
-  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.output[r]);
+  for (int64_t r = 0; stream && r < rows.count; ++r)
+    stream = can_stream(rows.output[r]) && !(Form::kStores && !can_stream(rows.sum[r]));
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);
 }
 
 template <class T>
 ForwardKernel sandwich_of(const Forward& f);
+template <class T>
+ForwardKernel general_of();
 
 template <class T, class Out>
 ForwardKernel gated_of(const Forward& f) {
@@ -222,6 +231,7 @@ ForwardKernel layer_of(const Forward& f) {
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
+  if (f.general) return general_of<T>();
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);
@@ -235,6 +245,7 @@ ForwardKernel forward_of_half(const Forward& f) {
 // For fp32 and fp64 rounding before the gain is no rounding: both modes are one kernel.
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
+  if (f.general) return general_of<T>();
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);

@@ -53,7 +53,8 @@ class Gated {
  public:
   using Norm = std::conditional_t<First, GatedRms<T>, Rms<T>>;
   using Out = Out_;
-  static constexpr bool kAsks = false, kAsksInSum = false, kAdds = false, kAddsAgain = false, kTwice = false;
+  static constexpr bool kAsks = false, kAsksInSum = false, kAdds = false, kAddsAgain = false, kTwice = false,
+                        kStores = false;
 
   // The load step.
   template <bool, bool>

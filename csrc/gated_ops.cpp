@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor i
   const Tensor grad_input = need_input ? empty_like(input, type) : none(type);
   const Tensor grad_gate = need_gate ? empty_like(gate, type) : none(type);
   const Tensor grad_weight = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
-  run_backward(*gain.target, b, grad, nullptr, input, &gate, rstd, nullptr, shape, grad_input,
+  run_backward(*gain.target, b, &grad, nullptr, input, &gate, rstd, nullptr, shape, grad_input,
                need_gate ? &grad_gate : nullptr, {need_weight ? &grad_weight : nullptr, nullptr});
   return {grad_input, grad_gate, grad_weight};
 }

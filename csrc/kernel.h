@@ -54,8 +54,9 @@ struct Forward {
   WeightRows gain;   // of these: of the input's type and without the offset, or formed, wide, in the kernel's own order
   WeightRows first_gain;
   double offset, first_eps;
-  bool layer;  // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
-  const void* bias;
+  bool layer;        // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
+  const void* bias;  // or of the general form, of
+  Type bias_type;
   Gate gate;           // the gain is there then, and as in Backward
   bool gate_first;     // output may be f32 only then
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
@@ -63,6 +64,11 @@ struct Forward {
   bool interleaved;    // the pairs are neighbours, not columns of two halves
   Type angle;          // of cosines and sines: the input's, or f32 for a half input
   int64_t turned;      // columns that are turned: the first ones
+  bool general;        // the form of general.h; `input` is the type in which a row is computed, and these are those of
+  Type x, residual;    // what is read, and of
+  Type sum;            // what is written, or, where nothing is added, of x again; output may be none
+  int64_t counted;     // columns in the statistic: the first ones
+  int64_t divisor;     // of the sum of their squares: as many, or 1 for an L2 norm
 };
 
 // Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
@@ -115,6 +121,11 @@ struct Backward {
   Gate gate;        // there is a gain then; add is false
   bool gate_first;
   bool need_gate;
+  bool general;  // any row of general.h; what is missing there, the other fields have
+  Type grad;     // of what arrives at the output, if anything does
+  bool need_bias;
+  int64_t counted, divisor;  // as in Forward
+  const void* mask;          // ones of the columns that count, then zeros, as a gain; null where all do
   Forward
       turn;  // of turn.turn == Turn::norm: the gradient is turned back first; need_input, and a gain, are there then
 };
@@ -129,7 +140,7 @@ struct BackwardRows {
   void* grad_gate[kBatch];
   void* gain[kBatch];
   const void* rstd;    // one wide(input) value per row of this batch, as forward kept it
-  const double* mean;  // the same, for LayerNorm
+  const double* mean;  // the same, for LayerNorm; of the general form what arrives at 1/rms, or null
   // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it.
   void* grad_weight[kBatch];
   bool shared_weight;  // all rows have one

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor input
   const Tensor grad_input = need_input ? empty_like(input, type) : none(type);
   const Tensor grad_weight = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
   const Tensor grad_bias = need_bias ? empty_like(*bias, type_of(*bias)) : none(type);
-  run_backward(*gain.target, b, grad, nullptr, input, nullptr, rstd, &mean, shape, grad_input, nullptr,
+  run_backward(*gain.target, b, &grad, nullptr, input, nullptr, rstd, &mean, shape, grad_input, nullptr,
                {need_weight ? &grad_weight : nullptr, need_bias ? &grad_bias : nullptr});
   return {grad_input, grad_weight, grad_bias};
 }

@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
   b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight && weight;
   const Tensor grad_input = need_input ? empty_like(input, type_of(input)) : none(type_of(input));
   const Tensor grad_weight = b.need_weight ? empty_like(*weight, type_of(*weight)) : none(type_of(input));
-  run_backward(*gain.target, b, grad, grad_sum ? &*grad_sum : nullptr, input, nullptr, rstd, nullptr, shape, grad_input,
-               nullptr, {b.need_weight ? &grad_weight : nullptr, nullptr});
+  run_backward(*gain.target, b, &grad, grad_sum ? &*grad_sum : nullptr, input, nullptr, rstd, nullptr, shape,
+               grad_input, nullptr, {b.need_weight ? &grad_weight : nullptr, nullptr});
   return {grad_input, grad_weight};
 }
 

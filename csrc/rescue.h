@@ -30,9 +30,9 @@ RMSNORM_INLINE double round_element(double x) {
   return (double)round_to<T>(splat<T>((Scalar<T>)x)).v[0][0];
 }
 
-// Of the row whose elements are x(i).
+// Of the row whose elements are x(i); the sum of their squares is divided by their number, or by another.
 template <class Read>
-ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
+ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer, int64_t divisor) {
   // Of the elements and the root of eps, or of the floor: both squares are then at most 1, and what is lost of the
   // other below 2^-1074 is nothing to it.
   double largest = __builtin_sqrt(__builtin_fabs(eps));
@@ -66,9 +66,14 @@ ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
     return square;
   });
   squares.low += lost;
-  const Rstd<double> rstd = rstd_from<double>(squares, columns, eps * row.scale * row.scale);
+  const Rstd<double> rstd = rstd_from<double>(squares, divisor, eps * row.scale * row.scale);
   row.high = rstd.high, row.low = rstd.low, row.floored = rstd.kept < 0;
   return row;
+}
+
+template <class Read>
+ScaledRow scale_row(const Read& x, int64_t columns, double eps, bool layer) {
+  return scale_row(x, columns, eps, layer, columns);
 }
 
 // What forward keeps of the row.
@@ -104,6 +109,16 @@ RMSNORM_INLINE Scalar<T> kept_rstd(const BackwardRows& rows, int64_t r) {
   return ((const Scalar<T>*)rows.rstd)[r];
 }
 
+// The row as forward kept it: a normal 1/rms serves as it is (so does a NaN), fp64 has the room. Another was rounded
+// off or lost, and is found anew.
+template <class T, class Find>
+ScaledRow kept_or_scaled(const BackwardRows& rows, int64_t r, const Find& find, double mean = 0.0) {
+  const double rstd = __builtin_fabs((double)kept_rstd<T>(rows, r));
+  constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
+  const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
+  return usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0} : find();
+}
+
 template <class T, class G = T>  // the gradient's type
 __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
   using S = Scalar<T>;
@@ -116,13 +131,8 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   };
   const auto x_at = [&](int64_t i) { return element(x, i) * (b.gate_first ? gate_at(i).value : 1.0); };
   const auto dy_at = [&](int64_t i) { return element(grad, i) * (b.gate_first ? 1.0 : gate_at(i).value); };
-  // A normal 1/rms serves as it is (so does a NaN): fp64 has the room. Another was rounded off or lost, and is found
-  // anew.
-  const double rstd = __builtin_fabs((double)kept_rstd<T>(rows, r)), mean = b.layer ? rows.mean[r] : 0.0;
-  constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
-  const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
-  const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0}
-                               : scale_row(x_at, b.columns, b.eps, b.layer);
+  const ScaledRow row = kept_or_scaled<T>(
+      rows, r, [&] { return scale_row(x_at, b.columns, b.eps, b.layer); }, b.layer ? rows.mean[r] : 0.0);
   double mean_h = 0.0, mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double h = dy_at(i) * gain_at(i) / (double)b.columns;

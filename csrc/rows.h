@@ -118,8 +118,9 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   rows.stream = should_stream(f, bytes, share);
   rows.add_again = should_add_again(f, bytes);
   const auto& data = operands.data;
-  rows.back = rows.add_again ? should_walk_back({data[kInput], data[kResidual]}, {data[kSum], data[kOutput]})
-                             : should_walk_back({data[sums ? kSum : kInput], data[kGate]}, {data[kOutput]});
+  rows.back = rows.add_again || f.general
+                  ? should_walk_back({data[kInput], data[kResidual]}, {data[kSum], data[kOutput]})
+                  : should_walk_back({data[sums ? kSum : kInput], data[kGate]}, {data[kOutput]});
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
   rows.ask = should_ask(f, bytes, share);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
@@ -155,7 +156,7 @@ inline int64_t scratch_bytes(const Backward& b) {
 }
 
 // Rows of the weight's gradient, with the bias's behind them.
-inline int64_t grad_rows(const Backward& b) { return b.layer ? 2 : b.gain.count; }
+inline int64_t grad_rows(const Backward& b) { return b.layer || b.need_bias ? 2 : b.gain.count; }
 inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
 // Rows of one chunk; `scratch` has scratch_bytes(); `partial` is zeros, wide(input)[grad_rows][padded(columns)];

@@ -48,7 +48,8 @@ class NormAdd {
  public:
   using Norm = Rms<T>;
   using Out = T;
-  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = false, kTwice = false;
+  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = false, kTwice = false,
+                        kStores = false;
   template <bool Ask, bool Keep>
   using Loader = typename Plain<Norm, void, T, false, false>::template Loader<Ask, Keep>;
   RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return rows.input; }
@@ -98,7 +99,8 @@ class Sandwich {
  public:
   using Norm = Rms<T>;
   using Out = T;
-  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = kStreams, kTwice = true;
+  static constexpr bool kAsks = kStreams, kAsksInSum = false, kAdds = true, kAddsAgain = kStreams, kTwice = true,
+                        kStores = false;
   template <bool, bool>
   struct Loader;  // sum_twice() has its own
   RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return rows.sum; }

@@ -55,7 +55,11 @@ namespace {
 
 #include "sandwich.h"
 
+#include "general.h"
+
 #include "gated_backward.h"
+
+#include "general_backward.h"
 
 #include "backward.h"
 

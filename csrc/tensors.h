@@ -126,6 +126,13 @@ inline void check_same(const Tensor& tensor, const Tensor& input, const char* na
   require(same, "rmsnorm: ", name, " must have the shape and dtype of input");
 }
 
+// The same of what may be of another type.
+inline void check_sizes(const Tensor& tensor, const Tensor& input, const char* name) {
+  const auto sizes = tensor.sizes(), whole = input.sizes();
+  require(tensor.is_cpu() && std::equal(sizes.begin(), sizes.end(), whole.begin(), whole.end()), "rmsnorm: ", name,
+          " must have the shape of input, and be on the CPU");
+}
+
 // What forward kept of each row, as it returned it.
 inline void check_statistic(const Tensor& tensor, const Tensor& input, const Shape& shape, Type type,
                             const char* name) {
@@ -311,7 +318,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
 }
 
 // The same of tensors.
-inline void run_backward(const Target& target, Backward b, const Tensor& grad, const Tensor* grad_sum,
+inline void run_backward(const Target& target, Backward b, const Tensor* grad, const Tensor* grad_sum,
                          const Tensor& input, const Tensor* gate, const Tensor& rstd, const Tensor* mean,
                          const Shape& shape, const Tensor& grad_input, const Tensor* grad_gate,
                          const std::array<const Tensor*, 2>& grad_weights) {
@@ -319,12 +326,12 @@ inline void run_backward(const Target& target, Backward b, const Tensor& grad, c
   if (!b.need_input && !b.need_gate && !b.need_weight) return;
   check_statistic(rstd, input, shape, wide(b.input), "rstd");
   if (mean) check_statistic(*mean, input, shape, Type::f64, "mean");
-  const Tensor x = with_plain_rows(input, shape.outer), dy = with_plain_rows(grad, shape.outer);
-  const Tensor r = with_plain_rows(rstd, 0);
+  const Tensor x = with_plain_rows(input, shape.outer), r = with_plain_rows(rstd, 0);
+  const OptionalTensor dy = with_plain_rows(grad, shape.outer);
   const OptionalTensor ds = with_plain_rows(b.add ? grad_sum : nullptr, shape.outer);
   const OptionalTensor m = with_plain_rows(mean, 0), g = with_plain_rows(gate, shape.outer);
   const auto operands = operands_of<kBackwardOperands>(
-      x, shape.outer, {&x, &dy, b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
+      x, shape.outer, {&x, address(dy), b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
   run_backward(target, b, operands, r, address(m), grad_weights);
 }
 

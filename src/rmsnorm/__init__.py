@@ -11,8 +11,11 @@ from ._install import installed as installed
 from ._install import uninstall as uninstall
 from .forms.gated import GatedRMSNorm as GatedRMSNorm
 from .forms.gated import gated_rms_norm as gated_rms_norm
+from .forms.general import inverse_rms as inverse_rms
 from .forms.heads import heads_rms_norm_rope as heads_rms_norm_rope
 from .forms.heads import rope as rope
+from .forms.in_place import add_rms_norm_ as add_rms_norm_
+from .forms.l2 import l2_norm as l2_norm
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
@@ -32,11 +35,14 @@ __all__ = [
     "PatchReport",
     "RMSNorm",
     "add_rms_norm",
+    "add_rms_norm_",
     "gated_rms_norm",
     "heads_rms_norm_rope",
     "info",
     "install",
     "installed",
+    "inverse_rms",
+    "l2_norm",
     "layer_norm",
     "patch",
     "patched",

@@ -10,8 +10,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import SymInt, Tensor, dtype
 
+from . import reference
+
+ROUND_FIRST = {"torch": False, "llama": True}
+"""The casting modes, and whether each rounds the normalised value before the gain."""
+EPS_DOUBLE = torch.finfo(torch.float64).eps
+EPS = torch.finfo(torch.float32).eps
+NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _OPTIONAL = frozenset({"weight", "bias", "gate", "out"})
 
 
@@ -71,6 +79,48 @@ def raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor
         f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
         f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
     )
+
+
+def resolve(
+    name: str,
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    casting_mode: str,
+) -> tuple[int, float, bool, bool]:
+    """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
+
+    ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
+    """
+    if not isinstance(input, Tensor) or not (weight is None or isinstance(weight, Tensor)):
+        check_tensors(name, input=input, weight=weight)
+    shape = as_shape(name, normalized_shape)
+    dims = len(shape)
+    if not dims or input.shape[-dims:] != shape:
+        raise_shape(name, input, shape, None)
+    if weight is not None and not reference.spans(weight, input, dims):
+        raise_shape(name, input, shape, weight)
+    check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
+    round_first = ROUND_FIRST[casting_mode]
+    dtype = input.dtype
+    native = dtype in NATIVE_TYPES
+    if weight is not None:
+        if weight.device != input.device:
+            raise RuntimeError(
+                f"{name}: input is on {input.device} and weight on {weight.device}; move one of them, "
+                f"e.g. weight.to({str(input.device)!r})"
+            )
+        if weight.dtype is not dtype:
+            # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
+            native = native and weight.dtype in NATIVE_TYPES and weight.dtype is not torch.float64
+    if not native:
+        check_floating(name, input, weight)
+    if eps is None:
+        eps = EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else EPS
+    elif type(eps) is not float:
+        check_numbers(name, eps=eps)
+    return dims, eps, round_first, native
 
 
 def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _autograd, _ops
+from . import _arguments, _autograd, _ops
 
 _Call = Callable[..., Any]
 
@@ -33,8 +33,7 @@ _CONJUGATE_ENDS_IT = torch.__version__.startswith("2.10.")
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _add: _Call = _ops.add_rms_norm._op
-ROUND_FIRST = {"torch": False, "llama": True}
-"""The casting modes, and whether each rounds the normalised value before the gain."""
+ROUND_FIRST = _arguments.ROUND_FIRST
 
 
 def short_way(input: Tensor, weight: Tensor | None, out: Tensor | None = None) -> _Call | None:

@@ -68,6 +68,10 @@ class Form:
     """Rows that have no gradient but the definition's, and types of their own."""
     straight: tuple[str, ...] = ()
     """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
+    joined: tuple[str, ...] = ()
+    """Rows that are added to the first one: its gradient is theirs."""
+    mixed: bool = False
+    """Whether the operators take rows of several types, and gradients of others than what is saved."""
     sources: Callable[..., Sequence[Tensor]] | None = None
     """``(grads, saved) -> tensors`` of the shapes and types of the rows' gradients; None: what is saved."""
     laid: Callable[[Tensor], Tensor] = Tensor.contiguous
@@ -90,7 +94,7 @@ class Form:
     @cached_property
     def moving(self) -> tuple[str, ...]:
         """Rows whose gradients backward finds."""
-        return tuple(name for name in self.rows if name not in self.straight + self.fixed)
+        return tuple(name for name in self.rows if name not in self.straight + self.fixed + self.joined)
 
     @cached_property
     def learnt(self) -> tuple[str, ...]:

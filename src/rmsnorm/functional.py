@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,26 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
 
-ROUND_FIRST = _everyday.ROUND_FIRST
-_EPS_DOUBLE = torch.finfo(torch.float64).eps
-_EPS = torch.finfo(torch.float32).eps
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class Further(TypedDict, total=False):
+        bias: Tensor | None
+        partial: float
+        out_dtype: torch.dtype | None
+        return_rstd: bool
+
+    class FurtherOfAdd(Further, total=False):
+        round_sum: bool
+
+
+ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _arguments.EPS_DOUBLE
+_resolve = _arguments.resolve
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
 _into, _weighted_into = _everyday.into, _everyday.weighted_into
-_NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_NATIVE_TYPES = _arguments.NATIVE_TYPES
+further: dict[str, Callable[..., Any]] = {}
+"""Who serves further keywords, by the names of these functions: ``forms/general.py``, which enters itself here."""
 
 
 def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would have waited for
@@ -27,6 +42,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     offset: float = 0.0,
     casting_mode: str = "torch",
     out: Tensor | None = None,
+    **more: Unpack[Further],
 ) -> Tensor:
     r"""Root mean square normalisation over the last dimensions; a drop-in for ``torch.nn.functional.rms_norm``.
 
@@ -48,6 +64,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             OLMo 2, gpt-oss); ``"llama"`` rounds the normalised value to the input's type, then multiplies by the
             gain under type promotion (Llama, Mistral, Qwen, T5).
         out: a tensor to write to, of the output's shape and dtype; for inference only.
+        bias: (as all that follow by keyword alone, and not beside ``out``) ``[*normalized_shape]``, added before the
+            last rounding.
+        partial: the mean is that of the first ``ceil(partial · n)`` of n columns (pRMSNorm): above 0 and at most 1.
+        out_dtype: of the output, whose only rounding is then to that type: float32 in and bfloat16 out, say.
+        return_rstd: whether to return ``(output, rstd)``, with the factor ``1 / rms(x)`` of each row as
+            :func:`rmsnorm.inverse_rms` has it, which has a derivative, too.
 
     Returns:
         A contiguous tensor of the shape and dtype of ``input`` (or ``out``). With ``casting_mode="llama"`` and a
@@ -63,6 +85,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
+    if more:
+        return further["rms_norm"](
+            input, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode, out=out, **more
+        )
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if way := _everyday.short_way(input, weight, out):
             shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
@@ -135,6 +161,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     offset: float = 0.0,
     casting_mode: str = "torch",
+    **more: Unpack[FurtherOfAdd],
 ) -> tuple[Tensor, Tensor]:
     r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
 
@@ -143,10 +170,14 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
-        normalized_shape, weight, eps, offset, casting_mode: as in :func:`rmsnorm.rms_norm`.
+        normalized_shape, weight, eps, offset, casting_mode, bias, partial, out_dtype, return_rstd: as in
+            :func:`rmsnorm.rms_norm`. A residual stream in float32 beside bfloat16 blocks:
+            ``add_rms_norm(x, residual, …, out_dtype=torch.bfloat16)``, whose sum is float32.
+        round_sum: False normalises the sum before it is rounded, in float32 for half types, as flashinfer's and
+            sglang's kernels do. The sum that is returned, and kept for backward, is rounded all the same.
 
     Returns:
-        ``(output, sum)``, both contiguous. Either, both or none may be used in a loss.
+        ``(output, sum)``, both contiguous, or ``(output, sum, rstd)``. Any of them may be used in a loss.
 
     Raises:
         RuntimeError: as :func:`rmsnorm.rms_norm`, and for a residual of another shape (it is not broadcast) or device.
@@ -157,6 +188,9 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
+    if more:
+        options = {"offset": offset, "casting_mode": casting_mode}
+        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, **options, **more)
     if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode):
         return both
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
@@ -196,48 +230,6 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if recorded:
         return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
-
-
-def _resolve(
-    name: str,
-    input: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    eps: float | None,
-    casting_mode: str,
-) -> tuple[int, float, bool, bool]:
-    """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
-
-    ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
-    """
-    if not isinstance(input, Tensor) or not (weight is None or isinstance(weight, Tensor)):
-        _arguments.check_tensors(name, input=input, weight=weight)
-    shape = _arguments.as_shape(name, normalized_shape)
-    dims = len(shape)
-    if not dims or input.shape[-dims:] != shape:
-        _arguments.raise_shape(name, input, shape, None)
-    if weight is not None and not reference.spans(weight, input, dims):
-        _arguments.raise_shape(name, input, shape, weight)
-    _arguments.check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
-    round_first = ROUND_FIRST[casting_mode]
-    dtype = input.dtype
-    native = dtype in _NATIVE_TYPES
-    if weight is not None:
-        if weight.device != input.device:
-            raise RuntimeError(
-                f"{name}: input is on {input.device} and weight on {weight.device}; move one of them, "
-                f"e.g. weight.to({str(input.device)!r})"
-            )
-        if weight.dtype is not dtype:
-            # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
-            native = native and weight.dtype in _NATIVE_TYPES and weight.dtype is not torch.float64
-    if not native:
-        _arguments.check_floating(name, input, weight)
-    if eps is None:
-        eps = _EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else _EPS
-    elif type(eps) is not float:
-        _arguments.check_numbers(name, eps=eps)
-    return dims, eps, round_first, native
 
 
 def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from .. import _arguments, _everyday, functional
 from .served import Served
 
 Named = dict[str, Tensor | None]
+_DEFAULTS = (("offset", 0.0), ("casting_mode", "torch"))
 
 
 def call(
@@ -30,34 +31,39 @@ def call(
     options: dict[str, tuple[Any, Any]],
     more: tuple[Any, ...] = (),
     by_name: tuple[str, ...] = (),
+    pick: int | slice = slice(None),
+    of_eps: Callable[[float], float] = float,
 ) -> Any:
     """The outputs of ``public``, which was called with these, and has asked for the short way (``everyday_norm``).
 
     ``options`` are those with names, beside their defaults; ``offset`` and ``casting_mode`` are among them. ``more`` is
-    what the operators take behind ``(dims, eps, offset, round_first)``. The rows ``by_name``, keywords of the public
-    function, may be None.
+    what the operators take behind ``(dims, eps, offset, round_first)``. The tensors ``by_name``, keywords of the public
+    function, may be None. ``pick`` says what it returns of the operator's outputs,
+    and ``of_eps`` makes the operator's eps of its own.
     """
-    name, tensors = served.form.name, (*rows.values(), *weights.values())
+    name, tensors = public.__name__, (*rows.values(), *weights.values())
     input: Any = tensors[0]
-    offset, casting_mode = options["offset"][0], options["casting_mode"][0]
+    offset, casting_mode = (options.get(key, (default,))[0] for key, default in _DEFAULTS)
+    count = 1 if isinstance(pick, int) else len(served.form.outputs[pick])
 
     def again(*tensors: Tensor | None) -> Any:
         """The same of other tensors."""
         given = {option: value for option, (value, _) in options.items()}
-        mine = dict(zip(rows, tensors, strict=False))
-        named, first = {name: mine.pop(name) for name in by_name}, tensors[0]
+        mine = dict(zip(rows | weights, tensors, strict=True))
+        named = {name: t for name in by_name if (t := mine.pop(name)) is not None}
+        first = tensors[0]
         shape = first.shape[first.dim() - dims :]  # type: ignore[union-attr]
-        return public(*mine.values(), shape, *tensors[len(rows) :], eps, **named, **given)
+        learnt = [mine.pop(name) for name in weights if name in mine]
+        return public(*mine.values(), shape, *learnt, eps, **named, **given)
 
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(**options)
-        given |= _arguments.given(**{label: (rows[label], None) for label in by_name})
-        first = [row for label, row in rows.items() if label not in by_name]
-        arguments = (*first, normalized_shape, *weights.values(), eps)
+        given |= _arguments.given(**{label: ((rows | weights)[label], None) for label in by_name})
+        first, learnt = ([t for label, t in named.items() if label not in by_name] for named in (rows, weights))
+        arguments = (*first, normalized_shape, *learnt, eps)
         found = handle_torch_function(public, tensors, *arguments, **given)
-        outputs = len(served.form.outputs)  # a graph's caller may unpack it
-        if outputs > 1 and isinstance(found, torch.fx.Proxy):
-            return tuple(found[i] for i in range(outputs))  # type: ignore[index]
+        if count > 1 and isinstance(found, torch.fx.Proxy):  # a graph's caller may unpack it
+            return tuple(found[i] for i in range(count))  # type: ignore[index]
         return found
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
@@ -72,8 +78,13 @@ def call(
         if row is not None or label not in by_name:
             check_alike(name, label, row, input)
     if ranks := _everyday.distributed(*tensors):
-        return ranks.normalise(name, again, None, dims, rows, weights, outputs=len(served.form.outputs))
-    return served(native, *tensors, dims, eps, offset, round_first, *more)
+        return ranks.normalise(name, again, None, dims, rows, weights, outputs=count)
+    return picked(served(native, *tensors, dims, of_eps(eps), offset, round_first, *more), pick)
+
+
+def picked(results: Any, pick: int | slice) -> Any:
+    """What a public function returns of what the operator does."""
+    return results[pick] if isinstance(results, tuple) else results
 
 
 def everyday(served: Served, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:

@@ -64,6 +64,8 @@ class Served:
 
     def is_mixed(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether rows are of several types that no kernel has together."""
+        if self.form.mixed:
+            return False
         rows = [t for t, name in zip(tensors, self.form.rows, strict=False) if name not in self.form.fixed]
         return any(t is not None and t.dtype is not rows[0].dtype for t in rows)  # type: ignore[union-attr]
 
@@ -105,8 +107,12 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     read, kept = len(places), len(places) + len(form.kept)
     names = form.rows + form.weights
     # Of each tensor where its gradient is among those found, or -1 where it is the output's; None where there is none.
-    found_at = [form.learnt.index(n) if n in form.learnt else -1 if n in form.straight else None for n in names]
-    asked_at = [i for i, name in enumerate(names) if name in form.learnt]
+    places_of = (
+        {n: i for i, n in enumerate(form.learnt)} | dict.fromkeys(form.joined, 0) | dict.fromkeys(form.straight, -1)
+    )
+    found_at = [places_of.get(name) for name in names]
+    asked_at = [[i for i, at in enumerate(found_at) if at == place] for place in range(len(form.learnt))]
+    optional = form.grads.startswith("Tensor?")
     known_at = [i for i, known in enumerate(form.known) if known]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -125,12 +131,12 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
         asked, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
-        needs, options = [asked[i] for i in asked_at], [ctx.options[i] for i in known_at]
-        first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
+        needs, options = [any(asked[i] for i in at) for at in asked_at], [ctx.options[i] for i in known_at]
+        first: Any = torch.zeros_like(saved[0]) if grads[0] is None and not optional else grads[0]
         rest = grads[1:]
         dtype = (saved if form.sources is None else form.sources((first, *rest), saved))[0].dtype
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
-        wider = first.dtype is not dtype
+        wider = not form.mixed and first.dtype is not dtype
         if wider:
             saved = tuple(t.to(first.dtype) for t in saved)
             rest = tuple(t if t is None else t.to(first.dtype) for t in rest)

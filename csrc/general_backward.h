@@ -1,0 +1,79 @@
+// The only file with the gradients of the norm in general. With h = dy·gain, x̂ = x·r and N what the sum of squares is
+// divided by:
+//
+//   dx = r · (h - x̂ · (Σ h·x̂ + dr·r) / N)  [+ ds]        dw += dy·x̂        db += dy
+//
+// where dr arrives at r, and columns that don't count have no second term. What is saved of a sum that isn't rounded is
+// the rounded one: x̂ is that times the r which was kept.
+#pragma once
+
+template <class T>
+RMSNORM_INLINE void general_backward_row(const Backward& b, const BackwardRows& rows, int64_t r) {
+  using V = Vector<T>;
+  using S = Scalar<T>;
+  const S kept = kept_rstd<T>(rows, r);
+  const V scale = splat<T>(kept < 0 ? -kept : kept);
+  const auto* x = (const T*)rows.input[r];
+  const auto dy_of = [&](auto span) __attribute__((always_inline)) { return load_as<T>(span, b.grad, rows.grad[r]); };
+  const auto h_of = [&](auto span, const V& dy) __attribute__((always_inline)) {
+    return b.gain.data ? dy * span.load_raw((const S*)rows.gain[r]) : dy;
+  };
+  V minus_mean = {};
+  if (b.need_input && !(kept < 0)) {
+    double total = rows.mean ? rows.mean[r] * (double)kept : 0.0;
+    if (b.grad != Type::none) {
+      Sum<T> sum;
+      sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
+        sum.add(u, h_of(span, dy_of(span)), span.load_from(x) * scale);
+      });
+      total += value_of(sum).high;
+    }
+    minus_mean = splat<T>((S)(-total / (double)b.divisor));
+  }
+  S *dw = (S*)rows.grad_weight[r], *db = dw + padded(b.columns);
+  for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
+    const V normalised = span.load_from(x) * scale;
+    const V dy = b.grad != Type::none ? dy_of(span) : V{};
+    if (b.need_weight) span.store_raw(dw, fma(dy, normalised, span.load_raw(dw)));
+    if (b.need_bias) span.store_raw(db, span.load_raw(db) + dy);
+    if (!b.need_input) return;
+    const V mean = b.mask ? minus_mean * span.load_raw((const S*)b.mask) : minus_mean;
+    V dx = fma(normalised, mean, h_of(span, dy)) * scale;
+    if (b.add) dx = dx + span.load_from((const T*)rows.grad_sum[r]);
+    span.store_to((T*)rows.grad_input[r], dx);
+  });
+}
+
+template <class T>
+__attribute__((noinline, cold)) void general_rescue(const Backward& b, const BackwardRows& rows, int64_t r) {
+  using S = Scalar<T>;
+  const double n = (double)b.divisor;
+  const auto x_at = [&](int64_t i) { return element((const T*)rows.input[r], i); };
+  const auto dy_at = [&](int64_t i) { return b.grad == Type::none ? 0.0 : element_as(b.grad, rows.grad[r], i); };
+  const auto h_at = [&](int64_t i) {
+    return b.gain.data ? dy_at(i) * (double)((const S*)rows.gain[r])[raw_index<T>(i)] : dy_at(i);
+  };
+  const ScaledRow row = kept_or_scaled<T>(rows, r, [&] { return scale_row(x_at, b.counted, b.eps, false, b.divisor); });
+  double mean = 0.0;
+  for (int64_t i = 0; i < b.columns; ++i) mean += h_at(i) / n * row.normalise(x_at(i));
+  if (rows.mean) mean += rows.mean[r] / n * (row.high * row.scale);
+  if (row.floored) mean = 0.0;
+  for (int64_t i = 0; i < b.columns; ++i) {
+    const double normalised = row.normalise(x_at(i));
+    S* grad_weight = (S*)rows.grad_weight[r] + raw_index<T>(i);
+    if (b.need_weight) *grad_weight += (S)(dy_at(i) * normalised);
+    if (b.need_bias) grad_weight[padded(b.columns)] += (S)dy_at(i);
+    if (!b.need_input) continue;
+    double dx = (h_at(i) - (i < b.counted ? normalised * mean : 0.0)) * row.high * row.scale;
+    if (b.add) dx += element((const T*)rows.grad_sum[r], i);
+    set_element((T*)rows.grad_input[r], i, dx);
+  }
+}
+
+template <class T>
+void general_backward(const Backward& b, const BackwardRows& rows) {
+  for (int64_t r = 0; r < rows.count; ++r) {
+    if (is_safe<T>(rows, r) || is_floored<T>(rows, r)) general_backward_row<T>(b, rows, r);
+    else general_rescue<T>(b, rows, r);
+  }
+}

@@ -1,0 +1,225 @@
+// The only file with the operators of the norm in general, and of add + norm in place.
+#include "tensors.h"
+
+namespace rmsnorm {
+namespace {
+
+using OptionalType = std::optional<ScalarType>;
+
+Type promoted(Type a, Type b) { return a == b ? a : a == Type::f64 || b == Type::f64 ? Type::f64 : Type::f32; }
+
+Type named(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::BFloat16: return Type::bf16;
+    default:
+      require(type == ScalarType::Half, "rmsnorm: no native kernel for an output of this dtype");
+      return Type::f16;
+  }
+}
+
+// Two types that a kernel meets in one row: a half type isn't the other's, nor one of float64's.
+void check_pair(Type row, Type other) {
+  require(row == other || (row == Type::f32 ? other != Type::f64 : other == Type::f32),
+          "rmsnorm: no native kernel for these two dtypes in one row");
+}
+
+// What a call asks for.
+struct Asked {
+  int64_t dims;
+  double eps, offset;
+  bool round_first;
+  int64_t counted;
+  bool mean, store, round_sum;
+  OptionalType out;
+};
+
+// How many columns count: all, or the first ones.
+int64_t columns_of(int64_t counted, const Shape& shape) {
+  require(counted <= shape.columns, "rmsnorm: there are ", shape.columns, " columns, not ", counted);
+  return counted < 0 ? shape.columns : counted;
+}
+
+struct Results {
+  Tensor output, sum, rstd;
+};
+
+// The tensors may be there already: those that are read.
+Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& weight, const OptionalTensor& bias,
+             const Asked& a, bool in_place = false) {
+  const Shape shape(input, a.dims);
+  require(!bias || bias->dim() == a.dims, "rmsnorm: bias must have ", a.dims, " dimensions");
+  Forward f = {};
+  f.x = type_of(input), f.residual = residual ? type_of(*residual) : f.x, f.sum = promoted(f.x, f.residual);
+  // A sum that isn't rounded is a row of fp32.
+  const Type row = residual && !a.round_sum && size_of(f.sum) == 2 ? Type::f32 : f.sum;
+  const Type own = weight && a.round_first ? promoted(f.sum, type_of(*weight)) : f.sum;
+  f.output = !a.store ? Type::none : a.out ? named(*a.out) : own;
+  if (residual) check_sizes(*residual, input, "residual");
+  if (residual) check_pair(row, f.x), check_pair(row, f.residual);
+  if (a.store) check_pair(f.sum, f.output);
+  const auto gain_for = [&](const OptionalTensor& tensor, double offset) {
+    return Gain(tensor, offset, input, shape, Gain::kForward);
+  };
+  const Gain gain = gain_for(weight, a.offset), added = gain_for(bias, 0.0);
+  f.bias = added.rows.data, f.bias_type = added.type;
+  f.general = true, f.eps = a.eps, f.round_first = a.round_first;
+  f.counted = columns_of(a.counted, shape), f.divisor = a.mean ? f.counted : 1;
+  Results results =
+      in_place ? Results{input, *residual, none(f.sum)}
+               : Results{a.store ? empty_like(input, f.output) : none(f.sum),
+                         residual ? empty_like(input, f.sum) : none(f.sum), empty_statistic(input, a.dims, wide(row))};
+  with_operands(f, input, residual, gain, shape, a.store ? &results.output : nullptr, residual ? &results.sum : nullptr,
+                [&](const Forward& given, const auto& operands) {
+                  Forward mine = given;
+                  mine.input = row;
+                  run_forward(mine, operands, *gain.target, in_place ? nullptr : &results.rstd, nullptr);
+                });
+  return results;
+}
+
+std::tuple<Tensor, Tensor> general_rms_norm(Tensor input, OptionalTensor weight, OptionalTensor bias, int64_t dims,
+                                            double eps, double offset, bool round_first, int64_t counted, bool mean,
+                                            bool store, OptionalType out_dtype) {
+  auto [output, sum, rstd] =
+      norm(input, nullptr, weight, bias, {dims, eps, offset, round_first, counted, mean, store, true, out_dtype});
+  return {output, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm(Tensor input, Tensor residual, OptionalTensor weight,
+                                                        OptionalTensor bias, int64_t dims, double eps, double offset,
+                                                        bool round_first, int64_t counted, bool round_sum,
+                                                        OptionalType out_dtype) {
+  auto [output, sum, rstd] =
+      norm(input, &residual, weight, bias, {dims, eps, offset, round_first, counted, true, true, round_sum, out_dtype});
+  return {output, sum, rstd};
+}
+
+// Whether all elements have places of their own, and both tensors'. Where they lie between each other, rows must be
+// alike: the parts of one projection.
+bool are_apart(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
+  int64_t last[2] = {}, least = INT64_MAX, inner = 1, stride = 0;
+  bool same = a.element_size() == b.element_size(), own = true;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    own = own && (sizes[d] <= 1 || (strides[d] != 0 && others[d] != 0));
+    last[0] += (sizes[d] - 1) * strides[d], last[1] += (sizes[d] - 1) * others[d];
+  }
+  if (!own || a.numel() == 0) return own;
+  const int64_t size = static_cast<int64_t>(a.element_size());
+  const char* first_end = begin(a) + (last[0] + 1) * size;
+  const char* second_end = begin(b) + (last[1] + 1) * static_cast<int64_t>(b.element_size());
+  if (first_end <= begin(b) || second_end <= begin(a)) return true;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    same = same && strides[d] == others[d];
+    if (stride == 0 && strides[d] == inner) inner *= sizes[d];
+    else least = stride == 0 ? strides[d] : std::min(least, strides[d]), stride = strides[d];
+  }
+  const int64_t apart = (begin(a) > begin(b) ? begin(a) - begin(b) : begin(b) - begin(a)) / size;
+  return same && apart >= inner && apart + inner <= least;
+}
+
+void add_rms_norm_(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims, double eps, double offset,
+                   bool round_first, bool round_sum) {
+  check_sizes(residual, input, "residual");
+  const Type type = type_of(input), sum = type_of(residual);
+  require(promoted(type, sum) == sum, "rmsnorm: residual must have the dtype of the sum");
+  require(are_apart(input, residual), "rmsnorm: input and residual are written to, and must not share memory");
+  const Asked asked = {dims, eps, offset, round_first, -1, true, true, round_sum, scalar_of(type)};
+  const int64_t outer = Shape(input, dims).outer;
+  if (has_plain_rows(input, outer) && has_plain_rows(residual, outer)) {
+    norm(input, &residual, weight, std::nullopt, asked, true);
+    return;
+  }
+  const auto results = norm(input, &residual, weight, std::nullopt, asked);
+  torch::stable::copy_(input, results.output), torch::stable::copy_(residual, results.sum);
+}
+
+// Ones of the columns that count and zeros of the others, as a gain in the kernels' own order; null where all count.
+std::unique_ptr<char[]> mask_of(int64_t counted, int64_t columns, Type type, const Target& target) {
+  if (counted == columns) return nullptr;
+  const auto filled = [&](auto one) {
+    std::unique_ptr<char[]> mask(new char[padded(columns) * sizeof one]());
+    std::fill_n(reinterpret_cast<decltype(one)*>(mask.get()), counted, one);
+    return mask;
+  };
+  if (type == Type::f64) return filled(1.0);
+  auto mask = filled(1.0f);
+  if (size_of(type) > 2) return mask;
+  std::unique_ptr<char[]> own(new char[padded(columns) * sizeof(float)]);
+  target.make_gain(type, Type::f32, mask.get(), 0.0, Type::f32, own.get(), columns);
+  return own;
+}
+
+// The gradients of what is normalised, of the weight and of the bias.
+std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad, const OptionalTensor& grad_sum,
+                                            const OptionalTensor& grad_rstd, const Tensor& x, const Tensor& rstd,
+                                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t dims,
+                                            double eps, double offset, int64_t counted, bool mean, bool need_input,
+                                            bool need_weight, bool need_bias) {
+  const Type type = type_of(x);
+  const Shape shape(x, dims);
+  counted = columns_of(counted, shape);
+  if (grad) check_sizes(*grad, x, "grad"), check_pair(type, type_of(*grad));
+  if (grad_sum) check_same(*grad_sum, x, "grad_sum");
+  need_weight = need_weight && weight, need_bias = need_bias && bias;
+  require(!need_bias || bias->dim() == dims, "rmsnorm: bias must have ", dims, " dimensions");
+  require(!need_bias || !weight || weight->dim() == dims,
+          "rmsnorm: no native kernel for a bias beside a weight of several rows");
+  const Gain gain(weight, offset, x, shape, Gain::kBackward);
+  Backward b = {};
+  b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight, b.need_bias = need_bias;
+  b.counted = counted, b.divisor = mean ? counted : 1, b.grad = grad ? type_of(*grad) : Type::none;
+  // What asks for nothing more has the plain norm's kernels.
+  b.general = b.grad != type || b.divisor != shape.columns || grad_rstd || need_bias;
+  const auto mask = mask_of(counted, shape.columns, type, *gain.target);
+  b.mask = mask.get();
+  const Tensor grad_input = need_input ? empty_like(x, type) : none(type);
+  const Tensor grad_weight = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
+  const Tensor grad_bias = need_bias ? empty_like(*bias, type_of(*bias)) : none(type);
+  OptionalTensor arrives;
+  if (grad_rstd) {
+    check_statistic(*grad_rstd, x, shape, wide(type), "the gradient of rstd");
+    arrives = empty_statistic(x, dims, Type::f64);
+    torch::stable::copy_(*arrives, *grad_rstd);
+  }
+  run_backward(*gain.target, b, address(grad), address(grad_sum), x, nullptr, rstd, address(arrives), shape, grad_input,
+               nullptr, {need_weight ? &grad_weight : nullptr, need_bias ? &grad_bias : nullptr});
+  return {grad_input, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> general_rms_norm_backward(OptionalTensor grad, OptionalTensor grad_rstd,
+                                                             Tensor input, Tensor rstd, OptionalTensor weight,
+                                                             OptionalTensor bias, int64_t dims, double eps,
+                                                             double offset, int64_t counted, bool mean, bool need_input,
+                                                             bool need_weight, bool need_bias) {
+  return backward(grad, std::nullopt, grad_rstd, input, rstd, weight, bias, dims, eps, offset, counted, mean,
+                  need_input, need_weight, need_bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm_backward(OptionalTensor grad, OptionalTensor grad_sum,
+                                                                 OptionalTensor grad_rstd, Tensor sum, Tensor rstd,
+                                                                 OptionalTensor weight, OptionalTensor bias,
+                                                                 int64_t dims, double eps, double offset,
+                                                                 int64_t counted, bool need_input, bool need_weight,
+                                                                 bool need_bias) {
+  return backward(grad, grad_sum, grad_rstd, sum, rstd, weight, bias, dims, eps, offset, counted, true, need_input,
+                  need_weight, need_bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
+  m.impl("general_rms_norm", TORCH_BOX(&general_rms_norm));
+  m.impl("general_rms_norm_forward", TORCH_BOX(&general_rms_norm));
+  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("general_rms_norm_backward", TORCH_BOX(&general_rms_norm_backward));
+  m.impl("general_add_rms_norm", TORCH_BOX(&general_add_rms_norm));
+  m.impl("general_add_rms_norm_forward", TORCH_BOX(&general_add_rms_norm));
+  m.impl("general_add_rms_norm_backward", TORCH_BOX(&general_add_rms_norm_backward));
+}
+
+}  // namespace rmsnorm

@@ -1,0 +1,77 @@
+"""The only file with the L2 norm: rows of length 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _arguments, _everyday, functional
+from . import calls, general
+
+
+def l2_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float = 1e-12,
+    *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
+    eps_inside: bool = False,
+    offset: float = 0.0,
+    casting_mode: str = "torch",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""L2 normalisation over the last dimensions: each row divided by its length.
+
+        eps_inside=False    y = x / max(‖x‖, eps) · (offset + weight)             as torch's F.normalize
+        eps_inside=True     y = x / sqrt(Σx² + eps) · (offset + weight)           as in gated delta nets
+
+    Statistics are computed as in :func:`rmsnorm.rms_norm`, never in half precision, and rows whose squares over- or
+    underflow are right, too.
+
+    Args:
+        input, normalized_shape, weight, offset, casting_mode: as in :func:`rmsnorm.rms_norm`.
+        eps: the least length, or, inside the root, what is added to the sum of squares; 0 is allowed.
+        eps_inside: which of the two. Qwen3-Next's query and key: ``eps=1e-6, eps_inside=True``.
+        out_dtype: as in :func:`rmsnorm.rms_norm`.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of ``input``, or of ``out_dtype``.
+
+    Raises:
+        RuntimeError: as :func:`rmsnorm.rms_norm`, and for complex types.
+        ValueError: an unknown casting mode, a negative eps.
+
+    Examples:
+        >>> l2_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 2)
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+
+    Source: the rules are those of torch.nn.functional.normalize, and of Yang et al. 2024, arXiv 2412.06464.
+    """
+    general._check_dtype("l2_norm", out_dtype)
+    more = -1, False, True, out_dtype
+    tensors = input, weight, None
+    try:
+        if eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
+            options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
+            if (found := calls.everyday(general._served, tensors, options)) is not None:
+                return found[0]
+    except (KeyError, AttributeError, TypeError):
+        pass
+    if eps is None:
+        _arguments.check_numbers("l2_norm", eps="None")
+    named = {"eps_inside": (eps_inside, False), "offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
+    named["out_dtype"] = (out_dtype, None)
+    rows: calls.Named = {"input": input}
+    weights: calls.Named = {"weight": weight, "bias": None}
+    return calls.call(
+        *(general._served, l2_norm, rows, normalized_shape, weights, eps, named, more, ("bias",), 0),
+        of_eps=lambda eps: _of(eps, eps_inside),
+    )
+
+
+def _of(eps: float, inside: bool) -> float:
+    """To the operators a negative eps is the floor of the sum of squares."""
+    return eps if inside else -eps * eps
