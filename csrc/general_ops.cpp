@@ -35,6 +35,11 @@ struct Asked {
   OptionalType out;
 };
 
+void check_bias(const OptionalTensor& bias, const OptionalTensor& weight, int64_t dims) {
+  require(!bias || (bias->dim() == dims && (!weight || weight->dim() == dims)),
+          "rmsnorm: no native kernel for a bias of several rows, or beside a weight of several");
+}
+
 // How many columns count: all, or the first ones.
 int64_t columns_of(int64_t counted, const Shape& shape) {
   require(counted <= shape.columns, "rmsnorm: there are ", shape.columns, " columns, not ", counted);
@@ -49,7 +54,7 @@ struct Results {
 Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& weight, const OptionalTensor& bias,
              const Asked& a, bool in_place = false) {
   const Shape shape(input, a.dims);
-  require(!bias || bias->dim() == a.dims, "rmsnorm: bias must have ", a.dims, " dimensions");
+  check_bias(bias, weight, a.dims);
   Forward f = {};
   f.x = type_of(input), f.residual = residual ? type_of(*residual) : f.x, f.sum = promoted(f.x, f.residual);
   // A sum that isn't rounded is a row of fp32.
@@ -166,9 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad, const Op
   if (grad) check_sizes(*grad, x, "grad"), check_pair(type, type_of(*grad));
   if (grad_sum) check_same(*grad_sum, x, "grad_sum");
   need_weight = need_weight && weight, need_bias = need_bias && bias;
-  require(!need_bias || bias->dim() == dims, "rmsnorm: bias must have ", dims, " dimensions");
-  require(!need_bias || !weight || weight->dim() == dims,
-          "rmsnorm: no native kernel for a bias beside a weight of several rows");
+  check_bias(bias, weight, dims);
   const Gain gain(weight, offset, x, shape, Gain::kBackward);
   Backward b = {};
   b.eps = eps, b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight, b.need_bias = need_bias;

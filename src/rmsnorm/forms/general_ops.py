@@ -179,7 +179,7 @@ def _meet(row: torch.dtype, *others: torch.dtype) -> bool:
 
 def _fits(low: torch.dtype, weight: Tensor | None, bias: Tensor | None, dims: int, *options: Any) -> bool:
     """Whether the CPU's kernels take it."""
-    several = weight is not None and weight.dim() > dims and bias is not None
+    several = bias is not None and (bias.dim() > dims or (weight is not None and weight.dim() > dims))
     return not several and _meet(low, _output(low, weight, options[2], options[-1]))
 
 

@@ -54,7 +54,7 @@ def l2_norm(
     more = -1, False, True, out_dtype
     tensors = input, weight, None
     try:
-        if eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
+        if type(input) is Tensor and eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
             options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
             if (found := calls.everyday(general._served, tensors, options)) is not None:
                 return found[0]
