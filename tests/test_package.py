@@ -189,7 +189,7 @@ def test_every_file_says_what_it_is_for(path):
         ("rmsnorm[", []),
         ("environ.get", ["_native", "gpu/route", "study/workers"]),
         ("import triton.language", ["gpu/triton_backward", "gpu/triton_forward"]),
-        ("library.define", ["_form", "_install", "_ops"]),
+        ("library.define", ["_form", "_install", "_ops", "forms/in_place"]),
         ("register_vmap", ["_install", "_vmap"]),
         (
             "autograd.Function",
