@@ -184,7 +184,11 @@ BackwardKernel backward_with_gain(const Backward& b) {
 }
 
 template <class T>
+BackwardKernel modulated_backward_of(const Backward& b);
+
+template <class T>
 BackwardKernel backward_of(const Backward& b) {
+  if (b.modulate != Modulate::none) return modulated_backward_of<T>(b);
   if (b.turn.turn != Turn::none) return b.need_weight ? &turned_backward<T, true> : &turned_backward<T, false>;
   if (b.gate != Gate::none) return b.gate_first ? &gated_backward<T, true> : &gated_backward<T, false>;
   if (b.layer) {

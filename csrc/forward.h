@@ -202,6 +202,8 @@ void forward(const Forward& f, const ForwardRows& rows) {
 
 template <class T>
 ForwardKernel sandwich_of(const Forward& f);
+template <class T>
+ForwardKernel modulated_of(const Forward& f);
 
 template <class T, class Out>
 ForwardKernel gated_of(const Forward& f) {
@@ -222,6 +224,7 @@ ForwardKernel layer_of(const Forward& f) {
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
+  if (f.modulate != Modulate::none) return modulated_of<T>(f);
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);
@@ -235,6 +238,7 @@ ForwardKernel forward_of_half(const Forward& f) {
 // For fp32 and fp64 rounding before the gain is no rounding: both modes are one kernel.
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
+  if (f.modulate != Modulate::none) return modulated_of<T>(f);
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);

@@ -104,13 +104,13 @@ RMSNORM_INLINE Scalar<T> kept_rstd(const BackwardRows& rows, int64_t r) {
   return ((const Scalar<T>*)rows.rstd)[r];
 }
 
-template <class T, class G = T>  // the gradient's type
-__attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
+// The gradients of a row: `gain_at` is a column's gain, `found` hears of dy and x̂.
+template <class T, class G, class Gain, class Found>
+RMSNORM_INLINE void rescue_gradients(const Backward& b, const BackwardRows& rows, int64_t r, const Gain& gain_at,
+                                     const Found& found) {
   using S = Scalar<T>;
   const T* x = (const T*)rows.input[r];
   const G* grad = (const G*)rows.grad[r];
-  const S* gain = (const S*)rows.gain[r];
-  const auto gain_at = [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; };
   const auto gate_at = [&](int64_t i) {
     return b.gate == Gate::none ? Activated{1.0, 0.0} : activate_element(element((const T*)rows.gate[r], i), b.gate);
   };
@@ -145,8 +145,17 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
     }
     S* grad_weight = (S*)rows.grad_weight[r] + raw_index<T>(i);
     if (b.need_weight) *grad_weight += (S)(dy * normalised);
-    if (b.need_weight && b.layer) grad_weight[padded(b.columns)] += (S)dy;
+    if (b.need_weight && (b.layer || b.modulate != Modulate::none)) grad_weight[padded(b.columns)] += (S)dy;
+    found(i, dy, normalised);
   }
+}
+
+template <class T, class G = T>  // the gradient's type
+__attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
+  const auto* gain = (const Scalar<T>*)rows.gain[r];
+  rescue_gradients<T, G>(
+      b, rows, r, [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; },
+      [](int64_t, double, double) {});
 }
 
 // Whether the 1/rms that forward kept is inside what kSmallest and kLargest mean for it: one that moves with its row,

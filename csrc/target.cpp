@@ -55,9 +55,13 @@ namespace {
 
 #include "sandwich.h"
 
+#include "modulated.h"
+
 #include "gated_backward.h"
 
 #include "backward.h"
+
+#include "modulated_backward.h"
 
 #include "weight.h"
 

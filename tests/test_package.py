@@ -49,9 +49,22 @@ MAY_IMPORT = {
         *("_arguments", "_everyday", "_foreign", "functional", "distributed/heads"),  # the latter for a DTensor
         *("forms/calls", "forms/heads_ops", "forms/served"),
     },
-    "distributed/heads": {"distributed/placement"},
+    "distributed/heads": {"distributed/parts", "distributed/placement"},
+    "distributed/parts": set(),
+    "forms/modulated": {
+        *(
+            "_arguments",
+            "_everyday",
+            "functional",
+            "forms/calls",
+            "forms/layer_norm",
+            "forms/modulated_ops",
+            "forms/served",
+        ),
+    },
+    "forms/modulated_ops": {"_form", "reference"},
     "forms/sandwich": {"_arguments", "_form", "forms/calls", "forms/served", "functional", "reference"},
-    "distributed/placement": {"distributed/ranks"},
+    "distributed/placement": {"distributed/parts", "distributed/ranks"},
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route"},
     "gpu/route": {"_extras", "_form", "_ops", "gpu/launch", "reference"},
@@ -63,7 +76,7 @@ MAY_IMPORT = {
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
         *("_info", "_install", "forms/gated", "forms/heads", "forms/layer_norm", "forms/quantised", "functional"),
-        *("forms/sandwich", "gpu/__init__", "models/__init__", "module"),
+        *("forms/modulated", "forms/sandwich", "gpu/__init__", "models/__init__", "module"),
     },
 }
 
@@ -80,12 +93,14 @@ def test_public_page():
             "PatchReport",
             "RMSNorm",
             "add_rms_norm",
+            "gated_add",
             "gated_rms_norm",
             "heads_rms_norm_rope",
             "info",
             "install",
             "installed",
             "layer_norm",
+            "modulated_norm",
             "patch",
             "patched",
             "quantised_rms_norm",
@@ -164,7 +179,7 @@ def test_every_file_says_what_it_is_for(path):
         (
             "autograd.Function",
             [
-                *("_autograd", "_everyday", "distributed/placement", "distributed/ranks"),
+                *("_autograd", "_everyday", "distributed/parts", "distributed/ranks"),
                 "forms/served",
             ],
         ),

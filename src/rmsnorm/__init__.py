@@ -15,6 +15,8 @@ from .forms.heads import heads_rms_norm_rope as heads_rms_norm_rope
 from .forms.heads import rope as rope
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
+from .forms.modulated import gated_add as gated_add
+from .forms.modulated import modulated_norm as modulated_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
 from .forms.sandwich import rms_norm_add as rms_norm_add
 from .forms.sandwich import sandwich_rms_norm as sandwich_rms_norm
@@ -32,12 +34,14 @@ __all__ = [
     "PatchReport",
     "RMSNorm",
     "add_rms_norm",
+    "gated_add",
     "gated_rms_norm",
     "heads_rms_norm_rope",
     "info",
     "install",
     "installed",
     "layer_norm",
+    "modulated_norm",
     "patch",
     "patched",
     "quantised_rms_norm",

@@ -42,8 +42,7 @@ class Form:
     name: str
     """Of the operators, and of the public function."""
     rows: tuple[str, ...]
-    """Tensors of one shape, ``[*, *normalized_shape]``, but where ``fixed``; the first is the input. With a "?" behind
-    its name one may be None."""
+    """Tensors of one shape, but where ``fixed`` or ``shared``; the first is the input. "?": one may be None."""
     weights: tuple[str, ...]
     """Tensors of the last sizes, each of which may be None."""
     options: str
@@ -66,6 +65,8 @@ class Form:
     operator, as another form's serves."""
     fixed: tuple[str, ...] = ()
     """Rows that have no gradient but the definition's, and types of their own."""
+    shared: tuple[str, ...] = ()
+    """Rows that several of the input's may share: outer sizes may be 1. Their types and gradients are their own."""
     straight: tuple[str, ...] = ()
     """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
     sources: Callable[..., Sequence[Tensor]] | None = None
@@ -121,7 +122,7 @@ class Form:
 
     def schemas(self) -> dict[str, str]:
         """By the ends of the operators' names."""
-        rows = [f"Tensor? {row[:-1]}" if row.endswith("?") else f"Tensor {row}" for row in self.rows]
+        rows = [_declared(row) for row in self.rows]
         given = ", ".join([*rows, *(f"Tensor? {w}" for w in self.weights)])
         outputs, all = ([f"Tensor {name}" for name in names] for names in (self.outputs, self.outputs + self.kept))
         options = [option.partition("=")[0] for option in self.options.split(", ")]  # defaults are the first one's
@@ -130,16 +131,20 @@ class Form:
             schemas["_forward"] = f"({given}, {', '.join(options)}) -> {_returned(all)}"
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
-            read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
-            needs = [f"bool need_{name}" for name in self.learnt]
+            read = [_declared(name) for name in (self.saved or self.rows) + self.kept]
+            needs = [f"bool need_{name.rstrip('?')}" for name in self.learnt]
             read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
-            found = _returned([f"Tensor grad_{name}" for name in self.learnt])
+            found = _returned([f"Tensor grad_{name.rstrip('?')}" for name in self.learnt])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
         return schemas
 
 
 def _name(option: str) -> str:
     return option.split()[1].partition("=")[0]
+
+
+def _declared(name: str) -> str:
+    return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
 
 
 def _returned(results: list[str]) -> str:
@@ -166,11 +171,12 @@ class Operators:
 
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
-    outputs, read = len(form.outputs), len(form.saved or form.rows)
-    moving, tensors = len(form.moving), len(form.learnt)
+    outputs, read, moving, tensors = (len(n) for n in (form.outputs, form.saved or form.rows, form.moving, form.learnt))
 
-    def some(results: _Results) -> Any:
-        return results[0] if outputs == 1 else tuple(results[:outputs])
+    def some(results: _Results, count: int = outputs) -> Any:
+        return results[0] if count == 1 else tuple(results[:count])
+
+    all = outputs + len(form.kept)
 
     def forward(*arguments: Any) -> Any:
         arguments = form.filled(arguments)
@@ -212,8 +218,8 @@ def register(form: Form) -> Operators:
         )
 
     functions = {
-        "": (lambda *arguments: some(forward(*arguments)), lambda *arguments: some(fake_forward(*arguments))),
-        "_forward": (forward, fake_forward),
+        "": (lambda *a: some(forward(*a)), lambda *a: some(fake_forward(*a))),
+        "_forward": (lambda *a: some(forward(*a), all), lambda *a: some(fake_forward(*a), all)),
         "_backward": (backward, fake_backward),
     }
     schemas, made = form.schemas(), {}
