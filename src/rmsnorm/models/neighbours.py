@@ -27,10 +27,25 @@ class Ours:
 def ours(norm: Any, x: Tensor) -> Ours | None:
     """The norm, if its forward needn't be called for such rows."""
     binding = binding_of(norm)
+    return _passed_by(norm, binding, x) if binding is not None and binding.plainly else None
+
+
+def unweighted(norm: Any, x: Tensor) -> Ours | None:
+    """The same of an RMSNorm or a LayerNorm without weight and bias, whose output is modulated as models in eager mode
+    do it."""
+    binding = binding_of(norm)
+    if binding is None or not (binding.plainly or binding.recipe.centred) or binding.group or binding.layout != "last":
+        return None
+    if any(getattr(norm, name) is not None for name in (binding.weight, binding.bias) if name):
+        return None
+    if own := _passed_by(norm, binding, x):
+        own.options = {"statistic": "layer" if binding.recipe.centred else "rms", "casting_mode": "llama"}
+    return own
+
+
+def _passed_by(norm: Any, binding: Binding, x: Tensor) -> Ours | None:
     if (
-        binding is not None
-        and binding.plainly
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not _has_any_global_hook()
     ):
         weight = weight_of(norm, binding)

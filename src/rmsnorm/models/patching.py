@@ -40,9 +40,9 @@ def patch(
         verify: False leaves out gradients, which takes half as long.
         fuse: True also runs what stands beside a norm in one pass with it, where a forward has these lines:
             ``h = residual + h; norm(h)``, ``h = norm(h); h = residual + h``, both, and norms of query and key before
-            ``apply_rotary_pos_emb`` (or that alone); proven on the layer's output, to the bit, and gradients. For this
-            the model is called once, with its ``dummy_inputs`` or with the keyword arguments that are given here
-            instead of True.
+            ``apply_rotary_pos_emb`` (or that alone), ``norm(x) * (1 + scale) + shift`` and ``h + gate * x``; proven on
+            the layer's output, to the bit, and gradients. For this the model is called once, with its ``dummy_inputs``
+            or with the keyword arguments that are given here instead of True.
         fuse_add: the same for residual adds alone, its old name.
         layer_norm: whether LayerNorms are taken too.
 
