@@ -64,7 +64,7 @@ NOTICE = "> 本页目前只有英文版。"
 REFERENCE = {
     ("Functions", "函数"): [
         *("rms_norm", "add_rms_norm", "rms_norm_add", "sandwich_rms_norm", "gated_rms_norm", "layer_norm"),
-        *("quantised_rms_norm", "heads_rms_norm_rope", "rope"),
+        *("quantised_rms_norm", "heads_rms_norm_rope", "rope", "modulated_norm", "gated_add"),
     ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],
