@@ -58,8 +58,8 @@ struct LayerBackward {
   }
 };
 
-// Of the output in the input's place. 1/rms may have a gradient of its own, in second derivatives: it is -r²·x̂/n times
-// that, which the mean of h·x̂ takes in.
+// Of the output in the input's place: h·x̂ is grad·y then, without a gain. 1/rms may have a gradient of its own, in
+// second derivatives: it is -r²·x̂/n times that, which the mean of h·x̂ takes in.
 template <class T>
 struct LeanBackward : RmsBackward<T> {
   double more;
@@ -75,7 +75,7 @@ constexpr bool kLean = false;
 template <class T>
 constexpr bool kLean<LeanBackward<T>> = true;
 
-// x̂ of a vector of row r; `first` is one with the same gain, and the same for all rows that share what they load.
+// x̂ of a vector of row r; `first` is the first of the rows that share what they load.
 template <class Norm, class Span>
 RMSNORM_INLINE auto normalised_at(const Norm& norm, const BackwardRows& rows, int64_t r, int64_t first, Span span) {
   using T = typename Norm::Element;
@@ -99,8 +99,10 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
   sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
     if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
     auto h = span.load_from((const G*)rows.grad[r]);
-    if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
-    sum.add(u, h, normalised_at(norm, rows, r, r, span));
+    const Vector<T> x = span.load_from((const T*)rows.input[r]);
+    if constexpr (HasGain && !kLean<Norm>) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
+    if constexpr (kLean<Norm>) sum.add(u, h, x);
+    else sum.add(u, h, norm.normalised(x));
   });
   norm.set_means(value_of(sum), (double)b.columns);
 }

@@ -115,8 +115,8 @@ struct Backward {
   Gate gate;        // there is a gain then; add is false
   bool gate_first;
   bool need_gate;
-  WeightRows inverse;  // wide(input), in the order of the gain, which is there then, or null: 1 / gain, and 0 for 0. The
-                       // input is the norm's output, and x̂ = output · inverse
+  WeightRows inverse;  // wide(input), in the order of the gain, which is there then, or null: 1 / gain, and 0 for 0.
+                       // The input is the norm's output, and x̂ = output · inverse
   Forward
       turn;  // of turn.turn == Turn::norm: the gradient is turned back first; need_input, and a gain, are there then
 };

@@ -131,7 +131,7 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
   double mean_h = 0.0, mean_product = inverse && rows.mean ? rows.mean[r] * rstd / (double)b.columns : 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double h = dy_at(i) * gain_at(i) / (double)b.columns;
-    mean_product += h * normalised_at(i);
+    mean_product += inverse ? dy_at(i) * x_at(i) / (double)b.columns : h * row.normalise(x_at(i));
     if (b.layer) mean_h += h;
   }
   if (row.floored) mean_product = 0.0;

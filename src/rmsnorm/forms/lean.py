@@ -3,7 +3,7 @@
 What follows a norm, a linear layer say, keeps the output anyway; the input is often kept by nobody else. With the gain
 g, all that backward needs is in the output y and in r = 1/rms, one number per row:
 
-    x̂ = y / g      h = grad · g      dx = r · (h - x̂ · mean(h · x̂))      dw = Σ grad · x̂
+    x̂ = y / g      h = grad · g      dx = r · (h - x̂ · mean(grad · y))      dw = Σ grad · x̂
 
 y is rounded, so x̂ is off by up to a rounding of its type (two for Llama's): docs/numerics.md has the bound. Derivatives
 of the gradient are taken through the same formulas: y and r are both outputs of the recorded function, and the
@@ -38,13 +38,14 @@ def _gradients(
     (output, rstd), (weight,), (dims, offset) = saved, weights, options
     assert grad is not None
     wide = reference.accumulation_dtype(output.dtype)
-    normalised, h, grad = output.to(wide), grad.to(wide), grad.to(wide)
+    y, grad = output.to(wide), grad.to(wide)
+    normalised, h = y, grad
     if weight is not None:
         gain = reference.gain(weight, output, offset)
         normalised = normalised / torch.where(gain == 0, torch.inf, gain)  # 0 where it is 0, as in the kernels
         h = h * gain
     last = tuple(range(-dims, 0))
-    mean = reference.mean_here(h * normalised, last)
+    mean = reference.mean_here(grad * y, last)  # of h · x̂
     if of_rstd is not None:
         mean = mean + of_rstd * rstd / output.shape[output.dim() - dims :].numel()
     dx = rstd * (h - normalised * mean)
