@@ -212,15 +212,14 @@ BackwardKernel backward_with_gain(const Backward& b) {
                      : &backward<Norm, typename Norm::Element, false, NeedInput, NeedWeight, Add>;
 }
 
-// There is always a gain, if only of ones.
-template <class T, bool NeedInput, bool NeedWeight, bool Add = false>
-constexpr BackwardKernel kLeanBackward = &backward<LeanBackward<T>, T, NeedInput, NeedInput, NeedWeight, Add>;
+// There is always a gain, if only of ones, and the input's gradient.
+template <class T, bool NeedWeight, bool Add>
+constexpr BackwardKernel kLeanBackward = &backward<LeanBackward<T>, T, true, true, NeedWeight, Add>;
 
 template <class T>
 BackwardKernel lean_backward_of(const Backward& b) {
-  if (!b.need_input) return kLeanBackward<T, false, true>;
-  if (b.add) return b.need_weight ? kLeanBackward<T, true, true, true> : kLeanBackward<T, true, false, true>;
-  return b.need_weight ? kLeanBackward<T, true, true> : kLeanBackward<T, true, false>;
+  if (b.add) return b.need_weight ? kLeanBackward<T, true, true> : kLeanBackward<T, false, true>;
+  return b.need_weight ? kLeanBackward<T, true, false> : kLeanBackward<T, false, false>;
 }
 
 template <class T>

@@ -26,7 +26,9 @@ std::tuple<Tensor, Tensor> add_rms_norm_lean_backward(Tensor grad, OptionalTenso
   if (grad_rstd) check_statistic(*grad_rstd, output, shape, wide(type), "grad_rstd");
   const Gain gain = gated_gain(weight, offset, output, shape);
   Backward b = {};
-  b.gain = gain.rows, b.need_input = need_input, b.need_weight = need_weight && weight;
+  // An input that needs no gradient beside a weight that does is the first layer's of a model, if any: not worth a
+  // kernel of its own.
+  b.gain = gain.rows, b.need_weight = need_weight && weight, b.need_input = need_input || b.need_weight;
   const int64_t stride = padded(shape.columns) * size_of(wide(type));
   const std::unique_ptr<char[]> inverse(new char[gain.rows.count * stride]);
   b.inverse = {inverse.get(), gain.rows.count, stride};
@@ -42,11 +44,11 @@ std::tuple<Tensor, Tensor> add_rms_norm_lean_backward(Tensor grad, OptionalTenso
     if (type == Type::f64) std::copy_n(static_cast<const double*>(given.data_ptr()), given.numel(), to);
     else std::copy_n(static_cast<const float*>(given.data_ptr()), given.numel(), to);
   }
-  const Tensor grad_input = need_input ? empty_like(output, type) : none(type);
+  const Tensor grad_input = b.need_input ? empty_like(output, type) : none(type);
   const Tensor grad_weight = b.need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
   run_backward(*gain.target, b, grad, address(grad_sum), output, nullptr, rstd, address(more), shape, grad_input,
                nullptr, {b.need_weight ? &grad_weight : nullptr, nullptr});
-  return {grad_input, grad_weight};
+  return {need_input ? grad_input : none(type), grad_weight};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_lean_backward(Tensor grad, OptionalTensor grad_rstd, Tensor output, Tensor rstd,
