@@ -81,17 +81,7 @@ _norm = _row("rms_norm_lean", _ops.RMS_NORM, (), "Tensor grad, Tensor? grad_rstd
 _added = _row("add_rms_norm_lean", _ops.ADD_RMS_NORM, ("sum",), "Tensor grad, Tensor? grad_sum, Tensor? grad_rstd")
 
 
-def _gain_span(weight: Tensor, offset: float) -> tuple[float, float]:
-    gain = reference.gain(weight.detach(), weight, offset).abs()
-    if not gain.numel():
-        return torch.inf, 0.0
-    smallest, largest = gain.aminmax()
-    return smallest.item(), largest.item()
-
-
-_form.library.define("gain_span(Tensor weight, float offset) -> (float, float)")
-_form.library.impl("gain_span", _gain_span, "CompositeExplicitAutograd")
-_span: Any = torch.ops.rmsnorm.gain_span.default._op
+_span: Any = _ops.gain_span._op
 
 
 def rms_norm(input: Tensor, weight: Tensor | None, *options: Any) -> Tensor | None:
