@@ -1,5 +1,5 @@
 // The only file with the gradients of a norm of which the output was kept, not the input.
-#include <cmath>
+#include <limits>
 
 #include "tensors.h"
 
@@ -58,24 +58,42 @@ std::tuple<Tensor, Tensor> rms_norm_lean_backward(Tensor grad, OptionalTensor gr
                                     std::move(rstd), std::move(weight), dims, offset, need_input, need_weight);
 }
 
-// The smallest and the largest |offset + weight|, formed as the kernels form it; NaN if there is one.
+// Numbers without a sign compare as integers of their bits do, and a NaN is larger than all: lanes of them, which a
+// compiler can keep in registers, take a tenth of the time of numbers that are compared one after the other.
+template <class Bits, class S>
+std::tuple<double, double> span_of(const char* weight, Type type, int64_t elements, double offset) {
+  constexpr int64_t lanes = 8, most = 256;
+  alignas(64) S formed[most];
+  Bits smallest[lanes], largest[lanes] = {};
+  std::fill_n(smallest, lanes, std::numeric_limits<Bits>::max());
+  for (int64_t done = 0, count; done < elements; done += count) {
+    count = std::min(most, elements - done);
+    current_target().make_gain(Type::none, type, weight + done * size_of(type), offset, wide(type), formed, count);
+    for (int64_t i = count; i % lanes; ++i) formed[i] = formed[0];
+    for (int64_t i = 0; i < count; i += lanes) {
+      for (int64_t k = 0; k < lanes; ++k) {
+        Bits bits;
+        std::memcpy(&bits, formed + i + k, sizeof(bits));
+        bits &= std::numeric_limits<Bits>::max();
+        smallest[k] = bits < smallest[k] ? bits : smallest[k];
+        largest[k] = bits > largest[k] ? bits : largest[k];
+      }
+    }
+  }
+  S found[2];
+  std::memcpy(found, std::min_element(smallest, smallest + lanes), sizeof(S));
+  std::memcpy(found + 1, std::max_element(largest, largest + lanes), sizeof(S));
+  return {found[0], found[1]};
+}
+
+// The smallest and the largest |offset + weight|, formed as the kernels form it; the largest is NaN if there is one.
 std::tuple<double, double> gain_span(Tensor weight, double offset) {
   const Tensor plain = with_plain_rows(weight, 0);
   const Type type = type_of(plain);
-  double smallest = INFINITY, largest = 0.0;
-  alignas(64) std::array<char, 256 * 8> formed;
-  for (int64_t done = 0, count; done < plain.numel(); done += count) {
-    count = std::min<int64_t>(256, plain.numel() - done);
-    const char* from = static_cast<const char*>(plain.data_ptr()) + done * size_of(type);
-    current_target().make_gain(Type::none, type, from, offset, wide(type), formed.data(), count);
-    for (int64_t i = 0; i < count; ++i) {
-      const double gain = std::fabs(type == Type::f64 ? reinterpret_cast<const double*>(formed.data())[i]
-                                                      : reinterpret_cast<const float*>(formed.data())[i]);
-      if (gain != gain) return {gain, gain};
-      smallest = std::min(smallest, gain), largest = std::max(largest, gain);
-    }
-  }
-  return {smallest, largest};
+  if (plain.numel() == 0) return {std::numeric_limits<double>::infinity(), 0.0};
+  const char* data = static_cast<const char*>(plain.data_ptr());
+  return type == Type::f64 ? span_of<int64_t, double>(data, type, plain.numel(), offset)
+                           : span_of<int32_t, float>(data, type, plain.numel(), offset);
 }
 
 }  // namespace

@@ -53,6 +53,8 @@ def probe() -> str:
                 *rmsnorm.sandwich_rms_norm(x, other, columns, w, w, 1e-5),
                 rmsnorm.rms_norm_add(x, other, columns, w),
             ]
+            calls.append(rmsnorm.rms_norm(x, columns, w, 1e-5, offset=0.5, memory="lean"))
+            calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, offset=0.5, memory="lean")[:1]
             heads, angle = x.view(1, -1, columns), numbers(rows, columns - 1, dtype, 6)
             calls += [y[0] for y in rmsnorm.heads_rms_norm_rope(heads, heads, angle, angle, w, None, 1e-5)]
             for y in calls:

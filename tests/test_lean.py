@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import (
-    COLUMNS,
     DTYPES,
     EPS,
     GRADS,
@@ -86,7 +85,7 @@ def gradients(x: Tensor, weight: Tensor | None, grad: Tensor, memory: str | None
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-@pytest.mark.parametrize("columns", [0, *COLUMNS])
+@pytest.mark.parametrize("columns", [0, 1, 3, 127, 129, 576, 1027, 5137])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_within_the_bound(target, dtype, columns):
     """Every weight, offset and mode in four layouts; every pair of layouts of 129 columns; 0 to 1025 rows."""
