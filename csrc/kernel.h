@@ -121,6 +121,8 @@ struct Backward {
   Gate gate;        // there is a gain then; add is false
   bool gate_first;
   bool need_gate;
+  WeightRows inverse;  // wide(input), in the order of the gain, which is there then, or null: 1 / gain, and 0 for 0.
+                       // The input is the norm's output, and x̂ = output · inverse
   Forward
       turn;  // of turn.turn == Turn::norm: the gradient is turned back first; need_input, and a gain, are there then
   Modulate modulate;  // need_weight: the gradients of modulations that rows share are added up
@@ -133,11 +135,11 @@ struct BackwardRows {
   void* grad[kBatch];
   void* grad_sum[kBatch];  // or sines
   void* grad_input[kBatch];
-  void* gate[kBatch];       // or cosines, or scales
+  void* gate[kBatch];       // or cosines, or scales, or inverse gains
   void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or null
   void* gain[kBatch];       // or the same of its shifts
   const void* rstd;         // one wide(input) value per row of this batch, as forward kept it
-  const double* mean;       // the same, for LayerNorm
+  const double* mean;       // the same, for LayerNorm; with inverse gains the gradient of rstd, or null
   // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it, scales the
   // shifts'.
   void* grad_weight[kBatch];

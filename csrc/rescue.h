@@ -120,18 +120,23 @@ RMSNORM_INLINE void rescue_gradients(const Backward& b, const BackwardRows& rows
   // anew.
   const double rstd = __builtin_fabs((double)kept_rstd<T>(rows, r)), mean = b.layer ? rows.mean[r] : 0.0;
   constexpr double smallest = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
-  const bool usable = !(rstd < smallest) && !(rstd > 1 / smallest);
+  // Of an output in the input's place nothing can be found anew: what was rounded off stays so.
+  const S* inverse = b.inverse.data ? (const S*)rows.gate[r] : nullptr;
+  const bool usable = inverse || (!(rstd < smallest) && !(rstd > 1 / smallest));
   const ScaledRow row = usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0}
                                : scale_row(x_at, b.columns, b.eps, b.layer);
-  double mean_h = 0.0, mean_product = 0.0;
+  const auto normalised_at = [&](int64_t i) {
+    return inverse ? x_at(i) * (double)inverse[raw_index<T>(i)] : row.normalise(x_at(i));
+  };
+  double mean_h = 0.0, mean_product = inverse && rows.mean ? rows.mean[r] * rstd / (double)b.columns : 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double h = dy_at(i) * gain_at(i) / (double)b.columns;
-    mean_product += h * row.normalise(x_at(i));
+    mean_product += inverse ? dy_at(i) * x_at(i) / (double)b.columns : h * row.normalise(x_at(i));
     if (b.layer) mean_h += h;
   }
   if (row.floored) mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
-    const double dy = dy_at(i), normalised = row.normalise(x_at(i));
+    const double dy = dy_at(i), normalised = normalised_at(i);
     const double dz = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
     const Activated a = gate_at(i);
     if (b.need_gate) {

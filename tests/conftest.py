@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _everyday, _native, _ops
-from rmsnorm.forms import gated, gated_ops, heads, modulated, quantised, sandwich
+from rmsnorm.forms import gated, gated_ops, heads, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, modulated, quantised, sandwich)]
-_FORMS += [modulated._added, sandwich._served_add, heads._normed, heads._turned]
+_FORMS += [modulated._added, sandwich._served_add, heads._normed, heads._turned, lean._norm, lean._added]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",

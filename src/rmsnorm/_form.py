@@ -69,6 +69,10 @@ class Form:
     """Rows that several of the input's may share: outer sizes may be 1. Their types and gradients are their own."""
     straight: tuple[str, ...] = ()
     """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
+    alike: tuple[str, ...] = ()
+    """Rows whose gradient is the first one's, as they are added to it."""
+    same: Operators | None = None
+    """Those of another form, whose outputs are this one's and what is kept: then only backward is its own."""
     sources: Callable[..., Sequence[Tensor]] | None = None
     """``(grads, saved) -> tensors`` of the shapes and types of the rows' gradients; None: what is saved."""
     laid: Callable[[Tensor], Tensor] = Tensor.contiguous
@@ -91,7 +95,7 @@ class Form:
     @cached_property
     def moving(self) -> tuple[str, ...]:
         """Rows whose gradients backward finds."""
-        return tuple(name for name in self.rows if name not in self.straight + self.fixed)
+        return tuple(name for name in self.rows if name not in self.straight + self.fixed + self.alike)
 
     @cached_property
     def learnt(self) -> tuple[str, ...]:
@@ -136,7 +140,7 @@ class Form:
             read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
             found = _returned([f"Tensor grad_{name.rstrip('?')}" for name in self.learnt])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
-        return schemas
+        return {"_backward": schemas["_backward"]} if self.same else schemas
 
 
 def _name(option: str) -> str:
@@ -231,6 +235,8 @@ def register(form: Form) -> Operators:
         torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
         made[end] = getattr(torch.ops.rmsnorm, name).default
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
+    if form.same:
+        return Operators(form, form.same.plain, form.same.forward, made["_backward"], schemas, defaults, fakes)
     return Operators(form, made[""], made.get("_forward"), made.get("_backward"), schemas, defaults, fakes)
 
 

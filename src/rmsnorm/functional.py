@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
+from . import _arguments, _autograd, _everyday, _foreign, _ops, _serve, reference
+from .forms import lean
 
-ROUND_FIRST = _everyday.ROUND_FIRST
+ROUND_FIRST, MEMORY = _everyday.ROUND_FIRST, lean.MEMORY
 _EPS_DOUBLE = torch.finfo(torch.float64).eps
 _EPS = torch.finfo(torch.float32).eps
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
-_into, _weighted_into = _everyday.into, _everyday.weighted_into
+_into, _weighted_into, _as_shape = _everyday.into, _everyday.weighted_into, _arguments.as_shape
 _NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -27,6 +30,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     offset: float = 0.0,
     casting_mode: str = "torch",
     out: Tensor | None = None,
+    memory: str | None = None,
 ) -> Tensor:
     r"""Root mean square normalisation over the last dimensions; a drop-in for ``torch.nn.functional.rms_norm``.
 
@@ -48,6 +52,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             OLMo 2, gpt-oss); ``"llama"`` rounds the normalised value to the input's type, then multiplies by the
             gain under type promotion (Llama, Mistral, Qwen, T5).
         out: a tensor to write to, of the output's shape and dtype; for inference only.
+        memory: ``"lean"`` keeps the output for backward, which the next layer keeps anyway, instead of the input. The
+            gradient then has the rounding of the output in it (docs/numerics.md). Looked at where one is recorded; on
+            other devices than CPUs, in graphs, under transforms, and where a gain is (nearly) 0, the input is kept.
 
     Returns:
         A contiguous tensor of the shape and dtype of ``input`` (or ``out``). With ``casting_mode="llama"`` and a
@@ -65,7 +72,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if way := _everyday.short_way(input, weight, out):
-            shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+            shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
@@ -82,6 +89,8 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     if plain:
                         return way(input, weight, eps)  # 0.3 µs less
                     way = _unweighted
+                elif memory is not None:
+                    raise RuntimeError  # what is kept is decided below
                 return (
                     way(input, weight, len(shape), eps)
                     if plain
@@ -91,9 +100,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
+        options |= _arguments.given(memory=(memory, None))
         tensors = (input, weight, out)
         return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
-    dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
     if eps < 0:  # added, as in torch; to the operators it would be a floor
@@ -103,27 +113,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _check_out(out, input, weight, round_first)
         return out.copy_(output)
     if ranks := _everyday.distributed(input, weight, out):
-        return ranks.rms_norm(rms_norm, input, weight, out, dims, eps, offset, casting_mode)
+        return ranks.rms_norm(partial(rms_norm, memory=memory), input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
-    return _serve(input, weight, dims, eps, offset, round_first, native)
-
-
-def _serve(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, native: bool
-) -> Tensor:
-    """What computes it, when all is checked and no short way was found."""
-    if _foreign.wanted_by(input, weight):
-        return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
-    if not native or _autograd.refused():
-        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    if _autograd.needed(input, weight):
-        if _foreign.not_to_be_kept(input, weight):
-            return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-        return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
+    return _serve.rms_norm(input, weight, dims, eps, offset, round_first, native, memory)
 
 
 def add_rms_norm(  # noqa: PLR0911 - as above
@@ -135,6 +130,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     offset: float = 0.0,
     casting_mode: str = "torch",
+    memory: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
 
@@ -143,7 +139,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
-        normalized_shape, weight, eps, offset, casting_mode: as in :func:`rmsnorm.rms_norm`.
+        normalized_shape, weight, eps, offset, casting_mode, memory: as in :func:`rmsnorm.rms_norm`.
 
     Returns:
         ``(output, sum)``, both contiguous. Either, both or none may be used in a loss.
@@ -157,16 +153,17 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
-    if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode):
+    if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode, memory):
         return both
+    named: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
-        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
+        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), memory=(memory, None))
         arguments = input, residual, normalized_shape
         both = handle_torch_function(add_rms_norm, (input, residual, weight), *arguments, weight, eps, **options)
         return (both[0], both[1]) if isinstance(both, torch.fx.Proxy) else both  # a graph's caller may unpack it
     if has_torch_function_variadic(weight) and _arguments.are_objects(weight):  # the sum is none of its business
         sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
+        return rms_norm(sum, normalized_shape, weight, eps, **named), sum
     try:
         differs = residual.shape != input.shape or residual.device != input.device
     except AttributeError:
@@ -177,11 +174,14 @@ def add_rms_norm(  # noqa: PLR0911 - as above
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
-    dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    dims, eps, round_first, native = _resolve(
+        "add_rms_norm", input, normalized_shape, weight, eps, casting_mode, memory
+    )
     if type(offset) is not float:
         _arguments.check_numbers("add_rms_norm", offset=offset)
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
-        return ranks.add_rms_norm(add_rms_norm, input, residual, weight, dims, eps, offset, casting_mode)
+        norm = partial(add_rms_norm, memory=memory)
+        return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
     recorded = _autograd.needed(input, weight, residual)
     if (
         eps < 0
@@ -192,8 +192,10 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         or residual.dtype is not input.dtype
     ):
         sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
+        return rms_norm(sum, normalized_shape, weight, eps, **named), sum
     if recorded:
+        if memory is not None and (both := lean.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)):
+            return both
         return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
 
@@ -205,6 +207,7 @@ def _resolve(
     weight: Tensor | None,
     eps: float | None,
     casting_mode: str,
+    memory: str | None = None,
 ) -> tuple[int, float, bool, bool]:
     """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
 
@@ -219,8 +222,9 @@ def _resolve(
     if weight is not None and not reference.spans(weight, input, dims):
         _arguments.raise_shape(name, input, shape, weight)
     _arguments.check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
-    round_first = ROUND_FIRST[casting_mode]
-    dtype = input.dtype
+    if memory is not None:
+        _arguments.check_one_of(name, "memory", memory, MEMORY)
+    round_first, dtype = ROUND_FIRST[casting_mode], input.dtype
     native = dtype in _NATIVE_TYPES
     if weight is not None:
         if weight.device != input.device:
@@ -238,10 +242,6 @@ def _resolve(
     elif type(eps) is not float:
         _arguments.check_numbers(name, eps=eps)
     return dims, eps, round_first, native
-
-
-def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int | torch.SymInt) else tuple(normalized_shape)
 
 
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:

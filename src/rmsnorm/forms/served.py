@@ -38,7 +38,8 @@ class Served:
         function = _function_of(self)
         # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
         self.record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-        self.traced = _form.recorded(made, "", function.apply)
+        if not made.form.same:  # else the other form's is what torch.compile records
+            self.traced = _form.recorded(made, "", function.apply)
 
     def define(self, *arguments: Any, **more: Any) -> Any:
         """The definition's outputs."""
@@ -106,8 +107,13 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     read, kept = len(places), len(places) + len(form.kept)
     names = form.rows + form.weights
     # Of each tensor where its gradient is among those found, or -1 where it is the output's; None where there is none.
-    found_at = [form.learnt.index(n) if n in form.learnt else -1 if n in form.straight else None for n in names]
-    asked_at = [i for i, name in enumerate(names) if name in form.learnt]
+    place = (
+        {name: i for i, name in enumerate(form.learnt)}
+        | dict.fromkeys(form.straight, -1)
+        | dict.fromkeys(form.alike, 0)
+    )
+    found_at = [place.get(name) for name in names]
+    asked_at = [[i for i, at in enumerate(found_at) if at == place[name]] for name in form.learnt]
     known_at = [i for i, known in enumerate(form.known) if known]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -127,7 +133,7 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
         asked, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
-        needs, options = [asked[i] for i in asked_at], [ctx.options[i] for i in known_at]
+        needs, options = [any(asked[i] for i in at) for at in asked_at], [ctx.options[i] for i in known_at]
         first = torch.zeros_like(saved[0]) if grads[0] is None else grads[0]
         rest = grads[1:]
         dtype = (saved if form.sources is None else form.sources((first, *rest), saved))[0].dtype

@@ -17,10 +17,10 @@ from .numbers import eps_of, shape_of, weight_of
 class Ours:
     """A norm that is patched, can stand beside an add, was proven for rows like these, and to which nobody listens."""
 
-    __slots__ = "eps", "options", "shape", "weight"
+    __slots__ = "eps", "norm_options", "options", "shape", "weight"
 
     def __init__(self, norm: Any, binding: Binding, weight: Tensor | None, x: Tensor) -> None:
-        self.weight, self.options = weight, binding.options
+        self.weight, self.options, self.norm_options = weight, binding.options, binding.norm_options
         self.shape, self.eps = shape_of(norm, weight, x), eps_of(norm, binding)
 
 
@@ -63,7 +63,7 @@ def _beside(norm: Any, x: Any, other: Any) -> Ours | None:
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
     """``norm(a + b)`` and ``a + b``."""
     if own := _beside(norm, a, b):
-        return add_rms_norm(a, b, own.shape, own.weight, own.eps, **own.options)
+        return add_rms_norm(a, b, own.shape, own.weight, own.eps, **own.norm_options)
     total = a + b
     return norm(total), total
 
@@ -81,6 +81,7 @@ def sandwich(first: Any, second: Any, x: Any, residual: Any) -> tuple[Any, Any]:
     if (
         one
         and two
+        and two.norm_options is two.options  # not lean: the sandwich keeps the sum
         and (one.shape, one.options) == (two.shape, two.options)
         and (two.eps is not None or one.eps is None)
         # The sum is of the type for which the second norm was asked.
