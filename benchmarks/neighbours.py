@@ -229,7 +229,43 @@ def small(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[str, Ca
     )
 
 
-FORMS = ("quantised", "sandwich", "heads", "small")
+def modulated(sizes: tuple[int, ...], dtype: torch.dtype, layer: bool, added: bool, back: bool) -> tuple[Calls, int]:
+    """AdaLN of samples, with or without the gated add before it: diffusers' lines, with torch's norms and with ours."""
+    x, r = (noise(*sizes, dtype=dtype, seed=seed).requires_grad_(back) for seed in (0, 1))
+    width = sizes[-1:]
+    both = noise(sizes[0], 3 * width[0], dtype=dtype, seed=2).requires_grad_(back)
+    shift, scale, gate = both.chunk(3, 1)
+    mode = "torch" if dtype is torch.float32 else "llama"
+    statistic = "layer" if layer else "rms"
+
+    def torchs(x: Tensor) -> Tensor:
+        return F.layer_norm(x, width, None, None, EPS) if layer else F.rms_norm(x, width, None, EPS)
+
+    def ours(x: Tensor) -> Tensor:
+        return rmsnorm.layer_norm(x, width, None, None, EPS) if layer else rmsnorm.rms_norm(x, width, None, EPS)
+
+    def lines(norm: Callable[[Tensor], Tensor]) -> Any:
+        s = r + gate.unsqueeze(1) * x if added else x
+        y = norm(s) * (1 + scale[:, None]) + shift[:, None]
+        return (y, s) if added else y
+
+    def fused() -> Any:
+        options: dict[str, Any] = {"statistic": statistic, "casting_mode": mode, "scale": scale, "shift": shift}
+        if added:
+            options |= {"residual": r, "gate": gate}
+        return rmsnorm.modulated_norm(x, width, None, EPS, **options)
+
+    calls: Calls = {"fused": fused, "torch's": lambda: lines(torchs), "ours, separate": lambda: lines(ours)}
+    if not back:
+        return calls, x.nbytes * (4 if added else 2)
+    grads = [noise(*sizes, dtype=dtype, seed=seed) for seed in (3, 4)][: 1 + added]
+    leaves = [x, r, both] if added else [x, both]
+    with torch.enable_grad():
+        calls = {name: gradient(call(), leaves, grads) for name, call in calls.items()}
+    return calls, x.nbytes * (6 if added else 3)
+
+
+FORMS = ("quantised", "sandwich", "heads", "modulated", "small")
 
 
 def cases(wanted: list[str]) -> Iterator[tuple[str, Calls, int]]:
@@ -247,6 +283,11 @@ def cases(wanted: list[str]) -> Iterator[tuple[str, Calls, int]]:
         for rows, columns in ((1, 4096), (512, 4096), (4096, 4096)) if "small" in wanted else ():
             for name, calls, moved in small(rows, columns, dtype):
                 yield f"{name} {rows}x{columns} {kind}", calls, moved
+        for sizes in ((1, 512, 4096), (1, 4096, 4096), (2, 1024, 1152)) if "modulated" in wanted else ():
+            for layer, added, back in product((True, False), (False, True), (False, True)):
+                said = f"{'gated add + ' if added else ''}{'layer' if layer else 'rms'} {'backward ' if back else ''}"
+                name = f"modulated {said}{'x'.join(map(str, sizes))} {kind}"
+                yield name, *modulated(sizes, dtype, layer, added, back)
         for tokens in (1, 512) if "heads" in wanted else ():
             for normed, back in product((True, False), (False, True)):
                 name = f"{'heads' if normed else 'rope'} {'backward ' if back else ''}{tokens} tokens {kind}"
@@ -307,7 +348,7 @@ def main() -> None:
                 check(calls)
                 times = race(calls, given.seconds)
             own = times.pop("fused")
-            said = [f"{threads} thread{'s' * (threads > 1)}", f"{name:36}", f"{min(own) * 1e6:9.1f} µs"]
+            said = [f"{threads} thread{'s' * (threads > 1)}", f"{name:52}", f"{min(own) * 1e6:9.1f} µs"]
             for other, taken in times.items():
                 ratios = statistics.median(a / b for a, b in zip(own, taken, strict=True))
                 said.append(f"÷ {other} {ratios:.2f} ({min(own) / min(taken):.2f})")

@@ -2,8 +2,9 @@
 //
 //   dx = r · (h - mean(h) - x̂ · mean(h · x̂))  [+ grad_sum]          dw += grad · x̂          db += grad
 //
-// where RMSNorm has no mean and no bias, and no mean(h · x̂) in a row whose 1/rms is the floor's. Two passes over a row,
-// the second from cache. Weight gradients are added in the order of the rows.
+// where RMSNorm has no mean and no bias, and no mean(h · x̂) in a row whose 1/rms is the floor's. Where the output was
+// kept instead of the input, x̂ = y · (1 / gain). Two passes over a row, the second from cache. Weight gradients are
+// added in the order of the rows.
 #pragma once
 
 // What backward needs to know of a statistic: x̂ from what forward kept, and the means of h and h·x̂.
@@ -57,6 +58,32 @@ struct LayerBackward {
   }
 };
 
+// Of the output in the input's place: h·x̂ is grad·y then, without a gain. 1/rms may have a gradient of its own, in
+// second derivatives: it is -r²·x̂/n times that, which the mean of h·x̂ takes in.
+template <class T>
+struct LeanBackward : RmsBackward<T> {
+  double more;
+
+  RMSNORM_INLINE void set_row(const BackwardRows& rows, int64_t r) {
+    RmsBackward<T>::set_row(rows, r);
+    more = rows.mean ? rows.mean[r] * (double)kept_rstd<T>(rows, r) : 0.0;
+  }
+  RMSNORM_INLINE void set_means(Double2 sum, double n) { RmsBackward<T>::set_means({sum.high + more, sum.low}, n); }
+};
+template <class Norm>
+constexpr bool kLean = false;
+template <class T>
+constexpr bool kLean<LeanBackward<T>> = true;
+
+// x̂ of a vector of row r; `first` is the first of the rows that share what they load.
+template <class Norm, class Span>
+RMSNORM_INLINE auto normalised_at(const Norm& norm, const BackwardRows& rows, int64_t r, int64_t first, Span span) {
+  using T = typename Norm::Element;
+  const Vector<T> x = span.load_from((const T*)rows.input[r]);
+  if constexpr (kLean<Norm>) return x * span.load_raw((const Scalar<T>*)rows.gate[first]);
+  else return norm.normalised(x);
+}
+
 // Asks for columns of the row that lies `ahead` rows further on.
 template <class T, class Span>
 RMSNORM_INLINE void prefetch_both(const BackwardRows& rows, int64_t r, int64_t ahead, Span span) {
@@ -72,8 +99,10 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
   sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
     if constexpr (Stream) prefetch_both<T>(rows, r, 0, span);
     auto h = span.load_from((const G*)rows.grad[r]);
-    if constexpr (HasGain) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
-    sum.add(u, h, norm.normalised(span.load_from((const T*)rows.input[r])));
+    const Vector<T> x = span.load_from((const T*)rows.input[r]);
+    if constexpr (HasGain && !kLean<Norm>) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
+    if constexpr (kLean<Norm>) sum.add(u, h, x);
+    else sum.add(u, h, norm.normalised(x));
   });
   norm.set_means(value_of(sum), (double)b.columns);
 }
@@ -100,7 +129,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     for (int k = 0; k < Rows; ++k) {
       const int64_t r = first + k;
       const V dy = span.load_from((const G*)rows.grad[r]);
-      const V normalised = norm[k].normalised(span.load_from((const T*)rows.input[r]));
+      const V normalised = normalised_at(norm[k], rows, r, first, span);
       if constexpr (NeedInput) {
         V h = dy;
         if constexpr (HasGain) h = h * gain;
@@ -126,7 +155,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
 template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 __attribute__((noinline, cold)) void backward_alone(const Backward& b, const BackwardRows& rows, int64_t r) {
   using T = typename Norm::Element;
-  if constexpr (!Norm::kBias)
+  if constexpr (!Norm::kBias && !kLean<Norm>)
     if (is_floored<T>(rows, r))
       return backward_rows<1, false, FlooredBackward<T>, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r);
   rescue_backward<T, G>(b, rows, r);
@@ -183,9 +212,24 @@ BackwardKernel backward_with_gain(const Backward& b) {
                      : &backward<Norm, typename Norm::Element, false, NeedInput, NeedWeight, Add>;
 }
 
+// There is always a gain, if only of ones, and the input's gradient.
+template <class T, bool NeedWeight, bool Add>
+constexpr BackwardKernel kLeanBackward = &backward<LeanBackward<T>, T, true, true, NeedWeight, Add>;
+
+template <class T>
+BackwardKernel lean_backward_of(const Backward& b) {
+  if (b.add) return b.need_weight ? kLeanBackward<T, true, true> : kLeanBackward<T, false, true>;
+  return b.need_weight ? kLeanBackward<T, true, false> : kLeanBackward<T, false, false>;
+}
+
+template <class T>
+BackwardKernel modulated_backward_of(const Backward& b);
+
 template <class T>
 BackwardKernel backward_of(const Backward& b) {
   if (b.general) return &general_backward<T>;
+  if (b.modulate != Modulate::none) return modulated_backward_of<T>(b);
+  if (b.inverse.data) return lean_backward_of<T>(b);
   if (b.turn.turn != Turn::none) return b.need_weight ? &turned_backward<T, true> : &turned_backward<T, false>;
   if (b.gate != Gate::none) return b.gate_first ? &gated_backward<T, true> : &gated_backward<T, false>;
   if (b.layer) {

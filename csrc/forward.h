@@ -211,6 +211,8 @@ template <class T>
 ForwardKernel sandwich_of(const Forward& f);
 template <class T>
 ForwardKernel general_of();
+template <class T>
+ForwardKernel modulated_of(const Forward& f);
 
 template <class T, class Out>
 ForwardKernel gated_of(const Forward& f) {
@@ -232,6 +234,7 @@ ForwardKernel layer_of(const Forward& f) {
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
   if (f.general) return general_of<T>();
+  if (f.modulate != Modulate::none) return modulated_of<T>(f);
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);
@@ -246,6 +249,7 @@ ForwardKernel forward_of_half(const Forward& f) {
 template <class T>
 ForwardKernel forward_of_full(const Forward& f) {
   if (f.general) return general_of<T>();
+  if (f.modulate != Modulate::none) return modulated_of<T>(f);
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);
   if (f.add_after || f.twice) return sandwich_of<T>(f);

@@ -34,6 +34,10 @@ enum class Gate : int8_t { none, silu, sigmoid };
 // What is turned: the norm's output (which has a gain then), the input itself, or, backwards, a gradient.
 enum class Turn : int8_t { none, norm, input, back };
 
+// What is modulated: the norm's output, by scales and shifts, or, before a norm, what is added to a residual, by a
+// gate.
+enum class Modulate : int8_t { none, norm, add };
+
 // A weight or its gradient, by rows: row r of a tensor goes with row r mod `count`.
 struct WeightRows {
   char* data = nullptr;
@@ -69,6 +73,8 @@ struct Forward {
   Type sum;            // what is written, or, where nothing is added, of x again; output may be none
   int64_t counted;     // columns in the statistic: the first ones
   int64_t divisor;     // of the sum of their squares: as many, or 1 for an L2 norm
+  Modulate modulate;   // output is the input's type then, and there is no gain
+  Type modulation;     // of scales and shifts, or of gates: the input's, or f32 for a half input
 };
 
 // Rows whose sums are found before the first of them is stored: 16 KiB of them, so that what is read again is still in
@@ -89,10 +95,10 @@ inline int64_t turned_rows(Type type, int64_t columns) {
 struct ForwardRows {
   int64_t count;
   void* input[kBatch];     // read only, as are the residual, the gate and the gain
-  void* residual[kBatch];  // or sines
+  void* residual[kBatch];  // or sines, or shifts
   void* sum[kBatch];
   void* output[kBatch];
-  void* gate[kBatch];  // or cosines
+  void* gate[kBatch];  // or cosines, or scales
   void* gain[kBatch];
   void* first_gain[kBatch];
   void* scratch;     // scratch_bytes() of rows.h: a block of rows, if the gate is first, if there are two norms, or if
@@ -126,8 +132,12 @@ struct Backward {
   bool need_bias;
   int64_t counted, divisor;  // as in Forward
   const void* mask;          // ones of the columns that count, then zeros, as a gain; null where all do
+  WeightRows inverse;  // wide(input), in the order of the gain, which is there then, or null: 1 / gain, and 0 for 0.
+                       // The input is the norm's output, and x̂ = output · inverse
   Forward
       turn;  // of turn.turn == Turn::norm: the gradient is turned back first; need_input, and a gain, are there then
+  Modulate modulate;  // need_weight: the gradients of modulations that rows share are added up
+  Type modulation;    // as in Forward
 };
 
 struct BackwardRows {
@@ -136,12 +146,13 @@ struct BackwardRows {
   void* grad[kBatch];
   void* grad_sum[kBatch];  // or sines
   void* grad_input[kBatch];
-  void* gate[kBatch];  // or cosines
-  void* grad_gate[kBatch];
-  void* gain[kBatch];
-  const void* rstd;    // one wide(input) value per row of this batch, as forward kept it
-  const double* mean;  // the same, for LayerNorm; of the general form what arrives at 1/rms, or null
-  // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it.
+  void* gate[kBatch];       // or cosines, or scales, or inverse gains
+  void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or null
+  void* gain[kBatch];       // or the same of its shifts
+  const void* rstd;         // one wide(input) value per row of this batch, as forward kept it
+  const double* mean;  // the same, for LayerNorm; with inverse gains, and of the general form, what arrives at 1/rms
+  // wide(input)[padded(columns)] each, added to, in the kernel's order; LayerNorm has the bias's behind it, scales the
+  // shifts'.
   void* grad_weight[kBatch];
   bool shared_weight;  // all rows have one
   bool stream, back;   // as in forward

@@ -67,7 +67,8 @@ inline bool fills_first_cache(const Forward& f) {
 
 // fp32 that is only normalised: what waits for the caches most.
 inline bool is_plain(const Forward& f) {
-  return f.input == Type::f32 && !f.add && !f.add_after && !f.twice && !f.layer && f.gate == Gate::none;
+  return f.input == Type::f32 && !f.add && !f.add_after && !f.twice && !f.layer && f.gate == Gate::none &&
+         f.modulate == Modulate::none;
 }
 
 // Whether rows to come are asked for into L2: where there is something to wait for. Always memory; for fp32 all that

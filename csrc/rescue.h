@@ -119,29 +119,37 @@ ScaledRow kept_or_scaled(const BackwardRows& rows, int64_t r, const Find& find, 
   return usable ? ScaledRow{1.0, rstd, 0.0, {mean, 0.0}, kept_rstd<T>(rows, r) < 0} : find();
 }
 
-template <class T, class G = T>  // the gradient's type
-__attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
+// The gradients of a row: `gain_at` is a column's gain, `found` hears of dy and x̂.
+template <class T, class G, class Gain, class Found>
+RMSNORM_INLINE void rescue_gradients(const Backward& b, const BackwardRows& rows, int64_t r, const Gain& gain_at,
+                                     const Found& found) {
   using S = Scalar<T>;
   const T* x = (const T*)rows.input[r];
   const G* grad = (const G*)rows.grad[r];
-  const S* gain = (const S*)rows.gain[r];
-  const auto gain_at = [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; };
   const auto gate_at = [&](int64_t i) {
     return b.gate == Gate::none ? Activated{1.0, 0.0} : activate_element(element((const T*)rows.gate[r], i), b.gate);
   };
   const auto x_at = [&](int64_t i) { return element(x, i) * (b.gate_first ? gate_at(i).value : 1.0); };
   const auto dy_at = [&](int64_t i) { return element(grad, i) * (b.gate_first ? 1.0 : gate_at(i).value); };
+  // Of an output in the input's place nothing can be found anew: what was rounded off stays so.
+  const S* inverse = b.inverse.data ? (const S*)rows.gate[r] : nullptr;
+  const double rstd = __builtin_fabs((double)kept_rstd<T>(rows, r)), mean = b.layer ? rows.mean[r] : 0.0;
   const ScaledRow row = kept_or_scaled<T>(
-      rows, r, [&] { return scale_row(x_at, b.columns, b.eps, b.layer); }, b.layer ? rows.mean[r] : 0.0);
-  double mean_h = 0.0, mean_product = 0.0;
+      rows, r,
+      [&] { return inverse ? ScaledRow{1.0, rstd, 0.0, {}, false} : scale_row(x_at, b.columns, b.eps, b.layer); },
+      mean);
+  const auto normalised_at = [&](int64_t i) {
+    return inverse ? x_at(i) * (double)inverse[raw_index<T>(i)] : row.normalise(x_at(i));
+  };
+  double mean_h = 0.0, mean_product = inverse && rows.mean ? rows.mean[r] * rstd / (double)b.columns : 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
     const double h = dy_at(i) * gain_at(i) / (double)b.columns;
-    mean_product += h * row.normalise(x_at(i));
+    mean_product += inverse ? dy_at(i) * x_at(i) / (double)b.columns : h * row.normalise(x_at(i));
     if (b.layer) mean_h += h;
   }
   if (row.floored) mean_product = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {
-    const double dy = dy_at(i), normalised = row.normalise(x_at(i));
+    const double dy = dy_at(i), normalised = normalised_at(i);
     const double dz = ((dy * gain_at(i) - mean_h) - normalised * mean_product) * row.high * row.scale;
     const Activated a = gate_at(i);
     if (b.need_gate) {
@@ -155,8 +163,17 @@ __attribute__((noinline, cold)) void rescue_backward(const Backward& b, const Ba
     }
     S* grad_weight = (S*)rows.grad_weight[r] + raw_index<T>(i);
     if (b.need_weight) *grad_weight += (S)(dy * normalised);
-    if (b.need_weight && b.layer) grad_weight[padded(b.columns)] += (S)dy;
+    if (b.need_weight && (b.layer || b.modulate != Modulate::none)) grad_weight[padded(b.columns)] += (S)dy;
+    found(i, dy, normalised);
   }
+}
+
+template <class T, class G = T>  // the gradient's type
+__attribute__((noinline, cold)) void rescue_backward(const Backward& b, const BackwardRows& rows, int64_t r) {
+  const auto* gain = (const Scalar<T>*)rows.gain[r];
+  rescue_gradients<T, G>(
+      b, rows, r, [&](int64_t i) { return gain ? (double)gain[raw_index<T>(i)] : 1.0; },
+      [](int64_t, double, double) {});
 }
 
 // Whether the 1/rms that forward kept is inside what kSmallest and kLargest mean for it: one that moves with its row,

@@ -189,6 +189,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     if (b.gain.count > 1 || row == begin) {  // the first batch is the longest
       take_weight(b.gain, row, rows.count, rows.gain);
       take_weight(grad_weight, row, rows.count, rows.grad_weight);
+      if (b.inverse.data) take_weight(b.inverse, row, rows.count, rows.gate);
     }
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;

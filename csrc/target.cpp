@@ -57,11 +57,15 @@ namespace {
 
 #include "general.h"
 
+#include "modulated.h"
+
 #include "gated_backward.h"
 
 #include "general_backward.h"
 
 #include "backward.h"
+
+#include "modulated_backward.h"
 
 #include "weight.h"
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _everyday, _native, _ops
-from rmsnorm.forms import gated, gated_ops, general, heads, quantised, sandwich
+from rmsnorm.forms import gated, gated_ops, general, heads, lean, modulated, quantised, sandwich
 
-_FORMS = [room._served for room in (gated, general, quantised, sandwich)]
-_FORMS += [general._served_add, sandwich._served_add, heads._normed, heads._turned]
+_FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
+_FORMS += [general._served_add, modulated._added, sandwich._served_add, heads._normed, heads._turned]
+_FORMS += [lean._norm, lean._added]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",

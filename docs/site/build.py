@@ -65,7 +65,7 @@ REFERENCE = {
     ("Functions", "函数"): [
         *("rms_norm", "add_rms_norm", "rms_norm_add", "sandwich_rms_norm", "gated_rms_norm", "layer_norm"),
         *("add_rms_norm_", "l2_norm", "inverse_rms"),
-        *("quantised_rms_norm", "heads_rms_norm_rope", "rope"),
+        *("quantised_rms_norm", "heads_rms_norm_rope", "rope", "modulated_norm", "gated_add"),
     ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],

@@ -18,6 +18,8 @@ from .forms.in_place import add_rms_norm_ as add_rms_norm_
 from .forms.l2 import l2_norm as l2_norm
 from .forms.layer_norm import LayerNorm as LayerNorm
 from .forms.layer_norm import layer_norm as layer_norm
+from .forms.modulated import gated_add as gated_add
+from .forms.modulated import modulated_norm as modulated_norm
 from .forms.quantised import quantised_rms_norm as quantised_rms_norm
 from .forms.sandwich import rms_norm_add as rms_norm_add
 from .forms.sandwich import sandwich_rms_norm as sandwich_rms_norm
@@ -36,6 +38,7 @@ __all__ = [
     "RMSNorm",
     "add_rms_norm",
     "add_rms_norm_",
+    "gated_add",
     "gated_rms_norm",
     "heads_rms_norm_rope",
     "info",
@@ -44,6 +47,7 @@ __all__ = [
     "inverse_rms",
     "l2_norm",
     "layer_norm",
+    "modulated_norm",
     "patch",
     "patched",
     "quantised_rms_norm",

@@ -17,6 +17,8 @@ from . import reference
 
 ROUND_FIRST = {"torch": False, "llama": True}
 """The casting modes, and whether each rounds the normalised value before the gain."""
+MEMORY = ("lean",)
+"""What may be kept for backward instead of the input: the output."""
 EPS_DOUBLE = torch.finfo(torch.float64).eps
 EPS = torch.finfo(torch.float32).eps
 NATIVE_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -88,6 +90,7 @@ def resolve(
     weight: Tensor | None,
     eps: float | None,
     casting_mode: str,
+    memory: str | None = None,
 ) -> tuple[int, float, bool, bool]:
     """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
 
@@ -102,6 +105,8 @@ def resolve(
     if weight is not None and not reference.spans(weight, input, dims):
         raise_shape(name, input, shape, weight)
     check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
+    if memory is not None:
+        check_one_of(name, "memory", memory, MEMORY)
     round_first = ROUND_FIRST[casting_mode]
     dtype = input.dtype
     native = dtype in NATIVE_TYPES

@@ -96,6 +96,7 @@ def add_rms_norm(
     eps: float | None,
     offset: float,
     casting_mode: str,
+    memory: str | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The results of an everyday call of ``rmsnorm.add_rms_norm``, or None if more has to be asked first.
 
@@ -108,6 +109,8 @@ def add_rms_norm(
             return None
         options = dims, eps, offset, ROUND_FIRST[casting_mode]
         if _autograd.needed(input, weight, residual):
+            if memory is not None:
+                return None  # what is kept is decided the long way
             return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
         return _add(input, residual, weight, *options)
     except (RuntimeError, KeyError, AttributeError, TypeError):

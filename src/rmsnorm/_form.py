@@ -42,8 +42,7 @@ class Form:
     name: str
     """Of the operators, and of the public function."""
     rows: tuple[str, ...]
-    """Tensors of one shape, ``[*, *normalized_shape]``, but where ``fixed``; the first is the input. With a "?" behind
-    its name one may be None."""
+    """Tensors of one shape, but where ``fixed`` or ``shared``; the first is the input. "?": one may be None."""
     weights: tuple[str, ...]
     """Tensors of the last sizes, each of which may be None."""
     options: str
@@ -62,16 +61,19 @@ class Form:
     silent: tuple[str, ...] = ("round_first",)
     """Options that the derivative doesn't know."""
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
-    """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: there is no such
-    operator, as another form's serves."""
+    """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: another form's."""
     fixed: tuple[str, ...] = ()
     """Rows that have no gradient but the definition's, and types of their own."""
+    shared: tuple[str, ...] = ()
+    """Rows that several of the input's may share: outer sizes may be 1. Their types and gradients are their own."""
     straight: tuple[str, ...] = ()
     """Rows that are added to the output as they are: its gradient is theirs, and not an operator's to find."""
-    joined: tuple[str, ...] = ()
-    """Rows that are added to the first one: its gradient is theirs."""
     mixed: bool = False
     """Whether the operators take rows of several types, and gradients of others than what is saved."""
+    alike: tuple[str, ...] = ()
+    """Rows whose gradient is the first one's, as they are added to it."""
+    same: Operators | None = None
+    """Those of another form, whose outputs are this one's and what is kept: then only backward is its own."""
     sources: Callable[..., Sequence[Tensor]] | None = None
     """``(grads, saved) -> tensors`` of the shapes and types of the rows' gradients; None: what is saved."""
     laid: Callable[[Tensor], Tensor] = Tensor.contiguous
@@ -82,28 +84,23 @@ class Form:
     """Raises for what no kernel takes, before the definition runs."""
 
     @cached_property
-    def title(self) -> str:
-        """The name as a class has it."""
+    def title(self) -> str:  # as a class has it
         return "".join(word.upper() if word in ("rms", "l2") else word.capitalize() for word in self.name.split("_"))
 
     @cached_property
-    def tensors(self) -> int:
-        """How many come first."""
+    def tensors(self) -> int:  # that come first
         return len(self.rows) + len(self.weights)
 
     @cached_property
-    def moving(self) -> tuple[str, ...]:
-        """Rows whose gradients backward finds."""
-        return tuple(name for name in self.rows if name not in self.straight + self.fixed + self.joined)
+    def moving(self) -> tuple[str, ...]:  # rows among these
+        return tuple(name for name in self.rows if name not in self.straight + self.fixed + self.alike)
 
     @cached_property
-    def learnt(self) -> tuple[str, ...]:
-        """What backward finds the gradients of."""
+    def learnt(self) -> tuple[str, ...]:  # what backward finds the gradients of
         return self.moving + self.weights
 
     @cached_property
-    def known(self) -> tuple[bool, ...]:
-        """Of each option whether the derivative knows it."""
+    def known(self) -> tuple[bool, ...]:  # of each option whether the derivative knows it
         return tuple(_name(option) not in self.silent for option in self.options.split(", "))
 
     @cached_property
@@ -125,7 +122,7 @@ class Form:
 
     def schemas(self) -> dict[str, str]:
         """By the ends of the operators' names."""
-        rows = [f"Tensor? {row[:-1]}" if row.endswith("?") else f"Tensor {row}" for row in self.rows]
+        rows = [_declared(row) for row in self.rows]
         given = ", ".join([*rows, *(f"Tensor? {w}" for w in self.weights)])
         outputs, all = ([f"Tensor {name}" for name in names] for names in (self.outputs, self.outputs + self.kept))
         options = [option.partition("=")[0] for option in self.options.split(", ")]  # defaults are the first one's
@@ -134,16 +131,20 @@ class Form:
             schemas["_forward"] = f"({given}, {', '.join(options)}) -> {_returned(all)}"
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
-            read = [f"Tensor {name}" for name in (self.saved or self.rows) + self.kept]
-            needs = [f"bool need_{name}" for name in self.learnt]
+            read = [_declared(name) for name in (self.saved or self.rows) + self.kept]
+            needs = [f"bool need_{name.rstrip('?')}" for name in self.learnt]
             read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
-            found = _returned([f"Tensor grad_{name}" for name in self.learnt])
+            found = _returned([f"Tensor grad_{name.rstrip('?')}" for name in self.learnt])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
-        return schemas
+        return {"_backward": schemas["_backward"]} if self.same else schemas
 
 
 def _name(option: str) -> str:
     return option.split()[1].partition("=")[0]
+
+
+def _declared(name: str) -> str:
+    return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
 
 
 def _returned(results: list[str]) -> str:
@@ -170,11 +171,12 @@ class Operators:
 
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
-    outputs, read = len(form.outputs), len(form.saved or form.rows)
-    moving, tensors = len(form.moving), len(form.learnt)
+    outputs, read, moving, tensors = (len(n) for n in (form.outputs, form.saved or form.rows, form.moving, form.learnt))
 
-    def some(results: _Results) -> Any:
-        return results[0] if outputs == 1 else tuple(results[:outputs])
+    def some(results: _Results, count: int = outputs) -> Any:
+        return results[0] if count == 1 else tuple(results[:count])
+
+    all = outputs + len(form.kept)
 
     def forward(*arguments: Any) -> Any:
         arguments = form.filled(arguments)
@@ -216,8 +218,8 @@ def register(form: Form) -> Operators:
         )
 
     functions = {
-        "": (lambda *arguments: some(forward(*arguments)), lambda *arguments: some(fake_forward(*arguments))),
-        "_forward": (forward, fake_forward),
+        "": (lambda *a: some(forward(*a)), lambda *a: some(fake_forward(*a))),
+        "_forward": (lambda *a: some(forward(*a), all), lambda *a: some(fake_forward(*a), all)),
         "_backward": (backward, fake_backward),
     }
     schemas, made = form.schemas(), {}
@@ -229,12 +231,12 @@ def register(form: Form) -> Operators:
         torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
         made[end] = getattr(torch.ops.rmsnorm, name).default
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
-    return Operators(form, made[""], made.get("_forward"), made.get("_backward"), schemas, defaults, fakes)
+    plain, forwards = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
+    return Operators(form, plain, forwards, made.get("_backward"), schemas, defaults, fakes)
 
 
 def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops.OpOverload:
-    """The operator with that end to its name with a derivative that torch knows, for graphs that ``torch.compile``
-    records.
+    """The operator with that end to its name with a derivative that torch knows, for graphs of ``torch.compile``.
 
     dynamo traces one node and never looks into an ``autograd.Function``, which it can't do with two norms of changing
     size in one graph (torch 2.13). Eager calls don't come here: what torch asks at an operator with a derivative costs

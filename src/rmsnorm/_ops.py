@@ -127,11 +127,23 @@ for _name, _schema in {
     library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
 
+def _gain_span(weight: Tensor, offset: float) -> tuple[float, float]:
+    gain = reference.gain(weight.detach(), weight, offset).abs()
+    smallest, largest = gain.aminmax() if gain.numel() else (torch.tensor(torch.inf), torch.tensor(0.0))
+    return smallest.item(), largest.item()
+
+
+# The smallest and the largest |offset + weight|: whether an output may be kept for an input (forms/lean.py).
+library.define("gain_span(Tensor weight, float offset) -> (float, float)")
+library.impl("gain_span", _gain_span, "CompositeExplicitAutograd")
+
+
 _native.load()
 native = bool(_native.cpu_targets())
 
 rms_norm, rms_norm_forward, rms_norm_backward = RMS_NORM.plain, RMS_NORM.forward, RMS_NORM.backward
 add_rms_norm, add_rms_norm_forward = ADD_RMS_NORM.plain, ADD_RMS_NORM.forward
 rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
+gain_span = torch.ops.rmsnorm.gain_span.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
 rms_norm_weighted_out = torch.ops.rmsnorm.rms_norm_weighted_out.default

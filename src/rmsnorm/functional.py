@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _autograd, _everyday, _foreign, _ops, reference
+from . import _arguments, _autograd, _everyday, _foreign, _ops, _serve, reference
+from .forms import lean
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _arguments.EPS_DOUBLE
 _resolve = _arguments.resolve
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
-_into, _weighted_into = _everyday.into, _everyday.weighted_into
-_NATIVE_TYPES = _arguments.NATIVE_TYPES
+_into, _weighted_into, _as_shape = _everyday.into, _everyday.weighted_into, _arguments.as_shape
+MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 further: dict[str, Callable[..., Any]] = {}
 """Who serves further keywords, by the names of these functions: ``forms/general.py``, which enters itself here."""
 
@@ -42,6 +44,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     offset: float = 0.0,
     casting_mode: str = "torch",
     out: Tensor | None = None,
+    memory: str | None = None,
     **more: Unpack[Further],
 ) -> Tensor:
     r"""Root mean square normalisation over the last dimensions; a drop-in for ``torch.nn.functional.rms_norm``.
@@ -64,6 +67,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             OLMo 2, gpt-oss); ``"llama"`` rounds the normalised value to the input's type, then multiplies by the
             gain under type promotion (Llama, Mistral, Qwen, T5).
         out: a tensor to write to, of the output's shape and dtype; for inference only.
+        memory: ``"lean"`` keeps the output for backward, which the next layer keeps anyway, instead of the input. The
+            gradient then has the rounding of the output in it (docs/numerics.md). Looked at where one is recorded; on
+            other devices than CPUs, in graphs, under transforms, and where a gain is (nearly) 0, the input is kept.
         bias: (as all that follow by keyword alone, and not beside ``out``) ``[*normalized_shape]``, added before the
             last rounding.
         partial: the mean is that of the first ``ceil(partial · n)`` of n columns (pRMSNorm): above 0 and at most 1.
@@ -87,11 +93,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     """
     if more:
         return further["rms_norm"](
-            input, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode, out=out, **more
+            *(input, normalized_shape, weight, eps),
+            **{"offset": offset, "casting_mode": casting_mode, "out": out, "memory": memory, **more},
         )
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if way := _everyday.short_way(input, weight, out):
-            shape = normalized_shape if type(normalized_shape) is tuple else _as_tuple(normalized_shape)
+            shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
@@ -108,6 +115,8 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     if plain:
                         return way(input, weight, eps)  # 0.3 µs less
                     way = _unweighted
+                elif memory is not None:
+                    raise RuntimeError  # what is kept is decided below
                 return (
                     way(input, weight, len(shape), eps)
                     if plain
@@ -117,9 +126,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
+        options |= _arguments.given(memory=(memory, None))
         tensors = (input, weight, out)
         return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
-    dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
     if eps < 0:  # added, as in torch; to the operators it would be a floor
@@ -129,27 +139,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         _check_out(out, input, weight, round_first)
         return out.copy_(output)
     if ranks := _everyday.distributed(input, weight, out):
-        return ranks.rms_norm(rms_norm, input, weight, out, dims, eps, offset, casting_mode)
+        return ranks.rms_norm(partial(rms_norm, memory=memory), input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
         _check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
-    return _serve(input, weight, dims, eps, offset, round_first, native)
-
-
-def _serve(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, native: bool
-) -> Tensor:
-    """What computes it, when all is checked and no short way was found."""
-    if _foreign.wanted_by(input, weight):
-        return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
-    if not native or _autograd.refused():
-        return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    if _autograd.needed(input, weight):
-        if _foreign.not_to_be_kept(input, weight):
-            return reference.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-        return _autograd.rms_norm(input, weight, dims, eps, offset, round_first)[0]
-    return _ops.rms_norm(input, weight, dims, eps, offset, round_first)
+    return _serve.rms_norm(input, weight, dims, eps, offset, round_first, native, memory)
 
 
 def add_rms_norm(  # noqa: PLR0911 - as above
@@ -161,6 +156,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     offset: float = 0.0,
     casting_mode: str = "torch",
+    memory: str | None = None,
     **more: Unpack[FurtherOfAdd],
 ) -> tuple[Tensor, Tensor]:
     r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
@@ -170,7 +166,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
-        normalized_shape, weight, eps, offset, casting_mode, bias, partial, out_dtype, return_rstd: as in
+        normalized_shape, weight, eps, offset, casting_mode, memory, bias, partial, out_dtype, return_rstd: as in
             :func:`rmsnorm.rms_norm`. A residual stream in float32 beside bfloat16 blocks:
             ``add_rms_norm(x, residual, …, out_dtype=torch.bfloat16)``, whose sum is float32.
         round_sum: False normalises the sum before it is rounded, in float32 for half types, as flashinfer's and
@@ -188,19 +184,21 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
+    named: dict[str, Any]
     if more:
-        options = {"offset": offset, "casting_mode": casting_mode}
-        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, **options, **more)
-    if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode):
+        named = {"offset": offset, "casting_mode": casting_mode, "memory": memory, **more}
+        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, **named)
+    if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode, memory):
         return both
+    named = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
-        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
+        options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), memory=(memory, None))
         arguments = input, residual, normalized_shape
         both = handle_torch_function(add_rms_norm, (input, residual, weight), *arguments, weight, eps, **options)
         return (both[0], both[1]) if isinstance(both, torch.fx.Proxy) else both  # a graph's caller may unpack it
     if has_torch_function_variadic(weight) and _arguments.are_objects(weight):  # the sum is none of its business
         sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
+        return rms_norm(sum, normalized_shape, weight, eps, **named), sum
     try:
         differs = residual.shape != input.shape or residual.device != input.device
     except AttributeError:
@@ -211,11 +209,14 @@ def add_rms_norm(  # noqa: PLR0911 - as above
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
         )
-    dims, eps, round_first, native = _resolve("add_rms_norm", input, normalized_shape, weight, eps, casting_mode)
+    dims, eps, round_first, native = _resolve(
+        "add_rms_norm", input, normalized_shape, weight, eps, casting_mode, memory
+    )
     if type(offset) is not float:
         _arguments.check_numbers("add_rms_norm", offset=offset)
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
-        return ranks.add_rms_norm(add_rms_norm, input, residual, weight, dims, eps, offset, casting_mode)
+        norm = partial(add_rms_norm, memory=memory)
+        return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
     recorded = _autograd.needed(input, weight, residual)
     if (
         eps < 0
@@ -226,14 +227,12 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         or residual.dtype is not input.dtype
     ):
         sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, offset=offset, casting_mode=casting_mode), sum
+        return rms_norm(sum, normalized_shape, weight, eps, **named), sum
     if recorded:
+        if memory is not None and (both := lean.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)):
+            return both
         return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
-
-
-def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int | torch.SymInt) else tuple(normalized_shape)
 
 
 def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:

@@ -24,6 +24,7 @@ class RMSNorm(torch.nn.RMSNorm):
         offset: added to the weight in fp32. The weight starts at ``1 - offset``, so a fresh layer has gain 1
             (Gemma's ``1 + weight`` starts at 0).
         casting_mode: ``"torch"`` or ``"llama"``; see :func:`rmsnorm.rms_norm`.
+        memory: ``"lean"`` keeps the output for backward instead of the input; see :func:`rmsnorm.rms_norm`.
 
     Shape:
         ``[*, *normalized_shape]`` to the same. ``forward(x, residual)`` returns ``(output, x + residual)``.
@@ -41,6 +42,7 @@ class RMSNorm(torch.nn.RMSNorm):
     # Class-level defaults: pickles of torch's layer and layers whose class is swapped in place need no migration.
     offset: float = 0.0
     casting_mode: str = "torch"
+    memory: str | None = None
 
     def __init__(
         self,
@@ -52,8 +54,12 @@ class RMSNorm(torch.nn.RMSNorm):
         *,
         offset: float = 0.0,
         casting_mode: str = "torch",
+        memory: str | None = None,
     ) -> None:
         _arguments.check_one_of("RMSNorm", "casting_mode", casting_mode, functional.ROUND_FIRST)
+        if memory is not None:
+            _arguments.check_one_of("RMSNorm", "memory", memory, functional.MEMORY)
+            self.memory = memory
         _arguments.check_numbers(type(self).__name__, eps=eps, offset=offset)
         self.offset = offset
         self.casting_mode = casting_mode
@@ -68,12 +74,23 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalises ``x``; with a residual, returns ``(output, x + residual)``."""
+        # nn.Module looks for parameters in Python, 0.4 µs, unless one knows where they lie.
+        weight = self._parameters.get("weight")
+        if weight is None:  # there is none, or it is computed
+            weight = self.weight
         if residual is None:
             return functional.rms_norm(
-                x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting_mode=self.casting_mode
+                x,
+                self.normalized_shape,
+                weight,
+                self.eps,
+                offset=self.offset,
+                casting_mode=self.casting_mode,
+                memory=self.memory,
             )
         norm = _either if isinstance(residual, torch.fx.Proxy) and _may_be_none(residual) else _norm
-        return norm(x, residual, self.normalized_shape, self.weight, self.eps, self.offset, self.casting_mode)
+        options = self.offset, self.casting_mode, self.memory
+        return norm(x, residual, self.normalized_shape, weight, self.eps, *options)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, if it means the same."""
@@ -90,6 +107,8 @@ class RMSNorm(torch.nn.RMSNorm):
             text += f", offset={self.offset}"
         if self.casting_mode != "torch":
             text += f", casting_mode={self.casting_mode!r}"
+        if self.memory is not None:
+            text += f", memory={self.memory!r}"
         return text
 
 
@@ -101,10 +120,13 @@ def _norm(
     eps: float | None,
     offset: float,
     casting_mode: str,
+    memory: str | None,
 ) -> Any:
     if residual is None:
-        return functional.rms_norm(x, shape, weight, eps, offset=offset, casting_mode=casting_mode)
-    return functional.add_rms_norm(x, residual, shape, weight, eps, offset=offset, casting_mode=casting_mode)
+        return functional.rms_norm(x, shape, weight, eps, offset=offset, casting_mode=casting_mode, memory=memory)
+    return functional.add_rms_norm(
+        x, residual, shape, weight, eps, offset=offset, casting_mode=casting_mode, memory=memory
+    )
 
 
 def _may_be_none(proxy: torch.fx.Proxy) -> bool:

@@ -210,6 +210,46 @@ def test_sandwich(ranks, layout):
                 torch.testing.assert_close(one, two.detach())
 
 
+def modulated(tensors: list[Tensor], grads: list[Tensor], dim: int) -> list[Tensor] | None:
+    """On a rank: outputs and gradients of the modulated norm and the gated add, sharded over samples or tokens."""
+    here = mesh(2)
+    own = [Shard(dim)]
+    placed = [own, own] + [own if t.shape[dim] > 1 else [WHOLE] for t in tensors[2:]]
+    args = [
+        distribute_tensor(t, here, p, src_data_rank=None).requires_grad_() for t, p in zip(tensors, placed, strict=True)
+    ]
+    outputs = in_one_pass(*args)
+    if here.get_coordinate() is None:
+        return None
+    given = [distribute_tensor(g, here, own, src_data_rank=None) for g in grads]
+    each = torch.autograd.grad(outputs, args, given)
+    return [whole(t.detach()) for t in (*outputs, *each)]
+
+
+def in_one_pass(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    named = {"residual": residual, "gate": gate, "scale": scale, "shift": shift}
+    y, s = rmsnorm.modulated_norm(x, x.shape[-1], None, 1e-5, statistic="layer", **named)
+    return y, s, rmsnorm.gated_add(y, s, gate)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_modulated(ranks, dim):
+    """Modulations of samples: split as the samples are, or there as a whole, and their gradients partial sums."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *sizes: torch.randn(sizes, generator=generator)  # noqa: E731
+    tensors = [*(draw(4, 6, 10) for _ in range(2)), *(draw(4, 1, 10) for _ in range(3))]
+    grads = [draw(4, 6, 10) for _ in range(3)]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = in_one_pass(*leaves)
+    wanted = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+    answers = [answer for answer in ranks.run(modulated, tensors, grads, dim) if answer]
+    assert answers
+    for answer, (i, two) in product(answers, enumerate(wanted)):
+        if i < 5:
+            assert same_bits(answer[i], two.detach())
+        torch.testing.assert_close(answer[i], two.detach())
+
+
 def cut(x: Tensor) -> str | None:
     """On a rank: what a sandwich of rows on two ranks says."""
     here = mesh(2)

@@ -132,7 +132,8 @@ struct Case {
   double eps = 1e-6;
   Turn turn = Turn::none;
   bool interleaved = false;
-  Type angle = Type::none;
+  Type angle = Type::none;  // or of modulations
+  Modulate modulate = Modulate::none;
 };
 
 std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, bool need_weight, bool back) {
@@ -157,7 +158,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   // All columns are turned in one order, some in the other.
   f.turn = c.turn, f.interleaved = c.interleaved, f.angle = c.angle;
   f.turned = (c.interleaved ? c.columns : c.columns / 2 + 1) / 2 * 2;
-  const Type angle = c.turn == Turn::none ? c.input : c.angle;
+  f.modulate = c.modulate, f.modulation = c.angle;
+  const Type angle = c.angle == Type::none ? c.input : c.angle;
   const int64_t angle_bytes = c.columns * size_of(angle);
   Rows cosines(make_rows(angle, kRows, c.columns, 5), kRows, angle_bytes, size_of(angle));
   Rows sines(make_rows(angle, kRows, c.columns, 6), kRows, angle_bytes, size_of(angle));
@@ -168,13 +170,18 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   rows.stream = need_input, rows.add_again = need_weight;  // the rows that happen to be aligned
   rows.back = back;
   rows.rstd = rstd.data();
-  Bytes scratch(scratch_bytes(f));
+  const bool modulated = c.modulate == Modulate::norm;
+  Bytes scratch(modulated ? 64 + 2 * stride : scratch_bytes(f));  // begins with two addresses that are no row's
   rows.scratch = scratch.data();
   for (int64_t r = 0; r < kRows; ++r)
     rows.input[r] = input.at(r), rows.residual[r] = other.at(r), rows.sum[r] = sum.at(r), rows.output[r] = output.at(r),
     rows.gate[r] = other.at(r), rows.gain[r] = c.gate == Gate::none ? gain.at(0) : formed.data();
   for (int64_t r = 0; c.turn != Turn::none && r < kRows; ++r)
     rows.gate[r] = cosines.at(r), rows.residual[r] = sines.at(r);
+  for (int64_t r = 0; modulated && r < kRows; ++r)  // one scale and shift for all rows
+    rows.gate[r] = cosines.at(0), rows.residual[r] = sines.at(0), rows.gain[r] = scratch.data() + 64,
+    rows.first_gain[r] = scratch.data() + 64 + stride;
+  for (int64_t r = 0; c.modulate == Modulate::add && r < kRows; ++r) rows.gate[r] = cosines.at(r);
   target.forward(f)(f, rows);
 
   // The output's codes as numbers, and behind them the scales.
@@ -189,11 +196,13 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   std::memcpy(numbers.data(), quantised.data(), numbers.size());
 
   Bytes partial(2 * stride);
-  const int64_t width = c.layer ? 2 * c.columns : c.columns;
+  const bool two = c.layer || modulated;
+  const int64_t width = two ? 2 * c.columns : c.columns;
   std::vector<double> total(2 * width);
   Backward b = {};
   b.columns = c.columns, b.eps = c.eps, b.input = c.input, b.need_input = need_input;
-  b.need_weight = need_weight && (c.layer || c.gain != Type::none);  // only LayerNorm has a bias without a weight
+  b.need_weight = need_weight && (c.layer || c.gain != Type::none || c.modulate != Modulate::none);
+  b.modulate = c.modulate, b.modulation = c.angle;
   b.add = c.add && need_input, b.layer = c.layer, b.gate = c.gate, b.gate_first = c.gate_first;
   b.need_gate = c.gate != Gate::none && need_weight;
   if (c.gain != Type::none) b.gain.data = formed.data();
@@ -212,14 +221,21 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     grads.gain[r] = b.gain.data, grads.grad_weight[r] = partial.data();
   for (int64_t r = 0; c.turn == Turn::norm && r < kRows; ++r)
     grads.gate[r] = cosines.at(r), grads.grad_sum[r] = sines.at(r);
+  Rows dscale({}, kRows, angle_bytes, size_of(angle)), dshift({}, kRows, angle_bytes, size_of(angle));
+  for (int64_t r = 0; c.modulate != Modulate::none && r < kRows; ++r) {
+    grads.gate[r] = cosines.at(modulated ? 0 : r), grads.grad_gate[r] = dscale.at(r);
+    grads.gain[r] = modulated ? dshift.at(r) : nullptr;
+  }
   target.backward(b)(b, grads);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
-  if (c.layer) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
-  Rows dw({}, 1, c.layer ? 2 * row_bytes : row_bytes, in);
+  if (two) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
+  Rows dw({}, 1, two ? 2 * row_bytes : row_bytes, in);
   target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
   Bytes means(kRows * sizeof(double));
   std::memcpy(means.data(), mean.data(), means.size());
-  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather(), numbers};
+  Bytes own = dscale.gather();  // of modulations that rows don't share
+  for (char byte : dshift.gather()) own.push_back(byte);
+  return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather(), numbers, own};
 }
 
 }  // namespace
@@ -232,7 +248,7 @@ int main(int argc, char** argv) {
   long compared = 0;
   for (Type input : kTypes)
     for (int64_t columns : kColumns)
-      for (int form = 0; form < 21; ++form)
+      for (int form = 0; form < 27; ++form)
         for (int add = 0; add < (form < 6 ? 2 : 1); ++add)
           for (int needs = 1; needs < 4; ++needs) {
             const Type wider = wide(input);
@@ -247,31 +263,40 @@ int main(int argc, char** argv) {
                 {input, wider, input, false, false, columns},      {input, input, input, false, false, columns},
                 {input, wider, input, true, false, columns},       {input, input, input, true, false, columns},
                 {input, wider, input, false, false, columns},      {input, Type::none, input, false, false, columns},
-                {input, Type::none, input, false, false, columns}};
+                {input, Type::none, input, false, false, columns}, {input, Type::none, input, false, false, columns},
+                {input, Type::none, input, true, false, columns},  {input, Type::none, input, false, false, columns},
+                {input, Type::none, input, true, false, columns},  {input, Type::none, input, false, false, columns},
+                {input, Type::none, input, true, false, columns}};
             Case c = cases[form];
             c.layer = form == 6 || form == 7;
             c.add = add;
             if (form >= 12 && form < 15) c.eps = -1e-6;  // a floor: of tiny rows, and of ordinary ones none
             if ((form >= 8 && form < 12) || form == 14)
               c.gate = form % 2 ? Gate::sigmoid : Gate::silu, c.gate_first = form >= 10;
-            if (form >= 15) {
+            if (form >= 21) {  // modulated: RMS, LayerNorm, and the gated add
+              c.layer = form == 23 || form == 24, c.modulate = form < 25 ? Modulate::norm : Modulate::add;
+              c.angle = form % 2 ? wider : input;
+            } else if (form >= 15) {
               c.turn = form < 19 ? Turn::norm : form == 19 ? Turn::input : Turn::back;
               c.interleaved = form % 2, c.angle = form == 15 || form == 16 || form == 19 ? input : wider;
             }
             const auto expected = run(*targets[0], c, needs & 1, needs & 2, false);
-            const Type types[] = {c.output, input, wider, input, input, Type::f64, input, Type::f32};
-            const char* names[] = {"output", "sum", "rstd", "grad_input", "grad_weight", "mean", "grad_gate", "codes"};
+            const Type types[] = {c.output, input,     wider,
+                                  input,    input,     Type::f64,
+                                  input,    Type::f32, c.angle == Type::none ? input : c.angle};
+            const char* names[] = {"output", "sum",       "rstd",  "grad_input", "grad_weight",
+                                   "mean",   "grad_gate", "codes", "own"};
             char name[99];
             std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
                           needs, (long long)columns);
-            for (int i = 0; digest && i < 8; ++i)
+            for (int i = 0; digest && i < 9; ++i)
               std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
             if (digest) continue;
             for (const Target* target : targets)
               for (bool back : {false, true}) {
                 if (target == targets[0] && !back) continue;
                 const auto actual = run(*target, c, needs & 1, needs & 2, back);
-                for (int i = 0; i < 8; ++i, ++compared)
+                for (int i = 0; i < 9; ++i, ++compared)
                   if (!same(expected[i], actual[i], types[i])) {
                     std::printf("%s differs: %s%s from %s, %s\n", names[i], target->name, back ? ", backwards" : "",
                                 targets[0]->name, name);

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from . import placement
+from . import parts, placement
 
 
 def turned(name: str, local: Callable[..., Any], tensors: tuple[Any, ...], weights: dict[str, Any]) -> tuple[Any, Any]:
@@ -20,7 +20,7 @@ def turned(name: str, local: Callable[..., Any], tensors: tuple[Any, ...], weigh
     dim = named["query"].dim()
     if any(isinstance(p, Shard) and p.dim == dim - 1 for p in placements):
         raise RuntimeError(f"{name}: query is placed {list(placements)}, which cuts heads; shard another dimension")
-    parts = [placement._place(t, placements).to_local() for t in rows.values()]
+    ours = [parts.place(t, placements).to_local() for t in rows.values()]
     for label in ("cos", "sin"):
         angle = named[label]
         wanted = tuple(_of_angle(p, dim, angle) for p in placements)
@@ -28,9 +28,9 @@ def turned(name: str, local: Callable[..., Any], tensors: tuple[Any, ...], weigh
             Partial() if w.is_replicate() and isinstance(p, Shard) else w
             for p, w in zip(placements, wanted, strict=True)
         ]
-        parts.append(placement._place(angle, wanted).to_local(grad_placements=partial))
-    parts += [t if t is None else placement._weight(name, n, t, dim, placements) for n, t in weights.items()]
-    outputs = parts[:2] if mesh.get_coordinate() is None else local(*parts)
+        ours.append(parts.place(angle, wanted).to_local(grad_placements=partial))
+    ours += [t if t is None else parts.of_weight(name, n, t, dim, placements) for n, t in weights.items()]
+    outputs = ours[:2] if mesh.get_coordinate() is None else local(*ours)
 
     def placed(output: Any, whole: DTensor) -> DTensor:
         strides = tuple(prod(whole.shape[i + 1 :]) for i in range(dim))

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from . import ranks
+from . import parts, ranks
 
 _Norm = Callable[..., Any]
 _Tensors = dict[str, Any]  # by the names of the arguments; None where there is none
@@ -132,14 +132,19 @@ def normalise(
     weights: _Tensors,
     group_size: int | None = None,
     outputs: int = 1,
+    shared: tuple[str, ...] = (),
 ) -> Any:
     """``alike`` are the tensors of the input's shape, ``weights`` those of its last dimensions, by name; ``local`` and
-    ``across`` take what a rank has of them, where rows are whole and where they aren't."""
+    ``across`` take what a rank has of them, where rows are whole and where they aren't. Of those that are ``shared``
+    several rows of the input may have one."""
     mesh, alike, weights = _on_one_mesh(name, alike, weights)
-    placements = _common_placements(name, alike)
+    placements = _common_placements(name, {n: t for n, t in alike.items() if n not in shared})
     whole = alike["input"]
-    tensors = [t if t is None else _place(t, placements).to_local() for t in alike.values()]
-    tensors += [t if t is None else _weight(name, n, t, whole.dim(), placements) for n, t in weights.items()]
+    tensors = [
+        t if t is None else parts.of_shared(t, placements) if n in shared else parts.place(t, placements).to_local()
+        for n, t in alike.items()
+    ]
+    tensors += [t if t is None else parts.of_weight(name, n, t, whole.dim(), placements) for n, t in weights.items()]
     split = [i for i, p in enumerate(placements) if isinstance(p, Shard) and p.dim >= whole.dim() - dims]
     if split and group_size is not None:
         _check_groups(name, whole, placements, group_size)
@@ -162,25 +167,6 @@ def normalise(
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
 
     return tuple(map(placed, output)) if isinstance(output, tuple) else placed(output)
-
-
-def _place(tensor: Any, placements: _Placements) -> Any:
-    return tensor if tensor.placements == placements else _moved(tensor, placements)
-
-
-class _Place(torch.autograd.Function):
-    """``redistribute``, whose gradient stays where it is: torch's would gather that of a replicated tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: DTensor, placements: _Placements) -> DTensor:
-        return tensor.redistribute(placements=placements)
-
-    @staticmethod
-    def backward(ctx: Any, grad: DTensor) -> tuple[DTensor, None]:
-        return grad, None
-
-
-_moved: Callable[..., DTensor] = _Place.apply
 
 
 def _on_one_mesh(name: str, alike: _Tensors, weights: _Tensors) -> tuple[Any, _Tensors, _Tensors]:
@@ -215,26 +201,6 @@ def _common_placements(name: str, alike: _Tensors) -> _Placements:
             )
         common.append(shards.pop() if shards else Replicate())
     return tuple(common)
-
-
-def _weight(name: str, label: str, weight: DTensor, dim: int, placements: _Placements) -> Tensor:
-    """This rank's part of a weight: what belongs to its part of the input, which has ``dim`` dimensions."""
-    outer = dim - weight.dim()
-    rows = [isinstance(p, Shard) and p.dim < outer for p in placements]
-    # Looked up, not computed: in graphs p.dim is a symbol once another placement has been compiled.
-    split: dict[Placement, Placement] = {Shard(outer + i): Shard(i) for i in range(weight.dim())}
-    wanted = tuple(split.get(p, Replicate()) for p in placements)
-    for have, want in zip(weight.placements, wanted, strict=True):
-        # What several dimensions of the mesh split is cut in their order: all of its cuts are there, or none.
-        cuts = [h for h, w in zip(weight.placements, wanted, strict=True) if w == want]
-        if have != want and not (have.is_replicate() and all(h.is_replicate() for h in cuts)):
-            raise RuntimeError(
-                f"{name}: input is placed {list(placements)} and {label} {list(weight.placements)}; {label} must be "
-                f"replicated or split as input is: {label}.redistribute(placements={list(wanted)})"
-            )
-    return _place(weight, wanted).to_local(
-        grad_placements=[Partial() if r else w for r, w in zip(rows, wanted, strict=True)]
-    )
 
 
 def _check_groups(name: str, input: DTensor, placements: _Placements, group_size: int) -> None:

@@ -18,7 +18,6 @@ from .. import _arguments, _everyday, functional
 from .served import Served
 
 Named = dict[str, Tensor | None]
-_DEFAULTS = (("offset", 0.0), ("casting_mode", "torch"))
 
 
 def call(
@@ -38,12 +37,13 @@ def call(
 
     ``options`` are those with names, beside their defaults; ``offset`` and ``casting_mode`` are among them. ``more`` is
     what the operators take behind ``(dims, eps, offset, round_first)``. The tensors ``by_name``, keywords of the public
-    function, may be None. ``pick`` says what it returns of the operator's outputs,
-    and ``of_eps`` makes the operator's eps of its own.
+    function, may be None. ``pick`` says what it returns of the operator's outputs, and ``of_eps`` makes the operator's
+    eps of its own.
     """
     name, tensors = public.__name__, (*rows.values(), *weights.values())
     input: Any = tensors[0]
-    offset, casting_mode = (options.get(key, (default,))[0] for key, default in _DEFAULTS)
+    offset: Any = options.get("offset", (0.0,))[0]
+    casting_mode: Any = options.get("casting_mode", ("torch",))[0]
     count = 1 if isinstance(pick, int) else len(served.form.outputs[pick])
 
     def again(*tensors: Tensor | None) -> Any:
@@ -58,7 +58,7 @@ def call(
 
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(**options)
-        given |= _arguments.given(**{label: ((rows | weights)[label], None) for label in by_name})
+        given |= {label: t for label in by_name if (t := (rows | weights)[label]) is not None}
         first, learnt = ([t for label, t in named.items() if label not in by_name] for named in (rows, weights))
         arguments = (*first, normalized_shape, *learnt, eps)
         found = handle_torch_function(public, tensors, *arguments, **given)
@@ -74,11 +74,11 @@ def call(
         _arguments.check_numbers(name, offset=offset)
     if eps < 0:
         raise ValueError(f"{name}: eps must be 0 or more, but is {eps}")
-    for label, row in rows.items():
-        if row is not None or label not in by_name:
-            check_alike(name, label, row, input)
+    shared = tuple(label.rstrip("?") for label in served.form.shared)
+    rows = check_rows(name, rows, dims, shared, by_name)
     if ranks := _everyday.distributed(*tensors):
-        return ranks.normalise(name, again, None, dims, rows, weights, outputs=count)
+        return ranks.normalise(name, again, None, dims, rows, weights, outputs=count, shared=shared)
+    tensors = (*spread(rows, dims, shared).values(), *weights.values())
     return picked(served(native, *tensors, dims, of_eps(eps), offset, round_first, *more), pick)
 
 
@@ -115,15 +115,69 @@ def everyday_norm(
     return None
 
 
+def check_rows(name: str, rows: Named, dims: int, shared: tuple[str, ...], by_name: tuple[str, ...] = ()) -> Named:
+    """The rows, those that the input's share with its number of dimensions; raises for what doesn't fit beside it."""
+    input, checked = rows["input"], dict(rows)
+    for label, row in rows.items():
+        if label in shared and row is not None:
+            checked[label] = check_shared(name, label, row, input, dims)
+        elif row is not None or label not in by_name:
+            check_alike(name, label, row, input)
+    return checked
+
+
+def along(row: Any, input: Any, dims: int) -> Any:
+    """A shared row with sizes of 1 for the dimensions of the input that it lacks: the last ones before the row."""
+    for _ in range(0 if row is None else input.dim() - row.dim()):
+        row = row.unsqueeze(row.dim() - dims)
+    return row
+
+
+def spread(rows: Named, dims: int, shared: tuple[str, ...]) -> Named:
+    """The rows as the operators know them: all that are shared alike, by input's rows that lie one behind the other."""
+    given = [row for label, row in rows.items() if label in shared and row is not None]
+    if not given:
+        return rows
+    input: Any = rows["input"]
+    outer, own = input.dim() - dims, 0
+    for d in range(outer):
+        if any(row.shape[d] != 1 for row in given):
+            own = d + 1
+    sizes = (*input.shape[:own], *[1] * (outer - own), *input.shape[outer:])
+    whole = {label: row for label, row in rows.items() if label in shared and row is not None and row.shape != sizes}
+    return rows | {label: row.expand(sizes) for label, row in whole.items()}
+
+
+def check_shared(name: str, label: str, row: Any, input: Any, dims: int) -> Tensor:
+    """``along``, or an error for a row that doesn't fit."""
+    _check_kind(name, label, row)
+    found = along(row, input, dims) if dims <= row.dim() <= input.dim() else row
+    outer, whole = input.dim() - dims, tuple(input.shape)
+    sizes = tuple(found.shape)
+    fits = len(sizes) == len(whole) and sizes[outer:] == whole[outer:] and row.device == input.device
+    if not fits or any(size not in (1, of) for size, of in zip(sizes[:outer], whole[:outer], strict=True)):
+        raise RuntimeError(
+            f"{name}: {label} must have the first and the last sizes of input, or its sizes with 1 where rows share it "
+            f"(of {list(whole)} on {input.device}, e.g. {list(whole[:1] + whole[max(outer, 1) :])}), but is "
+            f"{list(row.shape)} on {row.device}; expand it first if broadcasting is meant"
+        )
+    result: Tensor = found
+    return result
+
+
 def check_alike(name: str, label: str, row: Any, input: Any) -> None:
     """Raises for a tensor that is no row beside the input, or of another shape or device; none is broadcast."""
-    _arguments.check_tensors(name, **{label: row})
-    if row.is_complex() or not row.is_floating_point():
-        raise RuntimeError(
-            f"{name}: {label} must be of a real floating type, but is {row.dtype}; convert it, e.g. {label}.float()"
-        )
+    _check_kind(name, label, row)
     if row.shape != input.shape or row.device != input.device:
         raise RuntimeError(
             f"{name}: {label} must have the shape and device of input, {tuple(input.shape)} on {input.device}, but is "
             f"{tuple(row.shape)} on {row.device}; expand it first if broadcasting is meant"
+        )
+
+
+def _check_kind(name: str, label: str, row: Any) -> None:
+    _arguments.check_tensors(name, **{label: row})
+    if row.is_complex() or not row.is_floating_point():
+        raise RuntimeError(
+            f"{name}: {label} must be of a real floating type, but is {row.dtype}; convert it, e.g. {label}.float()"
         )

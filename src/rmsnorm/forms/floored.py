@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from .. import _everyday, functional
+from .. import _arguments, _everyday, _serve, functional
 
 
 def floored_rms_norm(
@@ -33,7 +33,7 @@ def floored_rms_norm(
         RuntimeError: as :func:`rms_norm`, and for complex inputs.
         ValueError: a floor below 0, and an unknown casting mode.
     """
-    shape = functional._as_tuple(normalized_shape)
+    shape = _arguments.as_shape("floored_rms_norm", normalized_shape)
     if floor is None:
         floor = 1e-24 / max(prod(shape), 1)
     elif not floor >= 0:
@@ -50,4 +50,4 @@ def floored_rms_norm(
         raise RuntimeError("floored_rms_norm: input and weight must be real; normalise torch.view_as_real(input)")
     if ranks := _everyday.distributed(input, weight):
         return ranks.rms_norm(floored_rms_norm, input, weight, None, dims, eps, offset, casting_mode, floored=True)
-    return functional._serve(input, weight, dims, eps, offset, round_first, native)
+    return _serve.rms_norm(input, weight, dims, eps, offset, round_first, native)

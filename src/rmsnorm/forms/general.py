@@ -27,6 +27,7 @@ def rms_norm(
     offset: float,
     casting_mode: str,
     out: Tensor | None,
+    memory: str | None,
     bias: Tensor | None = None,
     partial: float = 1.0,
     out_dtype: torch.dtype | None = None,
@@ -35,6 +36,7 @@ def rms_norm(
     """``rmsnorm.rms_norm``, called with at least one of the last four."""
     if out is not None:
         raise RuntimeError("rms_norm: out= is for the plain norm alone; drop it, or the further keywords")
+    _check_memory("rms_norm", memory)
     counted = _counted("rms_norm", normalized_shape, partial)
     _check_dtype("rms_norm", out_dtype)
     pick, more = slice(2) if return_rstd else 0, (counted, True, True, out_dtype)
@@ -58,6 +60,7 @@ def add_rms_norm(
     *,
     offset: float,
     casting_mode: str,
+    memory: str | None,
     bias: Tensor | None = None,
     partial: float = 1.0,
     round_sum: bool = True,
@@ -65,6 +68,7 @@ def add_rms_norm(
     return_rstd: bool = False,
 ) -> Any:
     """``rmsnorm.add_rms_norm``, the same."""
+    _check_memory("add_rms_norm", memory)
     counted = _counted("add_rms_norm", normalized_shape, partial)
     _check_dtype("add_rms_norm", out_dtype)
     pick, more = slice(3 if return_rstd else 2), (counted, bool(round_sum), out_dtype)
@@ -137,3 +141,8 @@ def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -
 def _check_dtype(name: str, out_dtype: Any) -> None:
     if out_dtype not in _TYPES:
         raise ValueError(f"{name}: out_dtype must be one of {', '.join(map(str, _TYPES[1:]))}, but is {out_dtype}")
+
+
+def _check_memory(name: str, memory: str | None) -> None:
+    if memory is not None:
+        raise RuntimeError(f"{name}: memory= is for the plain norm alone; drop it, or the further keywords")

@@ -91,7 +91,7 @@ def _define(input: Tensor, *arguments: Any, normalise: Any = None) -> _Results:
 def _define_added(
     input: Tensor, residual: Tensor, weight: Any, bias: Any, *options: Any, normalise: Any = None
 ) -> _Results:
-    *options, counted, round_sum, out = options  # type: ignore[assignment]
+    *plain, counted, round_sum, out = options
     low = reference.promoted(input.dtype, residual.dtype)
     wide = reference.accumulation_dtype(low)
     if round_sum:
@@ -100,7 +100,7 @@ def _define_added(
     else:
         unrounded = reference.cast(input, wide) + reference.cast(residual, wide)
         sum = reference.cast(unrounded, low).contiguous()
-    output, rstd = _normalise(unrounded, low, weight, bias, *options, counted, True, True, out)
+    output, rstd = _normalise(unrounded, low, weight, bias, *(*plain, counted, True, True, out))
     # No two outputs of an operator are one tensor, nor one of its arguments.
     return output, sum, rstd
 
@@ -221,10 +221,10 @@ GENERAL_ADD = _form.register(
         define=_define_added,
         like=_like_added,
         saved=("sum", "rstd"),
-        joined=("residual",),
+        alike=("residual",),
         grads="Tensor? grad, Tensor? grad_sum, Tensor? grad_rstd",
         silent=("round_first", "round_sum", "out_dtype"),
-        gradients=lambda grads, saved, weights, options: backward(*grads, saved[0], *weights, *options, True),
+        gradients=lambda grads, saved, weights, options: backward(*(*grads, saved[0], *weights, *options, True)),
         mixed=True,
         fits=_fits_added,
     )

@@ -21,12 +21,12 @@ class Served:
     """How calls of one form are served: ``made`` are its operators.
 
     ``norm`` takes the place of ``reference.rms_norm`` where the definition serves: a form of whole norms has the plain
-    norm's kernels, derivatives and rules there.
+    norm's kernels, derivatives and rules there. ``more`` are further parts of it that others take the place of.
     """
 
-    def __init__(self, made: _form.Operators, norm: Callable[..., Any] | None = None) -> None:
+    def __init__(self, made: _form.Operators, norm: Callable[..., Any] | None = None, **more: Any) -> None:
         self.made, self.form = made, made.form
-        self.more: dict[str, Any] = {} if norm is None else {"normalise": norm}
+        self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
@@ -38,7 +38,8 @@ class Served:
         function = _function_of(self)
         # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
         self.record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-        self.traced = _form.recorded(made, "", function.apply)
+        if not made.form.same:  # else the other form's is what torch.compile records
+            self.traced = _form.recorded(made, "", function.apply)
 
     def define(self, *arguments: Any, **more: Any) -> Any:
         """The definition's outputs."""
@@ -66,7 +67,8 @@ class Served:
         """Whether rows are of several types that no kernel has together."""
         if self.form.mixed:
             return False
-        rows = [t for t, name in zip(tensors, self.form.rows, strict=False) if name not in self.form.fixed]
+        own = self.form.fixed + self.form.shared
+        rows = [t for t, name in zip(tensors, self.form.rows, strict=False) if name not in own]
         return any(t is not None and t.dtype is not rows[0].dtype for t in rows)  # type: ignore[union-attr]
 
     def __call__(self, native: bool, *arguments: Any) -> Any:
@@ -107,16 +109,19 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     read, kept = len(places), len(places) + len(form.kept)
     names = form.rows + form.weights
     # Of each tensor where its gradient is among those found, or -1 where it is the output's; None where there is none.
-    places_of = (
-        {n: i for i, n in enumerate(form.learnt)} | dict.fromkeys(form.joined, 0) | dict.fromkeys(form.straight, -1)
+    place = (
+        {name: i for i, name in enumerate(form.learnt)}
+        | dict.fromkeys(form.straight, -1)
+        | dict.fromkeys(form.alike, 0)
     )
-    found_at = [places_of.get(name) for name in names]
-    asked_at = [[i for i, at in enumerate(found_at) if at == place] for place in range(len(form.learnt))]
+    found_at = [place.get(name) for name in names]
+    asked_at = [[i for i, at in enumerate(found_at) if at == place[name]] for name in form.learnt]
     optional = form.grads.startswith("Tensor?")
     known_at = [i for i, known in enumerate(form.known) if known]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
         all = arguments[:rows] + results
         ctx.options = arguments[tensors:]
         ctx.save_for_backward(*[all[i] for i in places], *results[outputs:], *arguments[rows:tensors])
@@ -138,7 +143,7 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
         wider = not form.mixed and first.dtype is not dtype
         if wider:
-            saved = tuple(t.to(first.dtype) for t in saved)
+            saved = tuple(t if t is None else t.to(first.dtype) for t in saved)
             rest = tuple(t if t is None else t.to(first.dtype) for t in rest)
         # A graph of the gradient is wanted, or it is a batch of gradients.
         if not torch.compiler.is_compiling() and (

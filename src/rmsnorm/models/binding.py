@@ -73,16 +73,23 @@ class Binding:
     """The number of dimensions of the weight."""
     columns: int | None = None
     """The only size of the last dimension that this includes, where no weight has it."""
+    memory: str | None = None
+    """``"lean"`` keeps the output for backward."""
 
     plainly: bool = field(init=False, compare=False, repr=False)
     """Whether it is :func:`rmsnorm.rms_norm`, with these"""
     options: dict[str, Any] = field(init=False, compare=False, repr=False)
+    """and"""
+    norm_options: dict[str, Any] = field(init=False, compare=False, repr=False)
+    """what it and :func:`rmsnorm.add_rms_norm` know beside."""
 
     kind = "norm"
 
     def __post_init__(self) -> None:
         plainly = self.recipe.adds() and not (self.bias or self.group) and self.layout == "last"
-        for name, value in {"plainly": plainly, "options": self.recipe.options()}.items():
+        options = self.recipe.options()
+        more = options | {"memory": self.memory} if self.memory else options
+        for name, value in {"plainly": plainly, "options": options, "norm_options": more}.items():
             object.__setattr__(self, name, value)  # once: asked at each call
 
     def complete(self) -> bool:
@@ -116,7 +123,7 @@ class Binding:
 def _read(_: type[nn.Module], meaning: str, *values: Any) -> Binding:
     """What ``Binding.plain`` wrote. A file takes the row of the table that the version which reads it has."""
     names = [field.name for field in fields(Binding) if field.init][1:]
-    plain = dict(zip(names, values, strict=True))
+    plain = dict(zip(names, values, strict=len(values) > len(names)))  # a file of an older version has fewer
     plain["proven"] = frozenset(tuple(t and getattr(torch, t) for t in types) for types in plain["proven"])
     plain["dims"] = frozenset(plain["dims"])
     return Binding(RECIPES[meaning], **plain)
@@ -145,7 +152,7 @@ def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor |
         return None
     try:
         if binding.plainly:
-            return rms_norm(x, shape_of(module, weight, x), weight, eps_of(module, binding), **binding.options)
+            return rms_norm(x, shape_of(module, weight, x), weight, eps_of(module, binding), **binding.norm_options)
         return apply(module, binding, weight, x, gate)
     except RuntimeError:
         if weight is None or fits(binding, weight, x):

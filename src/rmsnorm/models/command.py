@@ -36,6 +36,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
             bool, typer.Option("--fuse-add", help="Fuse residual adds where that can be proven.")
         ] = False,
         layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Take LayerNorms too.")] = False,
+        lean: Annotated[bool, typer.Option("--lean", help="Keep outputs for backward instead of inputs.")] = False,
         seconds: Annotated[float, typer.Option(min=0.0, help="Of timing for each kind of work; 0: none.")] = 10.0,
         json: Annotated[
             Path | None,
@@ -51,7 +52,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
         if json and json != asked.STDOUT and (reason := export.closed(json)):
             raise typer.BadParameter(reason, param_hint="--json")
-        what = {"fuse_add": fuse_add, "layer_norm": layer_norm}
+        what = {"fuse_add": fuse_add, "layer_norm": layer_norm, "lean": lean}
         course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what), out=asked.screen(json))
         try:
             status = course.run()

@@ -86,7 +86,8 @@ class Course:
                 called = self._inputs(tokenizer, model)
             except Uncallable:
                 called = True  # its dummy inputs: the report will say what came of it
-        report = patch(model, fuse_add=called, layer_norm=asked.patch["layer_norm"])
+        memory = "lean" if asked.patch["lean"] else None
+        report = patch(model, fuse_add=called, layer_norm=asked.patch["layer_norm"], memory=memory)
         self.found |= {"class": type(model).__name__, "report": report.to_dict()}
         self._show(f"{asked.model}: {type(model).__name__}, {self.found['dtype']}", report)
         if not report.patched:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import attention, classes, rewrite
+from . import attention, classes, modulation, rewrite
 from .binding import binding_of
 from .report import Entry
 
@@ -34,7 +34,9 @@ def fuse(
     layers: dict[str, nn.Module] = {}
     changes: dict[str, Any] = {}
     for name, layer in model.named_modules():
-        if _adds_beside_norms(layer):
+        if heads and modulation.is_modulated(layer):
+            layers[name], changes[name] = layer, modulation.Modulated
+        elif _adds_beside_norms(layer):
             layers[name], changes[name] = layer, rewrite.Rewritten
         elif heads and attention.turns_heads(layer):
             layers[name], changes[name] = layer, attention.Turned
@@ -142,7 +144,8 @@ def _run(layer: nn.Module, norms: tuple[str, ...], call: Call) -> Result:
     kwargs = {name: x.detach().clone().requires_grad_() if _is_real(x) else x for name, x in kwargs.items()}
     outputs = [x for x in tree_leaves(type(layer).forward(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
     wanted = [x for x in (*args, *kwargs.values()) if _is_real(x)]
-    wanted += [p for name in norms for p in getattr(layer, name).parameters() if p.requires_grad]
+    learnt = [p for name in norms if (norm := getattr(layer, name)) is not None for p in norm.parameters()]
+    wanted += [p for p in learnt if p.requires_grad]
     dice = torch.Generator().manual_seed(0)
     grads = [torch.randn(x.shape, generator=dice).to(x) for x in outputs]
     found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)

@@ -17,20 +17,35 @@ from .numbers import eps_of, shape_of, weight_of
 class Ours:
     """A norm that is patched, can stand beside an add, was proven for rows like these, and to which nobody listens."""
 
-    __slots__ = "eps", "options", "shape", "weight"
+    __slots__ = "eps", "norm_options", "options", "shape", "weight"
 
     def __init__(self, norm: Any, binding: Binding, weight: Tensor | None, x: Tensor) -> None:
-        self.weight, self.options = weight, binding.options
+        self.weight, self.options, self.norm_options = weight, binding.options, binding.norm_options
         self.shape, self.eps = shape_of(norm, weight, x), eps_of(norm, binding)
 
 
 def ours(norm: Any, x: Tensor) -> Ours | None:
     """The norm, if its forward needn't be called for such rows."""
     binding = binding_of(norm)
+    return _passed_by(norm, binding, x) if binding is not None and binding.plainly else None
+
+
+def unweighted(norm: Any, x: Tensor) -> Ours | None:
+    """The same of an RMSNorm or a LayerNorm without weight and bias, whose output is modulated as models in eager mode
+    do it."""
+    binding = binding_of(norm)
+    if binding is None or not (binding.plainly or binding.recipe.centred) or binding.group or binding.layout != "last":
+        return None
+    if any(getattr(norm, name) is not None for name in (binding.weight, binding.bias) if name):
+        return None
+    if own := _passed_by(norm, binding, x):
+        own.options = {"statistic": "layer" if binding.recipe.centred else "rms", "casting_mode": "llama"}
+    return own
+
+
+def _passed_by(norm: Any, binding: Binding, x: Tensor) -> Ours | None:
     if (
-        binding is not None
-        and binding.plainly
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not _has_any_global_hook()
     ):
         weight = weight_of(norm, binding)
@@ -48,7 +63,7 @@ def _beside(norm: Any, x: Any, other: Any) -> Ours | None:
 def add_norm(norm: Any, a: Any, b: Any) -> tuple[Any, Any]:
     """``norm(a + b)`` and ``a + b``."""
     if own := _beside(norm, a, b):
-        return add_rms_norm(a, b, own.shape, own.weight, own.eps, **own.options)
+        return add_rms_norm(a, b, own.shape, own.weight, own.eps, **own.norm_options)
     total = a + b
     return norm(total), total
 
@@ -66,6 +81,7 @@ def sandwich(first: Any, second: Any, x: Any, residual: Any) -> tuple[Any, Any]:
     if (
         one
         and two
+        and two.norm_options is two.options  # not lean: the sandwich keeps the sum
         and (one.shape, one.options) == (two.shape, two.options)
         and (two.eps is not None or one.eps is None)
         # The sum is of the type for which the second norm was asked.

@@ -39,7 +39,7 @@ def apply(module: Any, binding: Any, weight: Tensor | None, x: Tensor, gate: Ten
     group: int | None = getattr(module, binding.group) if binding.group else None
     if binding.group_counts and group:
         group = shape[-1] // group
-    output = binding.recipe(x, gate, weight, bias, eps_of(module, binding), shape, group)
+    output = binding.recipe(x, gate, weight, bias, eps_of(module, binding), shape, group, binding.memory)
     if layout == "channels":
         return output.movedim(-1, 1).contiguous()
     if layout == "heads":  # as it came: a view of [..., rows, heads, size], or [..., heads, rows, size]

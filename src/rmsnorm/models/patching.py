@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._arguments import described
-from . import classes
+from .._arguments import MEMORY, check_one_of, described
+from . import classes, lean
 from .binding import binding_of
 from .conditions import signature
 from .fusion import fuse as fuse_layers
@@ -27,6 +27,7 @@ def patch(
     fuse: bool | Mapping[str, Any] = False,
     fuse_add: bool | Mapping[str, Any] = False,
     layer_norm: bool = False,
+    memory: str | None = None,
 ) -> PatchReport:
     """Runs every RMS norm of a model on our kernels, with the meaning that it had.
 
@@ -40,17 +41,21 @@ def patch(
         verify: False leaves out gradients, which takes half as long.
         fuse: True also runs what stands beside a norm in one pass with it, where a forward has these lines:
             ``h = residual + h; norm(h)``, ``h = norm(h); h = residual + h``, both, and norms of query and key before
-            ``apply_rotary_pos_emb`` (or that alone); proven on the layer's output, to the bit, and gradients. For this
-            the model is called once, with its ``dummy_inputs`` or with the keyword arguments that are given here
-            instead of True.
+            ``apply_rotary_pos_emb`` (or that alone), ``norm(x) * (1 + scale) + shift`` and ``h + gate * x``; proven on
+            the layer's output, to the bit, and gradients. For this the model is called once, with its ``dummy_inputs``
+            or with the keyword arguments that are given here instead of True.
         fuse_add: the same for residual adds alone, its old name.
         layer_norm: whether LayerNorms are taken too.
+        memory: ``"lean"`` keeps the output of each norm for backward, which the next layer keeps anyway, instead of its
+            input; see :func:`rmsnorm.rms_norm`. A norm with a gain of (nearly) 0 keeps its input, and the report says
+            so, with the number; so does a norm whose gain gets there later, with a warning.
 
     Returns:
         A :class:`rmsnorm.PatchReport`: print it, or ``.to_dict()`` it.
 
     Raises:
         TypeError: the model is no ``torch.nn.Module``.
+        ValueError: another ``memory``.
 
     Examples:
         >>> report = patch(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8)))
@@ -58,6 +63,8 @@ def patch(
         ('1', 'weight, then round')
     """
     _check(model, "patch")
+    if memory is not None:
+        check_one_of("patch", "memory", memory, MEMORY)
     report = PatchReport()
     known: dict[type, Recipe] = {}
     found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
@@ -73,7 +80,7 @@ def patch(
             if isinstance(proof, Refused):
                 report.skipped.append(Entry(name, cls.__name__, reason=str(proof)))
                 continue
-            binding = proof.binding
+            binding, kept = lean.chosen(module, proof.binding) if memory else (proof.binding, "")
             try:
                 classes.change(module, binding)
             except Exception as error:  # of a metaclass, of __init_subclass__: what strangers say to a subclass
@@ -81,7 +88,8 @@ def patch(
                 continue
             known[cls] = binding.recipe
             types = binding.types()
-            report.patched.append(Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types))
+            entry = Entry(name, cls.__name__, binding.recipe.meaning, errors=proof.errors, types=types, kept=kept)
+            report.patched.append(entry)
     heads = fuse is not False
     fuse = fuse if heads else fuse_add
     if fuse is not False:

@@ -58,6 +58,7 @@ class Recipe:
         eps: float | None,
         shape: torch.Size,
         group: int | None,
+        memory: str | None = None,
     ) -> Tensor:
         """The norm of ``x`` over its last dimensions, which have the sizes ``shape``, or over groups of the last."""
         if self.centred:
@@ -83,7 +84,7 @@ class Recipe:
                 output = output * shape.numel() ** 0.5
                 output = output if gain is None else output * gain
         elif gate is None and group is None:
-            output = rms_norm(x, shape, weight, eps, **self.options())
+            output = rms_norm(x, shape, weight, eps, **self.options(), memory=memory)
         else:
             output = gated_rms_norm(
                 x,

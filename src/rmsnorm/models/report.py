@@ -39,6 +39,8 @@ class Entry:
     """The differences from the module's own forward that the proof saw."""
     types: tuple[str, ...] = ()
     """The input types that run on our kernels; others run on the module's own forward."""
+    kept: str = ""
+    """With ``memory="lean"``, what is kept for backward: its output, or its input and why."""
 
 
 @dataclass
@@ -75,7 +77,8 @@ class PatchReport:
         for title, entries in (("patched", self.patched), ("fused", self.fused), ("skipped", self.skipped)):
             for entry in entries:
                 types = "" if set(entry.types) >= {"bfloat16", "float16"} or not entry.types else " (in float32 only)"
-                fate = f"{title}: {entry.meaning or entry.reason}{types}"
+                kept = f"; keeps its {entry.kept}" if entry.kept else ""
+                fate = f"{title}: {entry.meaning or entry.reason}{types}{kept}"
                 groups.setdefault((fate, entry.cls), []).append(entry)
         return [
             [str(len(group)), cls, ", ".join(_names(group)), *_worst(group), fate]
@@ -88,7 +91,10 @@ class PatchReport:
             return "Nothing to patch: this model has no norm."
         left = f"; {len(self.skipped)} left as they are" if self.skipped else ""
         fused = f"; {len(self.fused)} residual adds fused" if self.fused else ""
-        return f"{len(self.patched)} norms run on rmsnorm{fused}{left}."
+        lean = ""
+        if any(entry.kept for entry in self.patched):
+            lean = f", {sum(entry.kept == 'output' for entry in self.patched)} of them keep no input for backward"
+        return f"{len(self.patched)} norms run on rmsnorm{lean}{fused}{left}."
 
     def __str__(self) -> str:
         if not (rows := self.rows()):

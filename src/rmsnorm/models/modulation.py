@@ -1,0 +1,119 @@
+"""The only file that rewrites a block of a diffusion transformer: a norm, what modulates it, and the gated add before.
+
+    x = self.norm(x) * (1 + scale[:, None]) + shift[:, None]    →   x = modulated(self.norm, x, scale[:, None], …)
+
+    h = h + gate.unsqueeze(1) * y                               →   h = gated(h, gate.unsqueeze(1), y)
+
+in one line or in two; and one call for both where they follow each other. ``fusion.py`` compares what comes out with
+what the layer did before. A norm that isn't patched, tensors that broadcast otherwise: the lines as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _foreign
+from ..forms.modulated import gated_add, modulated_norm
+from . import classes, neighbours, rewrite, wrappers
+from .binding import TYPES
+from .patterns import GATED_ADD, MODULATING, modulate
+
+
+class Modulated:
+    """The forward of a class whose norms are modulated in the same pass."""
+
+    kind, what = "modulated", "modulation"
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
+        self.function, found = _rewrite(cls.forward)
+        self.norms = tuple(dict.fromkeys(name for name in found if name != GATED_ADD))
+        adds = found.count(GATED_ADD)
+        said = [f"{name}, modulated" for name in self.norms]
+        self.meaning = "; ".join([*said, *([GATED_ADD if adds == 1 else f"{adds} gated adds"] if adds else [])])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Modulated) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
+        return self.function
+
+    def plain(self) -> tuple[Any, ...]:
+        return ()
+
+
+classes.READERS["modulated"] = Modulated
+
+
+@functools.cache
+def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...]]:
+    calls: dict[str, rewrite.Forward] = dict(zip(MODULATING, (modulated, gated, gated_modulated), strict=True))
+    return rewrite.remade(original, modulate, calls, "modulated norms")
+
+
+def is_modulated(layer: nn.Module) -> bool:
+    """Whether its source modulates a norm of its own, or gates what it adds."""
+    return bool(_found(classes.original(type(layer)).forward))
+
+
+@functools.cache
+def _found(original: rewrite.Forward) -> tuple[str, ...]:
+    code = getattr(wrappers.links_of(original)[-1], "__code__", None)
+    names = () if code is None else (*code.co_names, *code.co_varnames)
+    if not any("scale" in name or "gate" in name for name in names):  # reading a source takes 1 ms
+        return ()
+    return rewrite.found_by(modulate, original)
+
+
+def modulated(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
+    """``norm(x) * (1 + scale) + shift``."""
+    if _serves(x, scale, shift) and (own := neighbours.unweighted(norm, x)):
+        return modulated_norm(x, own.shape, None, own.eps, scale=scale, shift=shift, **own.options)
+    return norm(x) * (1 + scale) + shift
+
+
+def gated(residual: Any, gate: Any, x: Any) -> Any:
+    """``residual + gate * x``."""
+    if _serves(x, gate, like=residual):
+        return gated_add(x, residual, gate, casting_mode="llama")
+    return residual + gate * x
+
+
+def gated_modulated(norm: Any, residual: Any, gate: Any, x: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
+    """``modulated`` of the sum, and the sum, which is ``gated``."""
+    if _serves(x, gate, scale, shift, like=residual) and (own := neighbours.unweighted(norm, x)):
+        named = {"scale": scale, "shift": shift, "gate": gate, "residual": residual}
+        both: tuple[Any, Any] = modulated_norm(x, own.shape, None, own.eps, **named, **own.options)
+        return both
+    total = gated(residual, gate, x)
+    return modulated(norm, total, scale, shift), total
+
+
+def _serves(x: Any, *modulations: Any, like: Any = None) -> bool:
+    """Whether these are ordinary tensors of one type, of which the modulations are broadcast to x's shape."""
+    tensors = (x, *modulations) if like is None else (x, like, *modulations)
+    if not all(isinstance(t, Tensor) and type(t) in _foreign.COMPILERS for t in tensors):
+        return False  # a subclass sees what its module calls
+    return (
+        x.dtype in TYPES
+        and x.dim() > 1
+        and all(t.dtype is x.dtype and t.device == x.device for t in tensors)
+        and (like is None or like.shape == x.shape)
+        and all(_is_beside(t, x) for t in modulations)
+        and not torch.compiler._is_exporting_flag
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _is_beside(modulation: Tensor, x: Tensor) -> bool:
+    if modulation.dim() != x.dim() or modulation.shape[-1] != x.shape[-1]:
+        return False
+    return all(size in (1, of) for size, of in zip(modulation.shape, x.shape, strict=True))
