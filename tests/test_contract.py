@@ -14,7 +14,7 @@ from rmsnorm import _native
 
 # Of each id that there has been, the hash of what the kernels make of the probe below. Bits that change under an id
 # fail here: count up kRevision in csrc/contract.h, add the new id with its hash, and write a line into CHANGELOG.md.
-HASHES = {"69bc1ee090f1": "TODO"}
+HASHES = {"69bc1ee090f1": "fe5ca6675587f6ea"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -57,13 +57,16 @@ def probe() -> str:
             calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, offset=0.5, memory="lean")[:1]
             heads, angle = x.view(1, -1, columns), numbers(rows, columns - 1, dtype, 6)
             calls += [y[0] for y in rmsnorm.heads_rms_norm_rope(heads, heads, angle, angle, w, None, 1e-5)]
-            rows = {"scale": other, "residual": other, "gate": w.expand(1, columns)}
-            calls += rmsnorm.modulated_norm(x, columns, None, 1e-5, casting_mode="llama", **rows)
+            beside = {"scale": other, "residual": other, "gate": w.expand(1, columns)}
+            calls += rmsnorm.modulated_norm(x, columns, None, 1e-5, casting_mode="llama", **beside)
             calls += [rmsnorm.modulated_norm(x, columns, scale=w[None], shift=w[None], statistic="layer")]
-            calls += [rmsnorm.gated_add(x, other, w[None])]
+            calls += [rmsnorm.gated_add(x, other, w[None]), rmsnorm.l2_norm(x, columns, w, 1e-5)]
+            calls += [rmsnorm.rms_norm(x, columns, w, 1e-5, bias=w), rmsnorm.rms_norm(x, columns, w, 1e-5, partial=0.5)]
+            calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, round_sum=False, return_rstd=True)[::2]
             for y in calls:
                 tensors = (x, w, other)
-                grads = torch.autograd.grad(y, tensors, grad.detach(), retain_graph=True, allow_unused=True)
+                arriving = grad.detach()[:, : y.shape[-1]].view(y.shape).to(y.dtype)
+                grads = torch.autograd.grad(y, tensors, arriving, retain_graph=True, allow_unused=True)
                 add(y, *(g for g in grads if g is not None))
             if dtype is not torch.float64:
                 add(*rmsnorm.quantised_rms_norm(x.detach(), columns, w.detach(), 1e-5))

@@ -629,4 +629,4 @@ def test_arguments_that_do_not_fit(call, error, message):
 
 def test_the_public_signatures():
     """Type checkers see the keywords, which a call that has none of them doesn't pay for."""
-    assert rmsnorm.rms_norm.__kwdefaults__.keys() == {"offset", "casting_mode", "out"}
+    assert rmsnorm.rms_norm.__kwdefaults__.keys() == {"offset", "casting_mode", "out", "memory"}
