@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from rmsnorm.bench import console, pages, timing, worker
 
 Calls = dict[str, Callable[[], Any]]
 RIVALS = ("zentorch", "sglang")
+LONG = 2e-3
+"""Seconds: a call that a scheduler interrupts."""
 WAYS = {  # what stands for a form: zentorch's calls, sglang's calls
     "norm": ("zentorch_rms_norm", "rmsnorm_cpu"),
     "add + norm": ("zentorch_add_rms_norm_, in place", "fused_add_rmsnorm_cpu, in place"),
@@ -183,17 +186,23 @@ def ways() -> str:
 
 
 def results(runs: list[list[Any]], threads: list[int]) -> str:
-    """A row for each case: the fastest samples of all runs. On a busy machine medians say how busy it was."""
+    """A row for each case: the fastest samples of all runs, as medians say how busy the machine was.
+
+    Long calls are never undisturbed then: of those the quotients round by round, and the middle one of the runs.
+    """
     titles, rows = [""], []
     for count in threads:
         titles += [f"{count} thread{'s' * (count > 1)}", *(f"÷ {rival}" for rival in RIVALS)]
     for name in dict.fromkeys(line[0] for _, line in runs):
         row = [name]
         for count in threads:
-            mine = [line[1] for ran, line in runs if ran == count and line[0] == name]
-            fastest = {who: min(times[who] for times in mine) for who in mine[0]}
-            own = fastest["rmsnorm"]
-            row += [timing.human(own), *(f"{own / fastest[who]:.2f}" if who in fastest else "" for who in RIVALS)]
+            mine = [line for ran, line in runs if ran == count and line[0] == name]
+            fastest = {who: min(times[who] for _, times, *_ in mine) for who in mine[0][1]}
+            own = fastest.pop("rmsnorm")
+            ratios = {who: own / time for who, time in fastest.items()}
+            if own > LONG:
+                ratios = {who: statistics.median(line[2][who] for line in mine) for who in fastest}
+            row += [timing.human(own), *(f"{ratios[who]:.2f}" if who in ratios else "" for who in RIVALS)]
         rows.append(row)
     return pages.table(titles, rows)
 
