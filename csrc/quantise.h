@@ -32,7 +32,9 @@ template <class T>
 RMSNORM_INLINE void store_bytes(uint8_t* to, const Vector<T>& lanes, int64_t count) {
   int32_t ordered[kStep<T>];
   store_for<T>((float*)ordered, lanes);
-  uint8_t bytes[kStep<T>];
+  uint8_t few[kStep<T>];
+  // Straight to where they go: a load from a place that was stored in pieces waits for all of them.
+  uint8_t* const bytes = __builtin_expect(count == kStep<T>, 1) ? to : few;
 #if defined(RMSNORM_AVX512) && !defined(RMSNORM_EMULATE_AVX512)
   for (int i = 0; i < kStep<T>; i += 16)
     _mm_storeu_si128((__m128i*)(bytes + i), _mm512_cvtepi32_epi8(_mm512_loadu_si512(ordered + i)));
@@ -47,8 +49,7 @@ RMSNORM_INLINE void store_bytes(uint8_t* to, const Vector<T>& lanes, int64_t cou
 #else
   for (int i = 0; i < kStep<T>; ++i) bytes[i] = (uint8_t)ordered[i];
 #endif
-  if (__builtin_expect(count == kStep<T>, 1)) __builtin_memcpy(to, bytes, sizeof(bytes));
-  else copy_few(to, bytes, count);
+  if (bytes != to) copy_few(to, few, count);
 }
 
 RMSNORM_INLINE MaskReg to_int8(FloatReg x) {
