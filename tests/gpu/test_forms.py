@@ -56,11 +56,12 @@ pytestmark = pytest.mark.usefixtures("on_triton")
 NEXT_EPS = 1e-3
 
 
-def problems(types: tuple[torch.dtype, ...]) -> list[Any]:
-    """As those of test_values.py: in the interpreter the widest blocks, and most types at most widths, take long."""
+def problems(types: tuple[torch.dtype, ...], blocks: tuple[torch.dtype, ...]) -> list[Any]:
+    """As those of test_values.py: in the interpreter blocks of most types, and most widths, take minutes."""
+    quick = [(dtype, "held", 129) for dtype in types] + [(dtype, "blocks", 129) for dtype in blocks]
     return [
-        pytest.param(dtype, *cell, marks=[] if cell[1] == 129 else pytest.mark.heavy, id=f"{dtype}-{cell[0]}-{cell[1]}")
-        for dtype, cell in product(types, CELLS)
+        pytest.param(*cell, marks=[] if cell in quick else pytest.mark.heavy, id="{}-{}-{}".format(*cell))
+        for cell in ((dtype, *cell) for dtype, cell in product(types, CELLS))
     ]
 
 
@@ -111,28 +112,28 @@ def gradients(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | No
     return [*outputs, *torch.autograd.grad(outputs, [t for t in leaves if t is not None], grads)]
 
 
-@pytest.mark.parametrize(("dtype", "form", "columns"), problems(DTYPES), indirect=["form"])
+@pytest.mark.parametrize(("dtype", "form", "columns"), problems(DTYPES, DTYPES[1:2]), indirect=["form"])
 def test_sandwich(form, dtype, columns):
-    """Weights × offset × mode × rows: the outputs and all gradients of the steps; then layouts of both operands."""
+    """Weights × offset × mode × rows, the outputs and all gradients: the bits of the steps. Then layouts of both."""
     own, other = gains(columns, dtype=dtype), gains(columns, dtype=dtype, seed=3)
     mixed = gains(columns, dtype=torch.float32 if dtype in HALVES else torch.bfloat16)
-    for rows, (w, v) in product(
-        (0, 1, 3, 37 if columns < 500 else 4), ((None, None), (own, other), (None, mixed), (mixed, own))
-    ):
+    weights = (None, None), (own, other), (None, mixed), (mixed, own)
+    for rows, (w, v) in [*product((0, 1, 3), weights), (9, (own, other))]:
         x, residual = pair(rows, columns, dtype)
         for offset, mode in product((0.0, 1.0), MODES) if rows == 3 else [(1.0, "torch")]:
             if mode == "llama" and dtype in HALVES and (w is mixed or v is mixed):
                 continue  # the sum is wider than the input
             what, options = f"{rows} rows, {offset=}, {mode}", {"offset": offset, "casting_mode": mode}
-            got = gradients(sandwich, x, residual, w, v, **options)
+            if rows == 3 and mode == "torch":
+                got, wanted = (gradients(f, x, residual, w, v, **options) for f in (sandwich, steps))
+            else:
+                got, wanted = (f(x, residual, w, v, **options) for f in (sandwich, steps))
             assert all(t.is_contiguous() for t in got[:2]), what
-            for one, two in zip(got, gradients(steps, x, residual, w, v, **options), strict=True):
+            for one, two in zip(got, wanted, strict=True):
                 assert same_bits(one, two), what
-            total = rms_norm_add(x, residual, columns, w, EPS, **options)
-            assert same_bits(total, residual + rms_norm(x, columns, w, EPS, **options)), what
-            assert same_bits(total, got[1]), what
+            assert same_bits(rms_norm_add(x, residual, columns, w, EPS, **options), got[1]), what
     x, residual = pair(6, columns, dtype)
-    for layout, more in [*product(LAYOUTS, ["contiguous"]), *product(["sliced"], LAYOUTS)] if columns == 129 else []:
+    for layout, more in zip(LAYOUTS, reversed(LAYOUTS), strict=True) if columns == 129 else []:
         results = []
         for arrange in (lay_out, rows_of):
             a, b = alike(arrange(x, layout), arrange(residual, more))
@@ -176,7 +177,6 @@ def test_range_of_the_sandwich(form, dtype):
     x[1], x[3], x[5, 7], x[7, 8] = x[1].sign() * huge, x[3].sign() * tiny, torch.nan, torch.inf
     residual[8], residual[10, 3] = residual[8].sign() * huge, torch.inf
     x[11], residual[11] = 0.0, 0.0
-    got = sandwich_rms_norm(x, residual, 129, None, None, EPS, next_eps=0.0)
     for eps in (EPS, 0.0):
         got = sandwich_rms_norm(x, residual, 129, None, None, eps, next_eps=NEXT_EPS)
         for one, two in zip(got, add_rms_norm(rms_norm(x, 129, None, eps), residual, 129, None, NEXT_EPS), strict=True):
@@ -189,12 +189,12 @@ def test_range_of_the_sandwich(form, dtype):
     assert got[0][8].abs().min() > 0.5
 
 
-@pytest.mark.parametrize(("dtype", "form", "columns"), problems(DTYPES[:3]), indirect=["form"])
+@pytest.mark.parametrize(("dtype", "form", "columns"), problems(DTYPES[:3], DTYPES[1:2]), indirect=["form"])
 def test_quantised(form, dtype, columns):
     """Codes and scales are those of the rounded output of our own norm, by numpy's rounding; and the sum is torch's."""
     for codes, mode, kind, added in product(CODES, MODES, (None, dtype, torch.float32), (False, True)):
         weight = None if kind is None else gains(columns, dtype=kind)
-        for rows in (0, 1, 5):
+        for rows in (0, 1, 5) if added else (3,):
             x, other = pair(rows, columns, dtype)
             options = {"offset": 1.0, "casting_mode": mode}
             y = rms_norm(x + other if added else x, columns, weight, EPS, **options)
@@ -247,24 +247,24 @@ def test_every_byte_of_float8():
 
 
 # head_dim and the columns that are turned.
-WIDTHS = [(1, 0), (2, 2), (3, 2), (64, 64), (127, 126), (129, 64), (576, 288), (1027, 74), (5137, 5136)]
+WIDTHS = [(1, 0), (3, 2), (64, 64), (129, 64), (2, 2), (127, 126), (576, 288), (1027, 74), (5137, 5136)]
 FORMS = [Form(mode=mode, interleaved=interleaved) for mode, interleaved in product(MODES, (False, True))]
 
 
 @pytest.mark.parametrize(
-    "columns", [pytest.param(w, marks=[] if w[0] < 500 else pytest.mark.heavy) for w in WIDTHS], ids=str
+    "columns", [pytest.param(w, marks=[] if w in WIDTHS[:4] else pytest.mark.heavy) for w in WIDTHS], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads(dtype, columns):
     """rope against the oracle, and the lines of models, to the bit; the whole against the norm, then rope, to the bit,
     and the oracle. Gradients of both: the norm's, of the gradient that is turned back."""
     columns, turned = columns
-    both = heads(2, 4, 5, columns, dtype), heads(2, 2, 5, columns, dtype, 7)
+    both = heads(2, 2, 3, columns, dtype), heads(2, 1, 3, columns, dtype, 7)
     own = gains(columns, dtype=dtype)
     for form, kind, batch in product((*FORMS, Form(1.0)), angle_types(dtype), ((), (1,), (2,))):
-        if batch and form is not FORMS[0]:
+        if (batch and form is not FORMS[0]) or (kind is not dtype and form not in FORMS[1:3]):
             continue
-        what, cos_sin = f"{form}, {kind}, {batch}", angles(5, turned, kind, batch)
+        what, cos_sin = f"{form}, {kind}, {batch}", angles(3, turned, kind, batch)
         leaves = [t.detach().requires_grad_() for t in (*both, own, own.flip(0))]
         whole = heads_rms_norm_rope(*leaves[:2], *cos_sin, *leaves[2:], **form.options())
         normed = [
@@ -281,8 +281,8 @@ def test_heads(dtype, columns):
             assert same_bits(b, c), what
             form.bounds(x, w, *cos_sin, BOUNDS[dtype]).check(a.detach(), what)
         grads = [
-            incoming(40, columns, dtype).view(2, 4, 5, columns),
-            incoming(20, columns, dtype).view(2, 2, 5, columns),
+            incoming(12, columns, dtype).view(2, 2, 3, columns),
+            incoming(6, columns, dtype).view(2, 1, 3, columns),
         ]
         back = torch.autograd.grad(steps, normed, grads)
         wide = [heads_ops.turn_back(grad, *cos_sin, form.interleaved) for grad in grads]
@@ -300,22 +300,22 @@ def test_heads(dtype, columns):
             dw_bounds.check(dw, f"dw, {what}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [64, 129])
-def test_layouts_of_heads(dtype, columns):
+def test_layouts_of_heads(columns):
     """Wherever heads, cosines and gradients lie: the bits of contiguous ones; and only what is asked for is found."""
-    x, grad = sample(24, columns, dtype).view(2, 3, 4, columns), incoming(24, columns, dtype).view(2, 3, 4, columns)
-    weight, cos_sin = gains(columns, dtype=dtype), angles(4, 32, dtype)
+    dtype = torch.bfloat16
+    x, grad = sample(12, columns, dtype).view(2, 2, 3, columns), incoming(12, columns, dtype).view(2, 2, 3, columns)
+    weight, cos_sin = gains(columns, dtype=dtype), angles(3, 32, dtype)
     ways = {
         "contiguous": lambda t: t,
         "projected": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        "sliced": lambda t: lay_out(t.reshape(24, columns), "sliced").view(t.shape),
+        "sliced": lambda t: lay_out(t.reshape(12, columns), "sliced").view(t.shape),
         "tokens first": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
         "strided columns": lambda t: t.mT.contiguous().mT,
-        "misaligned": lambda t: lay_out(t.reshape(24, columns), "misaligned").view(t.shape),
+        "misaligned": lambda t: lay_out(t.reshape(12, columns), "misaligned").view(t.shape),
     }
     wanted = None
-    for name, grad_name in [*product(ways, ["contiguous"]), *product(["projected"], ways)]:
+    for name, grad_name in zip(ways, reversed(ways), strict=True):
         leaves = [ways[name](x).detach().requires_grad_(), weight.clone().requires_grad_()]
         z, k = heads_rms_norm_rope(leaves[0], x[:, :1], *cos_sin, leaves[1], None, EPS)
         got = [z, k, *torch.autograd.grad(z, leaves, ways[grad_name](grad))]

@@ -31,7 +31,7 @@ class Turn:
 
     def matrix(self, heads: Tensor, columns: int) -> tuple[Any, ...]:
         """The tensor and its strides: a copy, where ``launch._matrix`` makes one, for the same reasons."""
-        flat = heads.reshape(-1, *heads.shape[-3:])
+        flat = heads.reshape(heads.shape[:-3].numel(), *heads.shape[-3:])
         if (flat.stride(3) != 1 and columns > 1) or (columns % 16 == 0 and flat.data_ptr() % 16):
             flat = flat.clone(memory_format=torch.contiguous_format)
         strides = self.strides(flat)
@@ -145,8 +145,10 @@ def _turn(
     """``to``, with the heads turned, normed before if there are options of a norm: ``(eps, offset, round_first)``."""
     columns = x.shape[-1]
     block, tile, warps = launch.tile_of(columns, "forward")
+    tile = max(1, tile // 2)  # as two of its columns are loaded for each
     eps, offset, round_first = norm or (0.0, 0.0, False)
-    flat, rows = to.reshape(-1, *to.shape[-3:]), x.numel() // columns
+    flat = to.reshape(to.shape[:-3].numel(), *to.shape[-3:])
+    rows = x.numel() // columns
     launch._launch(
         triton_heads.turn,
         (launch._ceil(rows, tile),),

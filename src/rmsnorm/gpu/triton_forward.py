@@ -57,29 +57,37 @@ def _wide_square_sum(x):
 
 
 @triton.jit
-def _statistic(
-    x, residual, sum, row, inside, columns,
-    kind: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+def _held(
+    x, residual, sum, row, inside, columns, wide: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr
 ):  # fmt: skip
-    """The row, if it is held, else None; and its sum of squares. A sum goes to where it is wanted."""
-    first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    if LOOP:
-        tile = None
+    """The rows, whose sums go to where they are wanted; None if they are too wide."""
+    tile = None
+    if not LOOP:
+        column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        here = inside & (column < columns)
+        tile = _load_sum(x, residual, row, column, here, wide)
+        if sum is not None:
+            tl.store(sum + row * columns + column, tile, here)
+    return tile
+
+
+@triton.jit
+def _statistic(
+    tile, x, residual, sum, row, inside, columns, kind: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of squares of each row; of rows that are too wide, sums go to where they are wanted here."""
+    if tile is None:
         total = tl.zeros(row.shape, tl.float64)
         for start in range(0, columns, BLOCK):
-            column = start + first
+            column = (start + tl.arange(0, BLOCK))[None, :].to(tl.int64)
             here = inside & (column < columns)
             block = _load_sum(x, residual, row, column, here, wide)
             if sum is not None:
                 tl.store(sum + row * columns + column, block, here)
             total += _square_sum(block, kind)
     else:
-        here = inside & (first < columns)
-        tile = _load_sum(x, residual, row, first, here, wide)
-        if sum is not None:
-            tl.store(sum + row * columns + first, tile, here)
         total = _square_sum(tile, kind)
-    return tile, total
+    return total
 
 
 @triton.jit
@@ -159,7 +167,8 @@ def forward(
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     if not LOOP:
         gain = _gain(weight, first, columns, OFFSET, wide)
-    tile, total = _statistic(x, residual, sum, row, inside, columns, kind, wide, BLOCK, LOOP)
+    tile = _held(x, residual, sum, row, inside, columns, wide, BLOCK, LOOP)
+    total = _statistic(tile, x, residual, sum, row, inside, columns, kind, wide, BLOCK)
     r, scaled_r, scale = _reciprocal(x, residual, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
     if rstd is not None:
         tl.store(rstd + row, r, inside)

@@ -9,7 +9,7 @@ with largest = max |y|, a NaN if one is, and T() one rounding to y's type; the r
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _load_sum, _output, _reciprocal, _statistic
+from .triton_forward import _gain, _held, _load_sum, _output, _reciprocal, _statistic
 
 
 @triton.jit
@@ -62,9 +62,8 @@ def quantised(
     row = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     here = inside & (first < columns)
-    if not LOOP:
-        gain = _gain(weight, first, columns, OFFSET, wide)
-    tile, total = _statistic(x, residual, sum, row, inside, columns, kind, wide, BLOCK, LOOP)
+    tile = _held(x, residual, sum, row, inside, columns, wide, BLOCK, LOOP)
+    total = _statistic(tile, x, residual, sum, row, inside, columns, kind, wide, BLOCK)
     _, r, by = _reciprocal(x, residual, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
 
     if LOOP:
@@ -76,6 +75,7 @@ def quantised(
             block = _load_sum(x, residual, row, column, here, wide)
             most = tl.maximum(most, _largest(_rounded(block, r, by, gain, kind, out, ROUND_FIRST)))
     else:
+        gain = _gain(weight, first, columns, OFFSET, wide)  # not before: fp32 rows of 16384 would spill
         tile = _rounded(tile, r, by, gain, kind, out, ROUND_FIRST)
         most = _largest(tile)
     largest = most.to(tl.float32, bitcast=True)

@@ -9,7 +9,7 @@ once; of wider ones the second norm reads the sum, which this program has just w
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _load, _output, _reciprocal, _square_sum, _statistic
+from .triton_forward import _gain, _held, _load, _output, _reciprocal, _square_sum, _statistic
 
 
 @triton.jit
@@ -32,9 +32,8 @@ def sandwich(
     row = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     here = inside & (first < columns)
-    if not LOOP:
-        gain = _gain(weight, first, columns, OFFSET, wide)
-    tile, total = _statistic(x, None, None, row, inside, columns, kind, wide, BLOCK, LOOP)
+    tile = _held(x, None, None, row, inside, columns, wide, BLOCK, LOOP)
+    total = _statistic(tile, x, None, None, row, inside, columns, kind, wide, BLOCK)
     r, scaled_r, scale = _reciprocal(x, None, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
     if rstd is not None:
         tl.store(rstd + row, r, inside)
@@ -51,6 +50,7 @@ def sandwich(
             total += _square_sum(block, kind)
         tl.debug_barrier()  # other threads of this program read what this one wrote
     else:
+        gain = _gain(weight, first, columns, OFFSET, wide)  # not before: fp32 rows of 16384 would spill
         normed = _output(tile, scaled_r, scale, gain, kind, ROUND_FIRST)
         tile = _sum(residual, normed, row, first, here, kind, wide)
         tl.store(sum + row * columns + first, tile, here)
