@@ -70,7 +70,7 @@ def test_every_option_compiles(name, monkeypatch):
     "name", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
 )
 def test_forms_compile(name, dtype, monkeypatch):
-    """Those of the other forms: no spills but in fp64, rows read and written 16 bytes at a time; nothing contracted, and
+    """Those of the other forms: no spills but in fp64, rows read and written 16 bytes at a time; nothing contracted,
     nothing divided but by IEEE's rule."""
     with compiling(TARGETS[name], monkeypatch) as found:
         for columns in (16384, 20000):
