@@ -239,8 +239,8 @@ def register(form: Form) -> Operators:
         torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
         made[end] = getattr(torch.ops.rmsnorm, name).default
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
-    ahead = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
-    registered.append(Operators(form, *ahead, made.get("_backward"), schemas, defaults, fakes))
+    plain, ahead = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
+    registered.append(Operators(form, plain, ahead, made.get("_backward"), schemas, defaults, fakes))
     return registered[-1]
 
 

@@ -59,6 +59,14 @@ def _normalised(
 
 def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -> tuple[Any, ...] | None:
     """What Triton makes of a call, or None; ``keep`` is None for a backward pass."""
+    if not route.served(arguments[0]):
+        return None
+    from . import forms, heads
+
+    name = form.name if keep is not None else f"{form.name}_backward"
+    launch: Any = getattr(forms, name, None) or getattr(heads, name, None)
+    if launch is None:
+        return None
     if keep is None:
         grads, rows, weights, options = form.parts(arguments[: -len(form.learnt)])
         moving = form.shaped(grads, rows)
@@ -71,14 +79,6 @@ def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -
     alike = all(row is None or (row.dtype is input.dtype and row.device == input.device) for row in moving)
     if not alike or not input.numel() or not all(route.fits(input, weight, dims) for weight in weights):
         return None
-    if not route.served(input):
-        return None
-    from . import forms, heads
-
-    name = form.name if keep is not None else f"{form.name}_backward"
-    launch: Any = getattr(forms, name, None) or getattr(heads, name, None)
-    if launch is None:
-        return None
     with route.on(input.device):
         results: tuple[Any, ...] | None = launch(*arguments) if keep is None else launch(keep, *arguments)
     return results
@@ -87,23 +87,22 @@ def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -
 def serving(made: _form.Operators, end: str) -> Callable[..., Any]:
     """The operator of a row with that end to its name: Triton's, where ``forms.py`` or ``heads.py`` have a function of
     its name, else the definition, whose norms are those of ``route.py``."""
-    form, outputs = made.form, len(made.form.outputs)
+    form = made.form
+    count = len(form.outputs) + (len(form.kept) if end else 0)
 
     def backward(*arguments: Any) -> Any:
         return _launched(form, arguments, None) or made.defaults["_backward"](*arguments)
 
-    def forward(*arguments: Any) -> tuple[Any, ...]:
+    def forward(*arguments: Any) -> Any:
         arguments = form.filled(arguments)
         form.check(*arguments)
-        results = _launched(form, arguments, end == "_forward")
-        assert form.define is not None
-        return form.define(*arguments, normalise=_normalised) if results is None else results
+        results = _launched(form, arguments, bool(end))
+        if results is None:
+            assert form.define is not None
+            results = form.define(*arguments, normalise=_normalised)
+        return results[0] if count == 1 else tuple(results[:count])
 
-    def plain(*arguments: Any) -> Any:
-        results = forward(*arguments)
-        return results[0] if outputs == 1 else tuple(results[:outputs])
-
-    return {"": plain, "_forward": forward, "_backward": backward}[end]
+    return backward if end == "_backward" else forward
 
 
 _OURS = {
