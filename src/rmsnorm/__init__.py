@@ -31,6 +31,9 @@ from .models import patched as patched
 from .models import unpatch as unpatch
 from .module import RMSNorm as RMSNorm
 
+for _key in gpu.route.KEYS:  # now that every form has its row
+    gpu.serve.register(_key)
+
 __all__ = [
     "GatedRMSNorm",
     "LayerNorm",

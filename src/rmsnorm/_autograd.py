@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _form, _ops, _vmap, reference
+from . import _ops, _recorded, _vmap, reference
 
 _Ctx = Any
 _Apply = Callable[..., Any]
@@ -213,8 +213,8 @@ class BackwardFunction(torch.autograd.Function):
 _gradient: _Apply = BackwardFunction.apply
 _normalise: _Apply = RMSNormFunction.apply
 _add: _Apply = AddRMSNormFunction.apply
-_traced = _form.recorded(_ops.RMS_NORM, "_forward", TracedRMSNorm.apply)
-_traced_add = _form.recorded(_ops.ADD_RMS_NORM, "_forward", TracedAddRMSNorm.apply)
+_traced = _recorded.recorded(_ops.RMS_NORM, "_forward", TracedRMSNorm.apply)
+_traced_add = _recorded.recorded(_ops.ADD_RMS_NORM, "_forward", TracedAddRMSNorm.apply)
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 75 µs a call instead of 17.
 _plain: _Apply = super(torch.autograd.Function, RMSNormFunction).apply
 _plain_add: _Apply = super(torch.autograd.Function, AddRMSNormFunction).apply

@@ -113,6 +113,13 @@ class Form:
         missing = self.tensors + len(self.known) - len(arguments)
         return arguments + self.defaults[len(self.defaults) - missing :] if missing else arguments
 
+    def parts(self, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+        """What backward gets, but for the needs: ``(grads, saved, weights, options)``."""
+        first = self.grads.count("Tensor")
+        kept = first + len(self.saved or self.rows)
+        last = kept + len(self.kept) + len(self.weights)
+        return arguments[:first], arguments[first:kept], arguments[last - len(self.weights) : last], arguments[last:]
+
     def shaped(self, grads: Sequence[Any], saved: Sequence[Tensor]) -> Sequence[Tensor]:
         """Tensors of the shapes and types of the rows' gradients."""
         if self.sources is not None:
@@ -169,9 +176,12 @@ class Operators:
     """those that serve tensors without data."""
 
 
+registered: list[Operators] = []
+
+
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
-    outputs, read, moving, tensors = (len(n) for n in (form.outputs, form.saved or form.rows, form.moving, form.learnt))
+    outputs, moving, tensors = len(form.outputs), len(form.moving), len(form.learnt)
 
     def some(results: _Results, count: int = outputs) -> Any:
         return results[0] if count == 1 else tuple(results[:count])
@@ -187,7 +197,7 @@ def register(form: Form) -> Operators:
 
     def backward(*arguments: Any) -> Any:
         arguments, needs = arguments[:-tensors], arguments[-tensors:]
-        grads, saved, weights, options = parts(arguments)
+        grads, saved, weights, options = form.parts(arguments)
         assert form.gradients is not None
         found = form.gradients(grads, saved, weights, options)
         first = form.shaped(grads, saved)[0]
@@ -197,12 +207,6 @@ def register(form: Form) -> Operators:
             for i, (g, need) in enumerate(zip(found, needs, strict=True))
         )
 
-    def parts(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-        first = form.grads.count("Tensor")
-        last = first + read + len(form.kept) + len(form.weights)
-        kept = first + read
-        return arguments[:first], arguments[first:kept], arguments[last - len(form.weights) : last], arguments[last:]
-
     def fake_forward(*arguments: Any) -> Any:
         arguments = form.filled(arguments)
         form.check(*arguments)
@@ -210,7 +214,7 @@ def register(form: Form) -> Operators:
 
     def fake_backward(*arguments: Any) -> Any:
         arguments, needs = arguments[:-tensors], arguments[-tensors:]
-        grads, saved, weights, _ = parts(arguments)
+        grads, saved, weights, _ = form.parts(arguments)
         given = form.shaped(grads, saved)
         return tuple(
             given[0].new_empty(0) if t is None or not need else form.laid(like(t)) if i < moving else like(t)
@@ -231,20 +235,6 @@ def register(form: Form) -> Operators:
         torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
         made[end] = getattr(torch.ops.rmsnorm, name).default
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
-    plain, forwards = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
-    return Operators(form, plain, forwards, made.get("_backward"), schemas, defaults, fakes)
-
-
-def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops.OpOverload:
-    """The operator with that end to its name with a derivative that torch knows, for graphs of ``torch.compile``.
-
-    dynamo traces one node and never looks into an ``autograd.Function``, which it can't do with two norms of changing
-    size in one graph (torch 2.13). Eager calls don't come here: what torch asks at an operator with a derivative costs
-    them 2 to 4 µs. ``apply`` calls the operator in turn, and that is the node which is left in the compiled graph.
-    """
-    name = f"{made.form.name}_recorded"
-    library.define(name + made.schemas[end], tags=torch.Tag.pt2_compliant_tag)
-    library.impl(name, made.forward if end else made.plain, "CompositeExplicitAutograd")
-    library.impl(name, apply, "Autograd")
-    torch.library.register_fake(f"rmsnorm::{name}", made.fakes[end], lib=library)
-    return getattr(torch.ops.rmsnorm, name).default
+    plain, ahead = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
+    registered.append(Operators(form, plain, ahead, made.get("_backward"), schemas, defaults, fakes))
+    return registered[-1]

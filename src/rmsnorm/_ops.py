@@ -49,9 +49,11 @@ def _gradients(
     return dx if grads[1] is None else dx + grads[1], dw
 
 
-def _added(input: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _added(
+    input: Tensor, residual: Tensor, *arguments: Any, normalise: Any = reference.rms_norm
+) -> tuple[Tensor, Tensor, Tensor]:
     sum = (input + residual).contiguous()
-    output, rstd = reference.rms_norm(sum, *arguments)
+    output, rstd = normalise(sum, *arguments)
     return output, sum, rstd
 
 

@@ -19,10 +19,12 @@ DEVICE = os.environ.get("RMSNORM_TEST_DEVICE", "")
 
 
 def carried(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """``launch`` on the GPU, for CPU tensors."""
+    """``launch`` on the GPU, for CPU tensors; as it is, for what another one has carried there."""
 
     @wraps(launch)
-    def call(*arguments: Any) -> tuple[Any, ...]:
+    def call(*arguments: Any, **options: Any) -> tuple[Any, ...] | None:
+        if not any(t.is_cpu for t in arguments if isinstance(t, Tensor)):
+            return launch(*arguments, **options)
         buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by address: tensors that share one share it there too
 
         def there(tensor: Any) -> Any:
@@ -33,7 +35,9 @@ def carried(launch: Callable[..., Any]) -> Callable[..., Any]:
             _, far = buffers.setdefault(storage.data_ptr(), (here, here.to(DEVICE)))
             return far.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-        results = launch(*map(there, arguments))
+        results = launch(*map(there, arguments), **options)
+        if results is None:
+            return None
         for here, far in buffers.values():
             here.copy_(far)
         return tuple(t.cpu() if isinstance(t, Tensor) else t for t in results)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from carried import DEVICE, carried
 
-from rmsnorm import _native
-from rmsnorm.gpu import launch, route
+from rmsnorm import _form, _native
+from rmsnorm.gpu import forms, heads, launch, route, serve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = ["test_bench_device.py", "test_compiled.py", "test_route.py"]
@@ -26,12 +26,15 @@ if INTERPRETED:
 elif DEVICE:
     collect_ignore = [*COMPILED, "test_interpreter.py"]
 else:
-    collect_ignore = ["test_values.py", "test_interpreter.py", "test_device.py"]
+    collect_ignore = ["test_values.py", "test_forms.py", "test_interpreter.py", "test_device.py"]
+
+FORMS = {made.form.name + end for made in _form.registered for end in made.schemas}
+LAUNCHES = {launch: ("forward", "backward"), **{room: FORMS & vars(room).keys() for room in (forms, heads)}}
 
 if INTERPRETED or DEVICE:
     if not _native.why_not():
         raise RuntimeError("these tests need RMSNORM_NATIVE=0: the C++ kernels hold the place of CPU tensors")
-    route.register("CPU")
+    serve.register("CPU")
 if INTERPRETED:
     import hardware
 
@@ -45,7 +48,8 @@ def on_triton(monkeypatch):
     """CPU tensors take a GPU's route, to Triton wherever it has a kernel."""
     monkeypatch.setattr(route, "runs_triton", lambda device: True)
     monkeypatch.setattr(route, "choice", lambda: "triton")
-    for direction in (launch.forward, launch.backward) if DEVICE else ():
-        monkeypatch.setattr(launch, direction.__name__, carried(direction))
+    for room, names in LAUNCHES.items() if DEVICE else ():
+        for name in names:
+            monkeypatch.setattr(room, name, carried(getattr(room, name)))
     with np.errstate(all="ignore"):  # numpy warns of the overflows that a GPU makes silently
         yield

@@ -23,7 +23,16 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from rmsnorm.bench.pages import replace_block
-from rmsnorm.gpu import launch, triton_backward, triton_forward
+from rmsnorm.gpu import (
+    forms,
+    heads,
+    launch,
+    triton_backward,
+    triton_forward,
+    triton_heads,
+    triton_quantised,
+    triton_sandwich,
+)
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -95,6 +104,9 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
         triton_backward.backward,
         triton_backward.backward_wide,
         triton_backward.fold,
+        triton_heads.turn,
+        triton_quantised.quantised,
+        triton_sandwich.sandwich,
     ):
         kernel.device_caches.clear()
     with tempfile.TemporaryDirectory() as cache:
@@ -136,6 +148,28 @@ def launch_all(columns: int, dtype: torch.dtype) -> None:
     _, _, rstd = launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
     launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
     launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
+
+
+def launch_forms(columns: int, dtype: torch.dtype) -> None:
+    """The sandwich, norm + add, and the quantised norm, of aligned rows."""
+    x, weight = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
+    forms.sandwich_rms_norm(True, x, x, weight, weight, 1, 1e-5, 0.0, False, None)
+    forms.rms_norm_add(True, x, x, weight, 1, 1e-5, 0.0, True)
+    for residual, e4m3 in ((None, False), (x, True)) if dtype is not torch.float64 else []:
+        forms.quantised_rms_norm(False, x, residual, None, weight, 1, 1e-5, 0.0, False, True, True, e4m3)
+
+
+def launch_heads(columns: int, dtype: torch.dtype, interleaved: bool) -> None:
+    """Heads as a projection wrote them: normed and turned, turned, turned back, and the norm's backward."""
+    x = torch.zeros(2, 16, 8, columns, dtype=dtype).transpose(1, 2)
+    weight, angle = torch.zeros(columns, dtype=dtype), torch.zeros(16, columns, dtype=dtype)
+    norm = 1e-5, 0.0
+    _, _, rstd, _ = heads.heads_rms_norm_rope(True, x, x[:, :0], angle, angle, weight, None, *norm, True, interleaved)
+    heads.rope(False, x, x[:, :0], angle, angle, interleaved)
+    heads.rope_backward(x, x, angle, angle, interleaved, True, False)
+    heads.heads_rms_norm_rope_backward(
+        *(x, x, x, x, angle, angle, rstd, rstd, weight, weight, *norm, interleaved), *(True, False, True, False)
+    )
 
 
 def table() -> str:

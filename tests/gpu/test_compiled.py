@@ -12,7 +12,7 @@ from itertools import product
 import offline
 import pytest
 import torch
-from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all
+from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all, launch_forms, launch_heads
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
 from rmsnorm.gpu import launch
@@ -63,6 +63,31 @@ def test_every_option_compiles(name, monkeypatch):
                 launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
                 launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
     assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.float64, marks=pytest.mark.heavy)], ids=str)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
+)
+def test_forms_compile(name, dtype, monkeypatch):
+    """Those of the other forms: no spills but in fp64, rows read and written 16 bytes at a time; nothing contracted,
+    nothing divided but by IEEE's rule."""
+    with compiling(TARGETS[name], monkeypatch) as found:
+        for columns in (16384, 20000):
+            launch_forms(columns, dtype)
+        rows = len(found)
+        for columns, interleaved in ((128, False), (64, True)):
+            launch_heads(columns, dtype, interleaved)
+    assert {one.kernel for one in found[:rows]} == {"sandwich"} | ({"quantised"} if dtype.itemsize < 8 else set())
+    assert {one.kernel for one in found[rows:]} == {"turn", "backward", "fold"}
+    for one in found:
+        what = f"{one.kernel}, {one.constants}: {one.loads}, {one.stores}"
+        assert dtype is torch.float64 or not one.spills, what
+        fused, kinds = set(re.findall(r"\bfma\.\S+", one.assembly)), {4: "fma.rn.f32", 8: "fma.rn.f64"}
+        assert fused <= {kinds.get(dtype.itemsize)}, what
+        assert not re.search(r"\bdiv\.(full|approx)", one.assembly), what
+        if one in found[:rows]:
+            assert set(one.loads) <= {16, 4}, what
 
 
 @pytest.mark.parametrize("columns", [1, 3, 129, 1032, 4096])

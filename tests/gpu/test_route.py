@@ -11,17 +11,33 @@ import torch
 import torch.nn.functional as F
 from oracle import DTYPES, EPS, Truth, bound, gains, sample
 
-from rmsnorm import _ops, reference, rms_norm
-from rmsnorm.gpu import route
+from rmsnorm import _form, _ops, reference, rms_norm
+from rmsnorm.forms import sandwich
+from rmsnorm.gpu import forms, heads, route, serve
 
-OPERATORS = tuple(_ops.SCHEMAS)
+ROWS = [made for made in _form.registered if made.form.define is not None]
+FORMS = [made for made in ROWS if made.form.name != "rms_norm" and made.form.same is None]
+OPERATORS = [made.form.name + end for made in ROWS for end in made.schemas] + ["rms_norm_out"]
 OURS = ("CUDA", "XPU")
+_x, _w = torch.arange(24.0).view(3, 8) - 7, torch.arange(8.0) / 5
+_heads = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+CALLS = {
+    "add_rms_norm": (_x, _x + 1, _w, 1, EPS, 1.0, True),
+    "rms_norm_add": (_x, _x + 1, _w, 1, EPS, 1.0, True),
+    "sandwich_rms_norm": (_x, _x + 1, _w, _w, 1, EPS, 1.0, True, None),
+    "gated_rms_norm": (_x, _x + 1, _w, 1, EPS, 1.0, True, True, True),
+    "quantised_rms_norm": (_x, None, _x + 1, _w, 1, EPS, 1.0, False, True, True, True),
+    "gated_add": (_x, _x + 1, _w, True),
+    "modulated_norm": (_x, None, None, _w, _w + 1, None, 1, EPS, 0.0, False, False),
+    "rope": (_heads, _heads, _heads[:, 0], _heads[:, 1], False),
+    "heads_rms_norm_rope": (_heads, _heads, _heads[:, 0], _heads[:, 1], _w, _w, EPS, 0.0, False, True),
+}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_dispatchers_table(operator):
-    """CUDA (and ROCm, which is CUDA to torch) and XPU have kernels of their own; all else takes the default, which is
-    the definition."""
+    """CUDA (and ROCm, which is CUDA to torch) and XPU have kernels of their own, for every form by its row; all else
+    takes the default, which is the definition."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     default = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     for key in OURS:
@@ -113,7 +129,7 @@ def test_torchs_kernel_is_called_with_torchs_meaning(monkeypatch):
 def test_without_triton_the_definition_serves_all_options(monkeypatch):
     monkeypatch.setattr(route, "runs_triton", lambda device: False)
     x, other, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    y, total, rstd = route.add_rms_norm_forward(x, other, weight, 1, EPS, 1.0, True)
+    y, total, rstd = serve.serving(_ops.ADD_RMS_NORM, "_forward")(x, other, weight, 1, EPS, 1.0, True)
     wanted, wanted_rstd = reference.rms_norm(x + other, weight, 1, EPS, 1.0, True)
     assert torch.equal(y, wanted)
     assert torch.equal(total, x + other)
@@ -122,6 +138,43 @@ def test_without_triton_the_definition_serves_all_options(monkeypatch):
     wanted_dx, wanted_dw = reference.rms_norm_backward(x, x, weight, 1, EPS, 1.0)
     assert torch.equal(dx, wanted_dx + other)
     assert torch.equal(dw, wanted_dw)
+
+
+@pytest.mark.parametrize("made", FORMS, ids=lambda made: made.form.name)
+@pytest.mark.parametrize("runs", [False, True])
+def test_without_a_kernel_a_form_is_its_definition(monkeypatch, made, runs):
+    """Where Triton is missing, or its function takes nothing: bits of the definition, whose norms are the route's."""
+    monkeypatch.setattr(route, "runs_triton", lambda device: runs)
+    if runs:
+        monkeypatch.setattr(serve, "_normalised", reference.rms_norm)
+        for room in (forms, heads):
+            monkeypatch.setattr(room, made.form.name, lambda *arguments: None, raising=False)
+            monkeypatch.setattr(room, f"{made.form.name}_backward", lambda *arguments: None, raising=False)
+    arguments = CALLS[made.form.name]
+    wanted = made.form.define(*arguments)
+    for end in ("", "_forward") if "_forward" in made.schemas else ("",):
+        got = serve.serving(made, end)(*arguments)
+        for one, two in zip(got if isinstance(got, tuple) else [got], wanted, strict=bool(end)):
+            torch.testing.assert_close(one.double(), two.double(), equal_nan=True)
+
+
+def test_backward_of_a_sandwich_is_two_of_norms(monkeypatch):
+    """In every way to ask for some of the gradients."""
+    monkeypatch.setattr(route, "runs_triton", lambda device: False)
+    monkeypatch.setattr(route, "fused_by_torch", lambda *arguments: False)  # torch has no such kernel for the CPU
+    x, other, weight, *_ = CALLS["sandwich_rms_norm"]
+    grad, total, rstd = torch.randn(3, 8), x + other, torch.ones(3, 1)
+    options = (1, EPS, 0.0, None)
+    wanted = sandwich.SANDWICH.defaults["_backward"](
+        grad, other, x, total, rstd, rstd, weight, weight, *options, *[True] * 4
+    )
+    for needs in product((False, True), repeat=4):
+        got = serve.sandwich_rms_norm_backward(grad, other, x, total, rstd, rstd, weight, weight, *options, *needs)
+        for one, two, need in zip(got, wanted, needs, strict=True):
+            if need:
+                torch.testing.assert_close(one, two)
+            else:
+                assert one.shape == (0,) or needs == (False,) * 4, needs
 
 
 ASK = "import rmsnorm; print(rmsnorm.info().cuda)"

@@ -66,7 +66,7 @@ def heads_rms_norm_rope(
         ValueError: an unknown casting mode, or an eps below 0.
 
     Native on CPUs for cos and sin of query's type, or of fp32 beside half types; gradients of cos and sin are the
-    definition's. GPUs are served by the definition.
+    definition's. On GPUs Triton serves the same types: docs/gpu.md.
 
     Examples:
         >>> x, quarter = torch.tensor([[[3.0, 4.0]]]), (torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]]))

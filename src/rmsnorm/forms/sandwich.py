@@ -2,8 +2,8 @@
 
     s = residual + norm(x; weight)        y = norm(s; next_weight)
 
-Both are made of whole norms, so whatever has no kernel here (a GPU, another type, a transform, a graph for elsewhere)
-is the plain norm, called as often: with its kernels and its rules.
+Both are made of whole norms, so whatever has no kernel here (other devices and types, a transform, a graph for
+elsewhere) is the plain norm, called as often: with its kernels and its rules.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ def _norm(
 
 
 def _fits(input: Tensor, *weights: Tensor | None, round_first: bool) -> bool:
-    """Whether the CPU's kernels take it: they know one type of input, residual and sum."""
-    return input.is_cpu and all(reference.result_dtype(input, w, round_first) is input.dtype for w in weights)
+    """Whether there are kernels, which know one type of input, residual and sum."""
+    return input.device.type in ("cpu", "cuda", "xpu") and all(
+        reference.result_dtype(input, w, round_first) is input.dtype for w in weights
+    )
 
 
 ADD = _form.register(

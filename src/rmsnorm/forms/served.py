@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _autograd, _foreign, _form, _onnx
+from .. import _autograd, _foreign, _form, _onnx, _recorded
 
 
 class Served:
@@ -39,7 +39,7 @@ class Served:
         # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
         self.record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         if not made.form.same:  # else the other form's is what torch.compile records
-            self.traced = _form.recorded(made, "", function.apply)
+            self.traced = _recorded.recorded(made, "", function.apply)
 
     def define(self, *arguments: Any, **more: Any) -> Any:
         """The definition's outputs."""

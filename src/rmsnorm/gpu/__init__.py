@@ -1,3 +1,4 @@
 """Norms on GPUs: who serves a call, and our kernels in Triton."""
 
-from . import route as route  # which registers them
+from . import route as route
+from . import serve as serve

@@ -1,4 +1,4 @@
-"""The only file that launches GPU kernels: which tiles, how many programs, with what.
+"""The only file that launches the norm's GPU kernels, and says for all: which tiles, how many programs, with what.
 
 Tiles, warps and the shape of every sum follow from sizes alone, never from strides, addresses or the device: a row's
 bits depend neither on the batch nor on the number of multiprocessors. The constants were chosen by the figures in
@@ -7,13 +7,16 @@ docs/gpu.md.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from . import triton_backward, triton_forward
+
+if TYPE_CHECKING:
+    from .heads import Turn
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
@@ -76,13 +79,15 @@ def backward(
     offset: float,
     need_input: bool,
     need_weight: bool,
+    turn: Turn | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator ``rms_norm_backward``: ``(grad_input, grad_weight)``, of shape [0] if not needed."""
+    """The operator ``rms_norm_backward``: ``(grad_input, grad_weight)``, of shape [0] if not needed. Of heads that are
+    turned, the first is as a projection wrote them."""
     rows, columns, span = _sizes(input, weight, dims)
     block, tile, warps = tile_of(columns, "backward")
     held = columns <= block
     part, chunk = 1 / columns, tile
-    dx = input.new_empty(input.shape if need_input else 0)
+    dx = input.new_empty(0) if not need_input else input.new_empty(input.shape) if turn is None else turn.room(input)
     dw, partial = input.new_empty(0), None
     if need_weight and weight is not None:
         steps = max(FEWEST_STEPS, _ceil(_ceil(rows, tile), PARTIALS[columns > NARROW]))
@@ -92,13 +97,23 @@ def backward(
         partial = input.new_empty((_ceil(rows, chunk), span * columns), dtype=kind)
         dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     weight, rstd = _in_a_row(weight), _in_a_row(rstd)
-    g, more, x = (_matrix(t, columns) for t in (grad, grad_sum, input))
+    of = _matrix if turn is None else turn.matrix
+    g, more, x = of(grad, columns), _matrix(grad_sum, columns), of(input, columns)
     if partial is not None or (need_input and held):
         _launch(
             triton_backward.backward,
             (_ceil(rows, chunk), span, _ceil(columns, block)),
-            (g, more, x, rstd, weight, dx if need_input and held else None, partial, rows, columns, chunk, part),
-            {"OFFSET": offset, "ROWS": tile, "BLOCK": block, "STEPS": STEPS},
+            (
+                *(g, more, x, rstd, turn and turn.by(input), weight, dx if need_input and held else None, partial),
+                *(rows, columns, chunk, part),
+            ),
+            {
+                "INTERLEAVED": bool(turn and turn.interleaved),
+                "OFFSET": offset,
+                "ROWS": tile,
+                "BLOCK": block,
+                "STEPS": STEPS,
+            },
             warps,
         )
     if need_input and not held:

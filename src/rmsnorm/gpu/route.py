@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _form, _ops, reference
+from .. import _ops, reference
 from .._extras import extra_line
 
 CHOICES = ("torch", "triton")
@@ -71,6 +71,21 @@ def fused_by_torch(
     return more is None and reference.is_torchs(input, weight, dims, offset, round_first)
 
 
+def served(input: Tensor) -> bool:
+    return input.dtype in _TYPES and runs_triton(input.device)
+
+
+def fits(input: Tensor, weight: Tensor | None, dims: int) -> bool:
+    """Whether the kernels take the weight."""
+    if weight is None:
+        return True
+    if not reference.spans(weight, input, dims) or weight.device != input.device:
+        return False
+    narrower = weight.dtype is not torch.float64 or input.dtype is torch.float64
+    rows = weight.numel() // max(1, input.shape[input.dim() - dims :].numel())
+    return weight.dtype in _TYPES and narrower and rows <= _MOST_WEIGHT_ROWS
+
+
 def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool, eps: float = 0.0) -> str:
     """``"torch"``, ``"triton"`` or ``"reference"``; ``fused`` is what :func:`fused_by_torch` says."""
     _ops._check(input, weight, dims)
@@ -78,15 +93,10 @@ def route(input: Tensor, weight: Tensor | None, dims: int, fused: bool, eps: flo
         return "reference"
     if fused and choice() == "torch":
         return "torch"
-    served = input.dtype in _TYPES and runs_triton(input.device)
-    if served and weight is not None:
-        narrower = weight.dtype is not torch.float64 or input.dtype is torch.float64
-        rows = weight.numel() // input.shape[input.dim() - dims :].numel()
-        served = weight.dtype in _TYPES and narrower and rows <= _MOST_WEIGHT_ROWS
-    return "triton" if served else "torch" if fused else "reference"
+    return "triton" if served(input) and fits(input, weight, dims) else "torch" if fused else "reference"
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
@@ -109,7 +119,7 @@ def rms_norm_forward(
         return reference.rms_norm(input, weight, dims, eps, offset, round_first)
     from . import launch
 
-    with _on(input.device):
+    with on(input.device):
         output, _, rstd = launch.forward(input, None, weight, dims, eps, offset, round_first, keep, out)
     return output, rstd
 
@@ -155,46 +165,5 @@ def rms_norm_backward(
         return _ops._rms_norm_backward(*arguments)
     from . import launch
 
-    with _on(input.device):
+    with on(input.device):
         return launch.backward(*arguments)
-
-
-def add_rms_norm_forward(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    round_first: bool,
-    keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if residual.dtype is not input.dtype or route(input, weight, dims, False, eps) == "reference":
-        added = (input + residual).contiguous()
-        output, rstd = rms_norm_forward(added, weight, dims, eps, offset, round_first, keep)
-        return output, added, rstd
-    from . import launch
-
-    with _on(input.device):
-        output, sum, rstd = launch.forward(input, residual, weight, dims, eps, offset, round_first, keep)
-    assert sum is not None
-    return output, sum, rstd
-
-
-def add_rms_norm(
-    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    return add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first, keep=False)[:2]
-
-
-def register(key: str) -> None:
-    """Serves the operators of a dispatch key from here on."""
-    for operator in (
-        *(rms_norm, rms_norm_out, rms_norm_forward, rms_norm_backward),
-        *(add_rms_norm, add_rms_norm_forward),
-    ):
-        _form.library.impl(operator.__name__, operator, key)
-
-
-for _key in KEYS:
-    register(_key)

@@ -2,13 +2,15 @@
 
     dx = r · (h - x̂ · mean(h · x̂))        dW = Σ_rows grad · x̂        with x̂ = x · r and h = grad · (OFFSET + weight)
 
-A program owns a chunk of tiles of rows, or one row that is too wide for registers, and looks at no other's.
+A program owns a chunk of tiles of rows, or one row that is too wide for registers, and looks at no other's. What
+arrives at heads that were turned is turned back as it is loaded: see triton_heads.py.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_forward import _gain, _load
+from .triton_heads import _load_back, _load_head
 
 
 @triton.jit
@@ -20,10 +22,17 @@ def _place(step, end, column, columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _operands(grad, x, rstd, step, end, column, columns, ROWS: tl.constexpr):
+def _operands(
+    grad, x, rstd, by, step, end, column, columns, wide: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """What is read of the tile that begins at ``step``: 1/rms of each row, the gradient, and x."""
     row, inside, here = _place(step, end, column, columns, ROWS)
-    return tl.load(rstd + row, inside, 0.0), _load(grad, row, column, here), _load(x, row, column, here)
+    r = tl.load(rstd + row, inside, 0.0)
+    if by is None:
+        h, tile = _load(grad, row, column, here), _load(x, row, column, here)
+    else:
+        h, tile = _load_back(grad, row, column, here, by, INTERLEAVED, wide), _load_head(x, row, column, here, by)
+    return r, h, tile
 
 
 @triton.jit
@@ -38,29 +47,33 @@ def _graded(grad, weight, row, column, columns, OFFSET: tl.constexpr, wide: tl.c
 
 @triton.jit(do_not_specialize=["rows", "chunk"])
 def backward(
-    grad, grad_sum, x, rstd, weight, dx, partial, rows, columns, chunk, part: tl.float64,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    grad, grad_sum, x, rstd, by, weight, dx, partial, rows, columns, chunk, part: tl.float64,
+    INTERLEAVED: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of rows, and a row of partial sums of dW: fp32 over STEPS tiles, then the type of ``partial``.
 
     While a tile is worked on, the next one is on its way, as few programs share a multiprocessor: on an H200 that takes
     bfloat16 rows of 4096 from 2.1 to 1.7 times the time of a copy; the bytes are 1.5. But for fp32 rows of 8192: it
-    brings nothing there, and on a B200 they would spill.
+    brings nothing there, and on a B200 they would spill. And but for heads that were turned: twice as much is loaded.
     """
     kind: tl.constexpr = x[0].dtype.element_ty
     wide: tl.constexpr = tl.float64 if kind == tl.float64 else tl.float32
-    AHEAD: tl.constexpr = kind.primitive_bitwidth * BLOCK <= 2**17
+    AHEAD: tl.constexpr = by is None and kind.primitive_bitwidth * BLOCK <= 2**17
     begin = tl.program_id(0).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, rows)
     column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
     gain = _gain(weight, column, columns, OFFSET, wide)
-    next_r, next_h, next_x = _operands(grad, x, rstd, begin, end, column, columns, ROWS)
+    next_r, next_h, next_x = _operands(grad, x, rstd, by, begin, end, column, columns, wide, INTERLEAVED, ROWS)
     for first in range(begin, end, ROWS * STEPS):
         dw = tl.zeros([ROWS, BLOCK], wide)
         for step in range(first, tl.minimum(first + ROWS * STEPS, end), ROWS):
             r, h, x_hat = next_r, next_h.to(wide), next_x.to(wide) * next_r
             if AHEAD:
-                next_r, next_h, next_x = _operands(grad, x, rstd, step + ROWS, end, column, columns, ROWS)
+                then = step + ROWS
+                next_r, next_h, next_x = _operands(
+                    grad, x, rstd, by, then, end, column, columns, wide, INTERLEAVED, ROWS
+                )
             if partial is not None:
                 dw += h * x_hat
             if dx is not None:
@@ -73,7 +86,10 @@ def backward(
                     tile += _load(grad_sum, row, column, here).to(wide)
                 tl.store(dx + row * columns + column, tile, here)
             if not AHEAD:
-                next_r, next_h, next_x = _operands(grad, x, rstd, step + ROWS, end, column, columns, ROWS)
+                then = step + ROWS
+                next_r, next_h, next_x = _operands(
+                    grad, x, rstd, by, then, end, column, columns, wide, INTERLEAVED, ROWS
+                )
         if partial is not None:
             place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * columns + column
             dw_sum = tl.sum(dw, 0, keep_dims=True).to(partial.dtype.element_ty)

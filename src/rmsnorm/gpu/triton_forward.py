@@ -1,4 +1,4 @@
-"""The only file with the forward kernel for GPUs, in Triton; triton_backward.py shares its rules and its loads.
+"""The only file with the forward kernel for GPUs, in Triton; those of the other forms share its rules and its steps.
 
     y = x · r · (OFFSET + weight)        r = 1 / sqrt(mean(x²) + eps)
 
@@ -54,6 +54,40 @@ def _square_sum(x, kind: tl.constexpr):
 def _wide_square_sum(x):
     x = x.to(tl.float64)
     return tl.sum(x * x, 1, keep_dims=True)
+
+
+@triton.jit
+def _held(
+    x, residual, sum, row, inside, columns, wide: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr
+):  # fmt: skip
+    """The rows, whose sums go to where they are wanted; None if they are too wide."""
+    tile = None
+    if not LOOP:
+        column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        here = inside & (column < columns)
+        tile = _load_sum(x, residual, row, column, here, wide)
+        if sum is not None:
+            tl.store(sum + row * columns + column, tile, here)
+    return tile
+
+
+@triton.jit
+def _statistic(
+    tile, x, residual, sum, row, inside, columns, kind: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of squares of each row; of rows that are too wide, sums go to where they are wanted here."""
+    if tile is None:
+        total = tl.zeros(row.shape, tl.float64)
+        for start in range(0, columns, BLOCK):
+            column = (start + tl.arange(0, BLOCK))[None, :].to(tl.int64)
+            here = inside & (column < columns)
+            block = _load_sum(x, residual, row, column, here, wide)
+            if sum is not None:
+                tl.store(sum + row * columns + column, block, here)
+            total += _square_sum(block, kind)
+    else:
+        total = _square_sum(tile, kind)
+    return total
 
 
 @triton.jit
@@ -131,24 +165,10 @@ def forward(
     inside = row < rows
     row = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    here = inside & (first < columns)
-    if LOOP:
-        tile = None
-        total = tl.zeros([ROWS, 1], tl.float64)
-        for start in range(0, columns, BLOCK):
-            column = start + first
-            here = inside & (column < columns)
-            block = _load_sum(x, residual, row, column, here, wide)
-            if sum is not None:
-                tl.store(sum + row * columns + column, block, here)
-            total += _square_sum(block, kind)
-    else:
-        tile = _load_sum(x, residual, row, first, here, wide)
+    if not LOOP:
         gain = _gain(weight, first, columns, OFFSET, wide)
-        if sum is not None:
-            tl.store(sum + row * columns + first, tile, here)
-        total = _square_sum(tile, kind)
-
+    tile = _held(x, residual, sum, row, inside, columns, wide, BLOCK, LOOP)
+    total = _statistic(tile, x, residual, sum, row, inside, columns, kind, wide, BLOCK)
     r, scaled_r, scale = _reciprocal(x, residual, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
     if rstd is not None:
         tl.store(rstd + row, r, inside)
@@ -161,4 +181,5 @@ def forward(
             gain = _gain(weight, column, columns, OFFSET, wide)
             tl.store(y + row * columns + column, _output(block, scaled_r, scale, gain, kind, ROUND_FIRST), here)
     else:
+        here = inside & (first < columns)
         tl.store(y + row * columns + first, _output(tile, scaled_r, scale, gain, kind, ROUND_FIRST), here)

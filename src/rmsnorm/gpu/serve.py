@@ -1,0 +1,124 @@
+"""The only file that makes a GPU's operators of rows: all of them, so that a new form needs no more than its row.
+
+The norms of ``route.py`` come first. What else has a function of its name in ``forms.py`` or ``heads.py`` is Triton's,
+where that runs and takes the tensors. The rest is the definition, with the norms of ``route.py`` in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import _form
+from . import route
+
+
+def rms_norm_add_backward(
+    grad: Tensor, input: Tensor, rstd: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, *needs: bool
+) -> tuple[Tensor, Tensor]:
+    return route.rms_norm_backward(grad, None, input, rstd, weight, dims, eps, offset, *needs)
+
+
+def sandwich_rms_norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    sum: Tensor,
+    rstd: Tensor,
+    next_rstd: Tensor,
+    weight: Tensor | None,
+    next_weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    next_eps: float | None,
+    need_input: bool,
+    need_residual: bool,
+    need_weight: bool,
+    need_next_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the two norms, one after the other: that of the sum is rounded, being the residual's."""
+    first, last = need_input or need_weight, eps if next_eps is None else next_eps
+    ds, dnext = route.rms_norm_backward(
+        grad, grad_sum, sum, next_rstd, next_weight, dims, last, offset, first or need_residual, need_next_weight
+    )
+    if not first:
+        return input.new_empty(0), ds, input.new_empty(0), dnext
+    dx, dw = route.rms_norm_backward(ds, None, input, rstd, weight, dims, eps, offset, need_input, need_weight)
+    return dx, ds if need_residual else input.new_empty(0), dw, dnext
+
+
+def _normalised(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """What definitions call."""
+    return route.rms_norm_forward(input, weight, dims, eps, offset, round_first)
+
+
+def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -> tuple[Any, ...] | None:
+    """What Triton makes of a call, or None; ``keep`` is None for a backward pass."""
+    if not route.served(arguments[0]):
+        return None
+    from . import forms, heads
+
+    name = form.name if keep is not None else f"{form.name}_backward"
+    launch: Any = getattr(forms, name, None) or getattr(heads, name, None)
+    if launch is None:
+        return None
+    if keep is None:
+        grads, rows, weights, options = form.parts(arguments[: -len(form.learnt)])
+        moving = form.shaped(grads, rows)
+    else:
+        count = len(form.rows)
+        rows, weights, options = arguments[:count], arguments[count : form.tensors], arguments[form.tensors :]
+        moving = [row for row, name in zip(rows, form.rows, strict=True) if name not in form.fixed]
+    input = moving[0]
+    dims = options[0] if form.options.startswith("int dims") else 1
+    alike = all(row is None or (row.dtype is input.dtype and row.device == input.device) for row in moving)
+    if not alike or not input.numel() or not all(route.fits(input, weight, dims) for weight in weights):
+        return None
+    with route.on(input.device):
+        results: tuple[Any, ...] | None = launch(*arguments) if keep is None else launch(keep, *arguments)
+    return results
+
+
+def serving(made: _form.Operators, end: str) -> Callable[..., Any]:
+    """The operator of a row with that end to its name: Triton's, where ``forms.py`` or ``heads.py`` have a function of
+    its name, else the definition, whose norms are those of ``route.py``."""
+    form = made.form
+    count = len(form.outputs) + (len(form.kept) if end else 0)
+
+    def backward(*arguments: Any) -> Any:
+        return _launched(form, arguments, None) or made.defaults["_backward"](*arguments)
+
+    def forward(*arguments: Any) -> Any:
+        arguments = form.filled(arguments)
+        form.check(*arguments)
+        results = _launched(form, arguments, bool(end))
+        if results is None:
+            assert form.define is not None
+            results = form.define(*arguments, normalise=_normalised)
+        return results[0] if count == 1 else tuple(results[:count])
+
+    return backward if end == "_backward" else forward
+
+
+_OURS = {
+    operator.__name__: operator
+    for operator in (
+        *(route.rms_norm, route.rms_norm_forward, route.rms_norm_backward),
+        *(rms_norm_add_backward, sandwich_rms_norm_backward),
+    )
+}
+
+
+def register(key: str) -> None:
+    """Serves the operators of all rows for a dispatch key from here on."""
+    _form.library.impl("rms_norm_out", route.rms_norm_out, key)
+    for made in _form.registered:
+        if made.form.define is not None:
+            for end in made.schemas:
+                name = made.form.name + end
+                _form.library.impl(name, _OURS.get(name) or serving(made, end), key)
