@@ -6,21 +6,26 @@
 
 #include <cstdint>
 
+// Both sides have these functions: one that is left to a linker may be the copy of a CPU that is not this one.
+#define RMSNORM_ALWAYS inline __attribute__((always_inline))
+
 namespace rmsnorm {
 
 enum class Type : int8_t { none, f32, f64, bf16, f16 };
 
-inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::none ? 0 : 2; }
+RMSNORM_ALWAYS int64_t size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::none ? 0 : 2;
+}
 
 // The type in which statistics leave the kernel and gains are formed: fp32, or fp64 for fp64.
-inline Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+RMSNORM_ALWAYS Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 
 // Most rows in one batch: enough that the first and the last row, which have nobody to overlap with, hardly count. A
 // divisor of kFlush, so that batches never straddle a flush of the weight's gradient.
 constexpr int64_t kBatch = 32;
 
 // Columns of scratch that the kernels keep in an order of their own: whole vectors of the widest CPU.
-inline int64_t padded(int64_t columns) { return (columns + 31) / 32 * 32; }
+RMSNORM_ALWAYS int64_t padded(int64_t columns) { return (columns + 31) / 32 * 32; }
 
 // Rows whose weight gradients are summed in fp32 before they are added to the fp64 totals.
 constexpr int64_t kFlush = 32;
@@ -81,13 +86,13 @@ struct Forward {
 // L1 beside the gain and the output (512x4096 fp32 on a Zen 5: 1.5 times memcpy; one row's sum and another's store in
 // one loop, 1.8).
 constexpr int64_t kBlockRows = kBatch;
-inline int64_t block_rows(Type type, int64_t columns) {
+RMSNORM_ALWAYS int64_t block_rows(Type type, int64_t columns) {
   const int64_t most = 16384 / (columns > 0 ? columns * size_of(type) : 1);
   return most < 1 ? 1 : most > kBlockRows ? kBlockRows : most;
 }
 
 // Rows whose gradients are turned back before the first of them is used: two of them share what a column needs.
-inline int64_t turned_rows(Type type, int64_t columns) {
+RMSNORM_ALWAYS int64_t turned_rows(Type type, int64_t columns) {
   const int64_t rows = block_rows(wide(type), columns);
   return rows < 2 ? 2 : rows;
 }

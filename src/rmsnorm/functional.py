@@ -45,7 +45,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     casting_mode: str = "torch",
     out: Tensor | None = None,
     memory: str | None = None,
-    **more: Unpack[Further],
+    **more: Unpack[Further],  # torch.jit.script shows this line: record with torch.jit.trace instead
 ) -> Tensor:
     r"""Root mean square normalisation over the last dimensions; a drop-in for ``torch.nn.functional.rms_norm``.
 
@@ -157,7 +157,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     offset: float = 0.0,
     casting_mode: str = "torch",
     memory: str | None = None,
-    **more: Unpack[FurtherOfAdd],
+    **more: Unpack[FurtherOfAdd],  # torch.jit.script shows this line: record with torch.jit.trace instead
 ) -> tuple[Tensor, Tensor]:
     r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
 

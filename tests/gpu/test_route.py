@@ -27,6 +27,8 @@ CALLS = {
     "sandwich_rms_norm": (_x, _x + 1, _w, _w, 1, EPS, 1.0, True, None),
     "gated_rms_norm": (_x, _x + 1, _w, 1, EPS, 1.0, True, True, True),
     "quantised_rms_norm": (_x, None, _x + 1, _w, 1, EPS, 1.0, False, True, True, True),
+    "general_rms_norm": (_x, _w, _w, 1, EPS, 1.0, True, 4, True, True, torch.float64),
+    "general_add_rms_norm": (_x, _x + 1, _w, _w, 1, EPS, 1.0, True, 4, False, None),
     "gated_add": (_x, _x + 1, _w, True),
     "modulated_norm": (_x, None, None, _w, _w + 1, None, 1, EPS, 0.0, False, False),
     "rope": (_heads, _heads, _heads[:, 0], _heads[:, 1], False),
