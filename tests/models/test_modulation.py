@@ -221,3 +221,9 @@ def test_diffusers(make: Any, dtype: torch.dtype, called: list[str]) -> None:
     assert len(called) == (8 if make is flux else 3)
     assert {"AdaLayerNormZero"} < {entry.cls for entry in report.fused}
     assert same_bits(*outputs)
+
+
+def test_tensors_of_a_device_without_autocast() -> None:
+    """torch raises where it is asked whether autocast is on for meta."""
+    x = torch.empty(2, 3, 8, device="meta")
+    assert modulation.gated(x, x[:, :1], x).is_meta

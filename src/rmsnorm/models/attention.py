@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ _TURN = "_rmsnorm_turned"
 _PLAIN = "rotary embedding"
 
 
-class Turned:
+class Turned(rewrite.Remade):
     """The forward of a class whose heads are normed and turned in one call."""
 
     kind, what = "heads", _PLAIN
@@ -40,18 +39,6 @@ class Turned:
         self.function, found = _rewrite(cls.forward)
         self.norms = tuple(name for name in found if name != _PLAIN)
         self.meaning = ", ".join((*self.norms, _PLAIN))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Turned) and other.function is self.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
-
-    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
-        return self.function
-
-    def plain(self) -> tuple[Any, ...]:
-        return ()
 
 
 classes.READERS["heads"] = Turned

@@ -11,7 +11,6 @@ what the layer did before. A norm that isn't patched, tensors that broadcast oth
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from .. import _foreign
 from ..forms.modulated import gated_add, modulated_norm
 from . import classes, neighbours, rewrite, wrappers
 from .binding import TYPES
+from .numbers import under_autocast
 from .patterns import GATED_ADD, MODULATING, modulate
 
 
-class Modulated:
+class Modulated(rewrite.Remade):
     """The forward of a class whose norms are modulated in the same pass."""
 
     kind, what = "modulated", "modulation"
@@ -36,18 +36,6 @@ class Modulated:
         adds = found.count(GATED_ADD)
         said = [f"{name}, modulated" for name in self.norms]
         self.meaning = "; ".join([*said, *([GATED_ADD if adds == 1 else f"{adds} gated adds"] if adds else [])])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Modulated) and other.function is self.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
-
-    def forward_for(self, cls: type[nn.Module]) -> Callable[..., Any]:
-        return self.function
-
-    def plain(self) -> tuple[Any, ...]:
-        return ()
 
 
 classes.READERS["modulated"] = Modulated
@@ -109,7 +97,7 @@ def _serves(x: Any, *modulations: Any, like: Any = None) -> bool:
         and (like is None or like.shape == x.shape)
         and all(_is_beside(t, x) for t in modulations)
         and not torch.compiler._is_exporting_flag
-        and not torch.is_autocast_enabled(x.device.type)
+        and not under_autocast(x)
     )
 
 

@@ -33,7 +33,25 @@ _FLAGS = functools.reduce(
 )
 
 
-class Rewritten:
+class Remade:
+    """A change of a class (``classes.py``) that is another function: equal where it is the same one."""
+
+    function: Forward
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def forward_for(self, cls: type[nn.Module]) -> Forward:
+        return self.function
+
+    def plain(self) -> tuple[Any, ...]:
+        return ()
+
+
+class Rewritten(Remade):
     """The forward of a class with its adds fused."""
 
     kind, what = "layer", "residual add"
@@ -52,18 +70,6 @@ class Rewritten:
         behind = [after for before, after in self.fused if after and not before]
         said = [", then ".join(filter(None, (f"{before}, add", after))) for before, after in self.fused if before]
         return "; ".join([*(["add, then " + ", ".join(behind)] if behind else []), *said])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rewritten) and other.function is self.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
-
-    def forward_for(self, cls: type[nn.Module]) -> Forward:
-        return self.function
-
-    def plain(self) -> tuple[Any, ...]:
-        return ()
 
 
 classes.READERS["layer"] = Rewritten
