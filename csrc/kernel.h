@@ -132,9 +132,9 @@ struct Backward {
   Gate gate;        // there is a gain then; add is false
   bool gate_first;
   bool need_gate;
-  bool general;  // any row of general.h; what is missing there, the other fields have
-  Type grad;     // of what arrives at the output, if anything does
-  bool need_bias;
+  bool general;              // any row of general.h; what is missing there, the other fields have
+  Type grad;                 // of what arrives at the output, if anything does
+  bool need_bias;            // with or without need_weight; of a LayerNorm that means both
   int64_t counted, divisor;  // as in Forward
   const void* mask;          // ones of the columns that count, then zeros, as a gain; null where all do
   WeightRows inverse;  // wide(input), in the order of the gain, which is there then, or null: 1 / gain, and 0 for 0.

@@ -283,15 +283,15 @@ inline void run_forward(Forward f, const Tensor& input, const Tensor* other, con
   });
 }
 
-// Backward, for all rows of operands that are known. The weight's gradient comes as totals per chunk: finish() adds
-// those of the columns asked for.
+// Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:
+// finish() adds those of the columns asked for.
 inline void run_backward(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                          const Tensor& rstd, const Tensor* mean, const std::array<const Tensor*, 2>& grad_weights) {
   const char* statistic = static_cast<const char*>(rstd.data_ptr());
   const double* means = mean ? static_cast<const double*>(mean->data_ptr()) : nullptr;
   const int64_t grain = grain_rows(b.columns), bytes = scratch_bytes(b);
   const auto room = [&] { return std::unique_ptr<char[]>(bytes ? new char[bytes] : nullptr); };
-  if (!b.need_weight) {
+  if (!b.need_weight && !b.need_bias) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
       backward_rows(target, b, operands, statistic, means, scratch.get(), nullptr, nullptr, begin, end);
@@ -323,7 +323,7 @@ inline void run_backward(const Target& target, Backward b, const Tensor* grad, c
                          const Shape& shape, const Tensor& grad_input, const Tensor* grad_gate,
                          const std::array<const Tensor*, 2>& grad_weights) {
   b.columns = shape.columns, b.input = type_of(input), b.add = grad_sum && b.need_input, b.need_gate = grad_gate;
-  if (!b.need_input && !b.need_gate && !b.need_weight) return;
+  if (!b.need_input && !b.need_gate && !b.need_weight && !b.need_bias) return;
   check_statistic(rstd, input, shape, wide(b.input), "rstd");
   if (mean) check_statistic(*mean, input, shape, Type::f64, "mean");
   const Tensor x = with_plain_rows(input, shape.outer), r = with_plain_rows(rstd, 0);
