@@ -42,7 +42,11 @@ CASES: dict[str, tuple[int, int, Callable[..., Any]]] = {
     "factor too": (1, 1, lambda x, w: rmsnorm.rms_norm(x, SIZE, w, 1e-5, return_rstd=True)),
     "unrounded sum": (2, 1, lambda x, r, w: rmsnorm.add_rms_norm(x, r, SIZE, w, 1e-5, round_sum=False)),
     "general": (2, 2, general),
-    "wider residual": (2, 1, lambda x, r, w: rmsnorm.add_rms_norm(x, r.double(), SIZE, w, 1e-5)),
+    "wider residual": (
+        2,
+        1,
+        lambda x, r, w: rmsnorm.add_rms_norm(x, r.double(), SIZE, w, 1e-5, out_dtype=torch.float64),
+    ),
     "factor": (1, 0, lambda x: rmsnorm.inverse_rms(x, SIZE, 1e-5)),
     "l2": (1, 1, lambda x, w: rmsnorm.l2_norm(x, SIZE, w)),
 }
@@ -111,7 +115,7 @@ def cut(name: str, tensors: list[Tensor]) -> str | None:
 def test_cut_rows(ranks, name):
     rows, weights, _ = CASES[name]
     said = ranks.run(cut, name, [torch.ones(4, *SIZE)] * rows + [torch.ones(SIZE)] * weights)
-    assert any("this form has no norm of rows on several ranks" in (each or "") for each in said)
+    assert any("this form has no norm of rows on several ranks" in (each or "") for each in said), said
 
 
 def modulated(tensors: list[Tensor], grads: list[Tensor], dim: int) -> list[Tensor] | None:

@@ -4,10 +4,16 @@ docs/models.md which says where a token's time goes: ``make gain``.
 SmolLM2 is real; the other models have the layers of real ones and random weights: time hangs on neither. Before and
 after take turns, in blocks of ten tokens; a cell shows the median over rounds of time after ÷ time before, and the
 quartiles. A cell whose quartiles have 1 between them is shown as no difference.
+
+Each model has a process of its own, as one's memory isn't given back whole. What they found is in build/gains.json;
+``--resume`` measures only what is missing there.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -25,6 +31,7 @@ from rmsnorm.models import loading, workload
 from rmsnorm.models.classes import switch
 
 ROOT = Path(__file__).parents[2]
+FOUND = ROOT / "build/gains.json"
 LABEL = "made by `make gain`"
 VOCABULARY = 8192
 """Of the models with random weights: a real one's head would be as large as all of these layers."""
@@ -77,7 +84,7 @@ def cell(speed: workload.Speed) -> str:
     return f"**{speed.ratio:.2f}** {span}" if speed.measurable else f"no difference {span}"
 
 
-def row(name: str, dtype: str, seconds: float = SECONDS) -> tuple[list[str], list[str]]:
+def row(name: str, dtype: str, seconds: float = SECONDS) -> list[list[str]]:
     """What a model of this type gains: its name, what was swapped, three times and the memory that a step keeps. And
     where the time of a token goes."""
     model = MODELS[name](DTYPES[dtype])
@@ -98,8 +105,7 @@ def row(name: str, dtype: str, seconds: float = SECONDS) -> tuple[list[str], lis
     swapped = f"{len(report.patched)} norms, {len(report.fused)} layers fused"
     cells = [f"{name}, {dtype}", swapped, *map(cell, speeds.values()), f"{held[1] / held[0]:.2f}"]
     spent = [f"{name}, {dtype}", *_spent(model, ids, turn, speeds["decode"])]
-    print(*cells, *spent[1:], sep=" | ", flush=True)
-    return cells, spent
+    return [cells, spent]
 
 
 def _block(token: Callable[[], object]) -> Callable[[], None]:
@@ -136,12 +142,32 @@ def _spent(model: Any, ids: torch.Tensor, turn: workload.Turn, decode: workload.
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::baddbmm"}
 
 
+def measured(resume: bool) -> list[list[list[str]]]:
+    """All rows, each from a process of its own."""
+    found: dict[str, list[list[str]]] = json.loads(FOUND.read_text()) if resume and FOUND.exists() else {}
+    FOUND.parent.mkdir(exist_ok=True)
+    for name in MODELS:
+        for dtype in DTYPES:
+            if (key := f"{name}, {dtype}") in found:
+                continue
+            command = [sys.executable, __file__, name, dtype]
+            found[key] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(*found[key][0], *found[key][1][1:], sep=" | ", flush=True)
+            beside = FOUND.with_suffix(".part")
+            beside.write_text(json.dumps(found, ensure_ascii=False, indent=1))
+            os.replace(beside, FOUND)
+    return [found[f"{name}, {dtype}"] for name in MODELS for dtype in DTYPES]
+
+
 def main() -> None:
     """Writes the tables into README.md, README.zh-CN.md and docs/models.md."""
     here = machine()
     if here["why_not_native"]:
         sys.exit(f"The native kernels are off: {here['why_not_native']}")
-    rows, spent = zip(*(row(name, dtype) for name in MODELS for dtype in DTYPES), strict=True)
+    if len(sys.argv) == 3:
+        print(json.dumps(row(*sys.argv[1:])))
+        return
+    rows, spent = zip(*measured("--resume" in sys.argv), strict=True)
     titles = (
         "after ÷ before",
         "swapped",
