@@ -2,6 +2,8 @@
 //
 // A scale, shift or gate has the sizes of the input, but may have 1 for its last outer dimensions: the rows that differ
 // in those alone lie one behind the other, and share it. All modulations of a call are shared alike, in Python's hands.
+#include <cstring>
+
 #include "modulated_rows.h"
 #include "tensors.h"
 
@@ -106,7 +108,8 @@ Four norm(const Tensor& input, const OptionalTensor& residual, const OptionalTen
     require(type_of(*shift) == f.modulation, "rmsnorm: no native kernel for scale and shift of two types");
   }
   const auto alike = [&](const OptionalTensor& t) { return !t || sharing(*t, input, shape) == m.shared; };
-  require(!keep || (alike(scale) && alike(gate)), "rmsnorm: modulations are shared by other numbers of rows each");
+  require(!keep || (alike(scale) && alike(shift) && alike(gate)),
+          "rmsnorm: modulations are shared by other numbers of rows each");
   Tensor output = empty_like(input, type), sum = m.added ? empty_like(input, type) : none(type);
   Tensor mean = keep && layer ? empty_statistic(input, dims, Type::f64) : none(Type::f64);
   Tensor rstd = keep ? empty_statistic(input, dims, wide(type)) : none(wide(type));
@@ -136,6 +139,11 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   const auto operands = shared_operands<kModulatedGrads>(*plain.addresses[kBackGrad], shape.outer, plain.addresses);
   const Target& target = current_target();
   const int64_t rows = operands.rows, columns = shape.columns, grain = grain_rows(columns);
+  if (rows == 0) {  // nothing is added up in what no row has
+    for (const Tensor* grad : grads)
+      if (grad) std::memset(grad->data_ptr(), 0, grad->numel() * grad->element_size());
+    return;
+  }
   const auto room = [&] { return std::unique_ptr<char[]>(new char[modulated_scratch(any)]); };
   if (!m.norm.need_weight && !m.add.need_weight) {
     parallel(rows, grain, [&](int64_t begin, int64_t end) {
@@ -148,7 +156,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   Backward alike = any;
   alike.gain.count = 1;
   const int64_t each = chunk_rows(alike, shared), chunks = (shared + each - 1) / each;
-  const int64_t units = rows ? rows / shared * chunks : 0, wide_columns = kModulations * columns;
+  const int64_t units = rows / shared * chunks, wide_columns = kModulations * columns;
   const auto finish = [&](const double* totals, int64_t group, int64_t begin, int64_t end) {
     for (int k = 0; k < kModulations; ++k)
       if (grads[k]) {

@@ -105,3 +105,32 @@ def test_subsets(name, dtype):
                     continue
                 for i, gradient in gradients(name, tensors, wanted).items():
                     assert same_bits(gradient, every[i]), (count, left, wanted, i)
+
+
+def test_modulations_shared_unlike():
+    """A scale of each sample beside a shift of all, or the other way round: gradients are sums over their own rows."""
+    x, *_ = made("modulated", 5, torch.float32)
+    one, two, other = (
+        torch.randn(size, generator=torch.Generator().manual_seed(3)) for size in ((1, 1, N), (2, 1, N), (2, 5, N))
+    )
+    for given in ((two, one, one), (one, two, two), (one, other, two), (other, two, one)):
+        scale, shift, gate = leaves = [t.clone().requires_grad_() for t in given]
+        outputs = modulated(x, x + 1, scale, shift, gate, None)
+        found = torch.autograd.grad(outputs, leaves, [x, x])
+        wide = [t.double().requires_grad_() for t in given]
+        total = x.double() + 1 + wide[2] * x
+        y = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + wide[0]) + wide[1]
+        wanted = torch.autograd.grad((y, total), wide, [x.double(), x.double()])
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_rows(name):
+    """What no row has is 0 where it is a sum over rows: weights, and what rows share."""
+    tensors = [t[..., :0, :] if t.dim() > 2 and t.shape[-2] != 1 else t for t in made(name, 2, torch.float32)]
+    for sample in (2, 1):
+        given = [t[:sample] if t.dim() == 3 and t.shape[-2] == 1 else t for t in tensors]
+        for i, gradient in gradients(name, given, range(len(given))).items():
+            assert gradient.shape == given[i].shape
+            assert gradient.count_nonzero() == 0, i
