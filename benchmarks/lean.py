@@ -82,7 +82,7 @@ def show(dtype: torch.dtype, tokens: int, seconds: float) -> None:
     inputs = {"input_ids": ids}
 
     def loss(of: nn.Module) -> Callable[[], Tensor]:
-        return lambda: workload._loss(of, inputs, True)
+        return lambda: workload.loss(of, inputs, writes=True)
 
     sides = {"unpatched": kept(model, loss(model))}
     reports = {

@@ -81,25 +81,25 @@ struct Rows {
     return operands;
   }
 
-  // [*, tokens, heads, last], for what is kept, and for gradients, which go back to where a projection wrote x.
-  Tensor empty_walked(int64_t last, Type type) const {
+  // [*, tokens, heads, 1], for what is kept.
+  Tensor empty_statistic() const {
     const auto sizes = x.sizes();
     const auto order = walked(x.dim());
     std::array<int64_t, kMaxDims> walked_sizes;
     for (size_t d = 0; d + 1 < sizes.size(); ++d) walked_sizes[d] = sizes[order[d]];
-    walked_sizes[sizes.size() - 1] = last;
-    return empty(walked_sizes.data(), x.dim(), type);
+    walked_sizes[sizes.size() - 1] = 1;
+    return empty(walked_sizes.data(), x.dim(), wide(f.input));
   }
-};
 
-Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, -3, -2); }
+  // Of x's sizes, the heads of a token side by side, as a projection wrote them: attention lays out what it makes of
+  // queries as it finds them, and the next projection reads that where it lies. Gradients go back there.
+  Tensor empty_by_tokens() const { return empty(x.sizes().data(), x.dim(), f.input, walked(x.dim()).data()); }
+};
 
 // Turns rows as they come.
 Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, Turn direction) {
   const Rows rows(x, cos, sin, interleaved, direction);
-  const bool back = direction == Turn::back;
-  const Tensor output =
-      back ? transposed(rows.empty_walked(rows.f.columns, rows.f.input)) : empty_like(x, rows.f.input);
+  const Tensor output = rows.empty_by_tokens();
   run_forward(rows.f, rows.operands<kForwardOperands>({&rows.x, &output}, kGate, kResidual), current_target(), nullptr,
               nullptr);
   return output;
@@ -139,8 +139,8 @@ Tensor norm(const Tensor& x, const Tensor& cos, const Tensor& sin, const Optiona
   const Gain gain = gain_of(weight, offset, x, Gain::kForward);
   require(!weight || !round_first || type_of(*weight) == rows.f.input,
           "rmsnorm: no native kernel for a weight of another type that multiplies a rounded value");
-  output = empty_like(x, rows.f.input);
-  const Tensor rstd = keep ? rows.empty_walked(1, wide(rows.f.input)) : none(Type::f32);
+  output = rows.empty_by_tokens();
+  const Tensor rstd = keep ? rows.empty_statistic() : none(Type::f32);
   rows.f.eps = eps, rows.f.round_first = round_first, rows.f.gain_type = gain.type, rows.f.gain = gain.rows;
   run_forward(rows.f, rows.operands<kForwardOperands>({&rows.x, &output}, kGate, kResidual), *gain.target,
               keep ? &rstd : nullptr, nullptr);
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, co
   const Tensor dy = with_plain_rows(grad, x.dim() - 1), r = with_plain_rows(rstd, 0);
   require(r.is_cpu() && type_of(r) == wide(type) && r.numel() * b.columns == x.numel(),
           "rmsnorm: what was kept must be what the forward operator returned for this input");
-  const Tensor dx = transposed(rows.empty_walked(b.columns, type));
+  const Tensor dx = rows.empty_by_tokens();
   const Tensor dw = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
   run_backward(*gain.target, b, rows.operands<kBackwardOperands>({&rows.x, &dy, &dx}, kXGate, kGradSum), r, nullptr,
                {need_weight ? &dw : nullptr, nullptr});

@@ -46,10 +46,14 @@ inline ScalarType scalar_of(Type type) {
   }
 }
 
-// Of any of torch's types, by its number and the bytes of an element.
-inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size) {
+// Of any of torch's types, by its number and the bytes of an element; `order` has the dimensions from the outermost to
+// the innermost in memory, if that isn't the order of the sizes.
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size, const int64_t* order = nullptr) {
   int64_t strides[kMaxDims], stride = 1;
-  for (int64_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  for (int64_t i = dims; i-- > 0;) {
+    const int64_t d = order ? order[i] : i;
+    strides[d] = stride, stride *= std::max<int64_t>(sizes[d], 1);
+  }
   const int64_t bytes = stride * size;
   AtenTensorHandle handle;
   require(aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
@@ -60,8 +64,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t si
   return tensor;
 }
 
-inline Tensor empty(const int64_t* sizes, int64_t dims, Type type) {
-  return empty(sizes, dims, static_cast<int32_t>(scalar_of(type)), size_of(type));
+inline Tensor empty(const int64_t* sizes, int64_t dims, Type type, const int64_t* order = nullptr) {
+  return empty(sizes, dims, static_cast<int32_t>(scalar_of(type)), size_of(type), order);
 }
 
 inline Tensor empty_like(const Tensor& tensor, Type type) {

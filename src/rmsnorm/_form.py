@@ -9,7 +9,7 @@ operators are made of it, whose arguments always come in this order:
 
 The definition is their default kernel on every device. The C++ library (``csrc/``) and ``gpu/`` register themselves for
 a more specific key, and torch's dispatcher prefers those: so "no compiler" and "another device" are the same path, and
-no code of ours chooses. Outputs are always contiguous. A gradient that is not asked for comes back with shape ``[0]``.
+no code of ours chooses. Outputs are contiguous, but for heads. A gradient that isn't asked for comes back as ``[0]``.
 """
 
 from __future__ import annotations

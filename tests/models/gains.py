@@ -6,7 +6,7 @@ after take turns, in blocks of ten tokens; a cell shows the median over rounds o
 quartiles. A cell whose quartiles have 1 between them is shown as no difference.
 
 Each model has a process of its own, as one's memory isn't given back whole. What they found is in build/gains.json;
-``--resume`` measures only what is missing there.
+``--resume`` measures only what is missing there, ``--kept`` only the last column, which no other work disturbs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import transformers
 
 import rmsnorm
 from rmsnorm.bench.console import machine
+from rmsnorm.bench.memory import kept
 from rmsnorm.bench.pages import replace_block, table
 from rmsnorm.bench.timing import measure
 from rmsnorm.models import loading, workload
@@ -84,7 +86,7 @@ def cell(speed: workload.Speed) -> str:
     return f"**{speed.ratio:.2f}** {span}" if speed.measurable else f"no difference {span}"
 
 
-def row(name: str, dtype: str, seconds: float = SECONDS) -> list[list[str]]:
+def row(name: str, dtype: str, only_kept: bool = False) -> list[list[str]]:
     """What a model of this type gains: its name, what was swapped, three times and the memory that a step keeps. And
     where the time of a token goes."""
     model = MODELS[name](DTYPES[dtype])
@@ -98,14 +100,20 @@ def row(name: str, dtype: str, seconds: float = SECONDS) -> list[list[str]]:
     # The proof of every norm is patch's own. Here: that the model as a whole says the same, up to its type's noise.
     assert (after - before).abs().max() <= 0.05 * before.abs().max(), f"{name} {dtype} says something else"
     turn, inputs = switch(model), {"input_ids": ids}
-    works = workload.kinds(model, inputs, writes=True)
-    works["decode"] = workload.Work(lambda: _block(workload.decoding(model, ids)), TOKENS)
-    speeds = {kind: workload.time(work, turn, seconds) for kind, work in works.items()}
-    held = [one.kept for one in workload.memories(model, inputs, turn, writes=True).values()]
     swapped = f"{len(report.patched)} norms, {len(report.fused)} layers fused"
-    cells = [f"{name}, {dtype}", swapped, *map(cell, speeds.values()), f"{held[1] / held[0]:.2f}"]
-    spent = [f"{name}, {dtype}", *_spent(model, ids, turn, speeds["decode"])]
-    return [cells, spent]
+    cells, spent = [f"{name}, {dtype}", swapped], [f"{name}, {dtype}"]
+    if not only_kept:
+        works = workload.kinds(model, inputs, writes=True)
+        works["decode"] = workload.Work(lambda: _block(workload.decoding(model, ids)), TOKENS)
+        speeds = {kind: workload.time(work, turn, SECONDS) for kind, work in works.items()}
+        cells += map(cell, speeds.values())
+        spent += _spent(model, ids, turn, speeds["decode"])
+    held = []
+    for on in (False, True):
+        turn(on)
+        storages = kept(lambda: workload.loss(model, inputs, writes=True), model.parameters())
+        held.append(sum(size for size, _ in storages))
+    return [[*cells, f"{held[1] / held[0]:.2f}"], spent]
 
 
 def _block(token: Callable[[], object]) -> Callable[[], None]:
@@ -142,21 +150,25 @@ def _spent(model: Any, ids: torch.Tensor, turn: workload.Turn, decode: workload.
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::baddbmm"}
 
 
-def measured(resume: bool) -> list[list[list[str]]]:
+def measured(resume: bool, only_kept: bool) -> list[list[list[str]]]:
     """All rows, each from a process of its own."""
-    found: dict[str, list[list[str]]] = json.loads(FOUND.read_text()) if resume and FOUND.exists() else {}
+    found: dict[str, list[list[str]]] = json.loads(FOUND.read_text()) if resume or only_kept else {}
     FOUND.parent.mkdir(exist_ok=True)
-    for name in MODELS:
-        for dtype in DTYPES:
-            if (key := f"{name}, {dtype}") in found:
-                continue
-            command = [sys.executable, __file__, name, dtype]
-            found[key] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            print(*found[key][0], *found[key][1][1:], sep=" | ", flush=True)
-            beside = FOUND.with_suffix(".part")
-            beside.write_text(json.dumps(found, ensure_ascii=False, indent=1))
-            os.replace(beside, FOUND)
-    return [found[f"{name}, {dtype}"] for name in MODELS for dtype in DTYPES]
+    for name, dtype in product(MODELS, DTYPES):
+        key = f"{name}, {dtype}"
+        if key in found and not only_kept:
+            continue
+        command = [sys.executable, __file__, name, dtype, *(["--kept"] if only_kept else [])]
+        got = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        if only_kept:
+            found[key][0][-1] = got[0][-1]
+        else:
+            found[key] = got
+        print(*found[key][0], *found[key][1][1:], sep=" | ", flush=True)
+        beside = FOUND.with_suffix(".part")
+        beside.write_text(json.dumps(found, ensure_ascii=False, indent=1))
+        os.replace(beside, FOUND)
+    return [found[f"{name}, {dtype}"] for name, dtype in product(MODELS, DTYPES)]
 
 
 def main() -> None:
@@ -164,10 +176,11 @@ def main() -> None:
     here = machine()
     if here["why_not_native"]:
         sys.exit(f"The native kernels are off: {here['why_not_native']}")
-    if len(sys.argv) == 3:
-        print(json.dumps(row(*sys.argv[1:])))
+    only_kept = "--kept" in sys.argv
+    if len(sys.argv) >= 3:
+        print(json.dumps(row(*sys.argv[1:3], only_kept)))
         return
-    rows, spent = zip(*measured("--resume" in sys.argv), strict=True)
+    rows, spent = zip(*measured("--resume" in sys.argv, only_kept), strict=True)
     titles = (
         "after ÷ before",
         "swapped",

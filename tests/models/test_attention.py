@@ -14,6 +14,7 @@ from oracle import same_bits
 from torch import Tensor, nn
 
 import rmsnorm
+from rmsnorm.bench import memory
 from rmsnorm.forms import heads_ops
 from rmsnorm.models import attention
 from rmsnorm.models import turns as turns_of_models
@@ -252,3 +253,15 @@ def test_adds_alone_have_their_old_name() -> None:
     report = rmsnorm.patch(model_of("Llama"), fuse_add=True)
     assert report.fused
     assert not any("rotary" in entry.meaning for entry in report.fused)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3Text", "Glm4"])
+def test_keeps_no_more(family):
+    """Queries lie as the lines' do: attention's output then goes into the next projection as it is, and not as a copy
+    that is kept, too. The heads' norms, in turn, keep less than theirs."""
+    kept = {}
+    for fuse in ("fuse_add", "fuse"):
+        model = model_of(family)
+        rmsnorm.patch(model, **{fuse: {"input_ids": IDS}})
+        kept[fuse] = sum(size for size, _ in memory.kept(lambda m=model: m(IDS).logits.sum(), model.parameters()))
+    assert kept["fuse"] <= kept["fuse_add"]

@@ -59,7 +59,8 @@ def heads_rms_norm_rope(
         interleaved: pairs are neighbours (GLM, Cohere, GPT-J), not columns of two halves (Llama, Qwen3, Gemma).
 
     Returns:
-        ``(query, key)``, both contiguous, as attention reads them, and of the types that the norms have.
+        ``(query, key)``, of the types that the norms have, and laid out as a projection writes them, the heads of a
+        token side by side: what attention makes of them then needs no copy before the next projection.
 
     Raises:
         RuntimeError: as :func:`rmsnorm.rms_norm`; shapes that don't fit; types that aren't real and floating.
@@ -124,7 +125,7 @@ def rope(
     ``cos[..., :n // 2].repeat_interleave(2, -1)`` is what ``interleaved=True`` wants.
 
     Returns:
-        ``(query, key)``, both contiguous, of their own types.
+        ``(query, key)``, of their own types, laid out as those of :func:`rmsnorm.heads_rms_norm_rope`.
 
     Raises:
         RuntimeError: shapes that don't fit; types that aren't real and floating.

@@ -38,7 +38,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """``x``, ``[*, heads, tokens, head_dim]``, turned."""
     part, rest, cos, sin = _parts(x, cos, sin)
     part = reference.cast(part * cos + quarter(part, interleaved) * sin, x.dtype)
-    return (part if rest is None else torch.cat((part, rest), -1)).contiguous()
+    return _laid(part if rest is None else torch.cat((part, rest), -1))
 
 
 def turn_back(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -87,9 +87,10 @@ def _walked(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).contiguous()
 
 
-def _laid(grad: Tensor) -> Tensor:
-    """The gradient goes back to where that projection wrote."""
-    return _walked(grad).transpose(-3, -2)
+def _laid(heads: Tensor) -> Tensor:
+    """Where that projection wrote: attention lays out what it makes of queries as it finds them, so that the next
+    projection reads it where it lies. Gradients go back there."""
+    return _walked(heads).transpose(-3, -2)
 
 
 def _gradients(
@@ -106,11 +107,15 @@ def _gradients(
     return both[0][0], both[1][0], both[0][1], both[1][1]
 
 
+def _room(heads: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return _form.like(heads.transpose(-3, -2), dtype).transpose(-3, -2)
+
+
 def _like(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     query_weight, key_weight, _, _, round_first, _ = arguments
     return (
-        _form.like(query, reference.result_dtype(query, query_weight, round_first)),
-        _form.like(key, reference.result_dtype(key, key_weight, round_first)),
+        _room(query, reference.result_dtype(query, query_weight, round_first)),
+        _room(key, reference.result_dtype(key, key_weight, round_first)),
         reference.empty_rstd(query.transpose(-3, -2), 1),
         reference.empty_rstd(key.transpose(-3, -2), 1),
     )
@@ -149,7 +154,7 @@ ROPE = _form.register(
         outputs=("turned_query", "turned_key"),
         kept=(),
         define=rope,
-        like=lambda query, key, *arguments: (_form.like(query), _form.like(key)),
+        like=lambda query, key, *arguments: (_room(query), _room(key)),
         saved=("cos", "sin"),
         grads="Tensor grad_query, Tensor grad_key",
         gradients=_rope_gradients,

@@ -47,7 +47,7 @@ class Turn:
 
     @staticmethod
     def room(heads: Tensor) -> Tensor:
-        """A gradient goes back to where a projection wrote."""
+        """Where a projection wrote."""
         return heads.new_empty(heads.transpose(-3, -2).shape).transpose(-3, -2)
 
 
@@ -55,7 +55,7 @@ def rope(keep: bool, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inter
     if not _turns(query, cos, sin):
         return None
     turn = Turn(query, cos, sin, interleaved)
-    return tuple(_turn(x, turn, x.new_empty(x.shape)) for x in (query, key))
+    return tuple(_turn(x, turn, turn.room(x)) for x in (query, key))
 
 
 def rope_backward(
@@ -91,7 +91,7 @@ def heads_rms_norm_rope(
     turned, kept = [], []
     for x, weight in pairs:
         rstd = reference.empty_rstd(x.transpose(-3, -2), 1) if keep else None
-        turned.append(_turn(x, turn, x.new_empty(x.shape), rstd, launch._in_a_row(weight), (eps, offset, round_first)))
+        turned.append(_turn(x, turn, turn.room(x), rstd, launch._in_a_row(weight), (eps, offset, round_first)))
         kept.append(rstd)
     return *turned, *kept
 

@@ -141,10 +141,10 @@ def time(work: Work, turn: Turn, seconds: float) -> Speed:
 def step(model: Any, inputs: dict[str, Tensor], *, writes: bool) -> None:
     """Forward and backward; the optimizer is not ours to compare."""
     model.zero_grad(set_to_none=True)
-    _loss(model, inputs, writes).backward()
+    loss(model, inputs, writes=writes).backward()
 
 
-def _loss(model: Any, inputs: dict[str, Tensor], writes: bool) -> Tensor:
+def loss(model: Any, inputs: dict[str, Tensor], *, writes: bool) -> Tensor:
     """A language model's own, else the mean square of what comes out."""
     if writes:
         loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
@@ -178,7 +178,7 @@ def memory(model: Any, inputs: dict[str, Tensor], *, writes: bool) -> Memory:
     """Of one training step. torch's own count of tensors: what the process holds in all also depends on what it held
     before."""
     model.zero_grad(set_to_none=True)
-    storages = kept(lambda: _loss(model, inputs, writes), model.parameters())
+    storages = kept(lambda: loss(model, inputs, writes=writes), model.parameters())
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop otherwise
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         step(model, inputs, writes=writes)
