@@ -17,7 +17,7 @@ import torch
 from carried import DEVICE, carried
 
 from rmsnorm import _form, _native
-from rmsnorm.gpu import forms, heads, launch, route, serve
+from rmsnorm.gpu import backward, forms, general, heads, launch, neighbours, route, serve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = ["test_bench_device.py", "test_compiled.py", "test_route.py"]
@@ -29,7 +29,8 @@ else:
     collect_ignore = ["test_values.py", "test_forms.py", "test_interpreter.py", "test_device.py"]
 
 FORMS = {made.form.name + end for made in _form.registered for end in made.schemas}
-LAUNCHES = {launch: ("forward", "backward"), **{room: FORMS & vars(room).keys() for room in (forms, heads)}}
+ROOMS = forms, general, heads, neighbours
+LAUNCHES = {launch: ("forward",), backward: ("backward",), **{room: FORMS & vars(room).keys() for room in ROOMS}}
 
 if INTERPRETED or DEVICE:
     if not _native.why_not():

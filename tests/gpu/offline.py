@@ -24,9 +24,12 @@ from triton.runtime import driver
 
 from rmsnorm.bench.pages import replace_block
 from rmsnorm.gpu import (
+    backward,
     forms,
+    general,
     heads,
     launch,
+    neighbours,
     triton_backward,
     triton_forward,
     triton_heads,
@@ -101,6 +104,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
     monkeypatch.setattr(launch, "_launch", collect)
     for kernel in (
         triton_forward.forward,
+        triton_forward.add,
         triton_backward.backward,
         triton_backward.backward_wide,
         triton_backward.fold,
@@ -147,7 +151,7 @@ def launch_all(columns: int, dtype: torch.dtype) -> None:
     x, weight = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
     _, _, rstd = launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
     launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
-    launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
+    backward.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
 
 
 def launch_forms(columns: int, dtype: torch.dtype) -> None:
@@ -157,6 +161,30 @@ def launch_forms(columns: int, dtype: torch.dtype) -> None:
     forms.rms_norm_add(True, x, x, weight, 1, 1e-5, 0.0, True)
     for residual, e4m3 in ((None, False), (x, True)) if dtype is not torch.float64 else []:
         forms.quantised_rms_norm(False, x, residual, None, weight, 1, 1e-5, 0.0, False, True, True, e4m3)
+
+
+def launch_neighbours(columns: int, dtype: torch.dtype) -> None:
+    """Gated, modulated, general and lean, forward and backward, of aligned rows."""
+    x, weight = torch.zeros(64, columns, dtype=dtype).view(4, 16, columns), torch.zeros(columns, dtype=dtype)
+    rstd = torch.ones(4, 16, 1, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    shared, norm, all = x[:, :1], (1, 1e-5, 0.0), [True] * 6
+    for behind, silu in ((True, True), (False, False)):
+        neighbours.gated_rms_norm(True, x, x, weight, *norm, behind, behind, silu)
+        neighbours.gated_rms_norm_backward(x, x, x, rstd, weight, *norm, behind, silu, *all[:3])
+    for gate, layer, each in ((shared, True, False), (None, False, True)):
+        other = None if gate is None else x
+        neighbours.modulated_norm(True, x, other, gate, shared, shared, None, *norm, each, layer)
+        neighbours.modulated_norm_backward(
+            *(x, other, x, gate, shared, shared, x if other is x else x[:0], rstd.double(), rstd, None, *norm, layer),
+            *all,
+        )
+    neighbours.gated_add(True, x, x, shared, True)
+    neighbours.gated_add_backward(x, x, shared, True, True)
+    general.general_rms_norm(True, x, weight, weight, *norm, True, columns // 2, True, True, None)
+    general.general_rms_norm_backward(x, rstd, x, rstd, weight, weight, 1, -1e-5, 0.0, columns // 2, True, *all[:3])
+    general.general_add_rms_norm(True, x, x, weight, None, 1, -1e-5, 1.0, False, -1, False, torch.float32)
+    general.add_rms_norm_lean_backward(x, x, rstd, x, rstd, weight, 1, 0.0, *all[:2])
+    general.rms_norm_lean_backward(x, None, x, rstd, weight, 1, 0.0, *all[:2])
 
 
 def launch_heads(columns: int, dtype: torch.dtype, interleaved: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all, launch_forms, launch_heads
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
-from rmsnorm.gpu import launch
+from rmsnorm.gpu import backward, launch
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
@@ -61,7 +61,7 @@ def test_every_option_compiles(name, monkeypatch):
                 weight = torch.zeros(columns, dtype=torch.float32)
                 _, _, rstd = launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
                 launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
-                launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
+                backward.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
     assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
 
 
@@ -102,7 +102,7 @@ def test_layouts_share_one_code(columns, monkeypatch):
                 x = torch.zeros(rows, columns, dtype=torch.bfloat16)
                 x, grad = alike(lay_out(x, layout), lay_out_grad(x, grad_layout))
                 _, _, rstd = launch.forward(x, None, w, 1, 1e-5, 0.0, False, True)
-                launch.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
+                backward.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
     assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 3
 
 

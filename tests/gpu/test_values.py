@@ -43,7 +43,7 @@ from oracle import (
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, rms_norm
-from rmsnorm.gpu import launch, route
+from rmsnorm.gpu import backward, launch, route
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -336,7 +336,7 @@ def test_dw_over_many_rows(monkeypatch, dtype, partials):
     384 partial sums at most, 2^15 rows of 16 columns are one fp32 tile sum each; with 2, a partial takes 128 tiles,
     32 of them in fp32, then fp64. Beside a half type's own rounding, a sum of 32 in fp32 may be off by sqrt(32)/2 u and
     a tile of 128 by about as much: 6u, at any number of rows. fp64: sums of 128 and 128, 32u."""
-    monkeypatch.setattr(launch, "PARTIALS", (partials, partials))
+    monkeypatch.setattr(backward, "PARTIALS", (partials, partials))
     weight = gains(16, dtype=dtype)
     rounding = 0.51 * torch.finfo(dtype).eps if dtype in HALVES else 0.0
     allowed = rounding + (32 * 2.0**-53 if dtype is torch.float64 else 6 * 2.0**-24)
@@ -359,7 +359,7 @@ def test_partial_sums_are_bounded(monkeypatch, rows, columns, most):
         launch, "_launch", lambda kernel, grid, arguments, *_: seen.update({kernel.__name__: arguments})
     )
     x = torch.empty(1, columns).expand(rows, columns)
-    launch.backward(x, None, x, torch.empty(rows), x[0], 1, EPS, 0.0, False, True)
+    backward.backward(x, None, x, torch.empty(rows), x[0], 1, EPS, 0.0, False, True)
     assert 1 <= len(seen["fold"][0]) <= most
 
 
