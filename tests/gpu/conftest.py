@@ -54,3 +54,28 @@ def on_triton(monkeypatch):
             monkeypatch.setattr(room, name, carried(getattr(room, name)))
     with np.errstate(all="ignore"):  # numpy warns of the overflows that a GPU makes silently
         yield
+
+
+@pytest.fixture(params=["held", "blocks"])
+def form(request, monkeypatch):
+    """Rows that stay in registers, and rows in blocks of 128 columns (a program has several) or of 1024: what rows get
+    that are wider than 16384, forced upon narrow ones."""
+    if request.param == "blocks":
+        columns = request.node.callspec.params.get("columns", 0)
+        monkeypatch.setattr(launch, "WIDEST", dict.fromkeys(launch.WIDEST, 0))
+        monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128 if columns < 1000 else 1024))
+    return request.param
+
+
+@pytest.fixture
+def nothing_falls_back(monkeypatch):
+    """A form that isn't Triton's, but for empty tensors, fails."""
+    real = serve._launched
+
+    def launched(form, arguments, keep):
+        results = real(form, arguments, keep)
+        empty = any(isinstance(t, torch.Tensor) and not t.numel() for t in arguments[:2])
+        assert results is not None or empty, f"{form.name} is not served by Triton"
+        return results
+
+    monkeypatch.setattr(serve, "_launched", launched)

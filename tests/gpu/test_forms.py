@@ -49,9 +49,8 @@ from rmsnorm import (
     sandwich_rms_norm,
 )
 from rmsnorm.forms import heads_ops
-from rmsnorm.gpu import launch, serve
 
-pytestmark = pytest.mark.usefixtures("on_triton")
+pytestmark = pytest.mark.usefixtures("on_triton", "nothing_falls_back")
 
 NEXT_EPS = 1e-3
 
@@ -63,29 +62,6 @@ def problems(types: tuple[torch.dtype, ...], blocks: tuple[torch.dtype, ...]) ->
         pytest.param(*cell, marks=[] if cell in quick else pytest.mark.heavy, id="{}-{}-{}".format(*cell))
         for cell in ((dtype, *cell) for dtype, cell in product(types, CELLS))
     ]
-
-
-@pytest.fixture(params=["held", "blocks"])
-def form(request, monkeypatch):
-    """Rows that stay in registers, and rows in blocks: see test_values.py."""
-    if request.param == "blocks":
-        columns = request.node.callspec.params.get("columns", 0)
-        monkeypatch.setattr(launch, "WIDEST", {"forward": 0, "backward": 0})
-        monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128 if columns < 1000 else 1024))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _nothing_falls_back(monkeypatch):
-    """What isn't Triton's, but for empty tensors, fails here."""
-    real = serve._launched
-
-    def launched(form, arguments, keep):
-        results = real(form, arguments, keep)
-        assert results is not None or not arguments[0].numel(), f"{form.name} is not served by Triton"
-        return results
-
-    monkeypatch.setattr(serve, "_launched", launched)
 
 
 def pair(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -62,16 +62,6 @@ PROBLEMS = [
 BOUNDS = ULPS | {torch.float64: REFERENCE_ULPS[torch.float64]}
 
 
-@pytest.fixture(params=["held", "blocks"])
-def form(request, monkeypatch):
-    """Rows that stay in registers, and rows in blocks of 128 columns (a program has several) or of 1024."""
-    if request.param == "blocks":
-        columns = request.node.callspec.params.get("columns", 0)
-        monkeypatch.setattr(launch, "WIDEST", {"forward": 0, "backward": 0})
-        monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128 if columns < 1000 else 1024))
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _nothing_falls_back(monkeypatch):
     """What isn't Triton's, but for empty tensors, fails here."""

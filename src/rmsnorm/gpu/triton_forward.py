@@ -23,6 +23,7 @@ def forward(
     wide: tl.constexpr = tl.float64 if kind == tl.float64 else tl.float32
     # The type whose numbers are squared.
     exact: tl.constexpr = kind if (LOAD == "" or LOAD == "gated" or LOAD == "gated, each") and not LAYER else wide
+    SOME: tl.constexpr = more is not None and more.counted is not None
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     inside = row < rows
     row = row * tl.num_programs(1) + tl.program_id(1)
@@ -52,12 +53,12 @@ def forward(
                 here = inside & (column < columns)
                 block = _centred(_taken(given, row, column, here, wide, LOAD), mean, here)
                 gain = _gain(weight, column, columns, OFFSET, wide)
-                block = _output(block, scaled_r, scale, gain, kind, ROUND_FIRST)
+                block = _output(block, scaled_r, scale, gain, kind, ROUND_FIRST, SOME)
                 block = _finished(block, weight, more, row, column, columns, here, kind, wide, STORE, ROUND_FIRST)
                 tl.store(y + row * columns + column, block, here)
         else:
             here = inside & (first < columns)
-            tile = _output(tile, scaled_r, scale, gain, kind, ROUND_FIRST)
+            tile = _output(tile, scaled_r, scale, gain, kind, ROUND_FIRST, SOME)
             tile = _finished(tile, weight, more, row, first, columns, here, kind, wide, STORE, ROUND_FIRST)
             tl.store(y + row * columns + first, tile, here)
 

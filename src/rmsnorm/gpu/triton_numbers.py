@@ -1,10 +1,32 @@
-"""The only file with the arithmetic of GPU kernels that knows no rows of memory: sums of squares, exponentials, gates.
+"""The only file with the arithmetic of GPU kernels that knows no rows of memory: sums, exponentials, gates.
 
 Nothing may be contracted (``enable_fp_fusion=False``): where a fused multiply-add is meant, it is written.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _above(x, kind: tl.constexpr):
+    """A power of two that is 2 to 4 times x."""
+    if kind == tl.float64:
+        return ((x.to(tl.int64, bitcast=True) & 0x7FF0000000000000) + (2 << 52)).to(tl.float64, bitcast=True)
+    return ((x.to(tl.int32, bitcast=True) & 0x7F800000) + (2 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum(x, wide: tl.constexpr):
+    """The sum of each row, as good as ``_square_sum`` and by its way, fp64 [ROWS, 1]. What would overflow is scaled."""
+    rough = tl.sum(tl.abs(x), 1, keep_dims=True)
+    upper = (x + _above(rough, wide)) - _above(rough, wide)
+    rest = tl.sum(x - upper, 1, keep_dims=True).to(tl.float64)
+    total = tl.sum(upper, 1, keep_dims=True).to(tl.float64) + rest
+    if wide == tl.float32:
+        large = rough >= 2.0**120
+        if tl.max(large.to(tl.int32)) == 1:
+            total = tl.where(large, tl.sum(x * 2.0**-32, 1, keep_dims=True).to(tl.float64) * 2.0**32, total)
+    return total
 
 
 @triton.jit
@@ -19,10 +41,7 @@ def _square_sum(x, kind: tl.constexpr):
     rough = tl.sum(square, 1, keep_dims=True)
     if kind.primitive_bitwidth == 16:
         return rough.to(tl.float64)
-    if kind == tl.float64:
-        cut = ((rough.to(tl.int64, bitcast=True) & 0x7FF0000000000000) + (2 << 52)).to(tl.float64, bitcast=True)
-    else:
-        cut = ((rough.to(tl.int32, bitcast=True) & 0x7F800000) + (2 << 23)).to(tl.float32, bitcast=True)
+    cut = _above(rough, kind)
     upper = (square + cut) - cut
     lower = (square - upper) + tl.fma(x, x, -square)
     total = tl.sum(upper, 1, keep_dims=True).to(tl.float64) + tl.sum(lower, 1, keep_dims=True).to(tl.float64)

@@ -20,7 +20,7 @@ have. Which steps are meant, strings say, as constants of a kernel:
 import triton
 import triton.language as tl
 
-from .triton_numbers import _activation, _square_sum, _wide_square_sum
+from .triton_numbers import _activation, _square_sum, _sum, _wide_square_sum
 
 
 @triton.jit
@@ -85,25 +85,25 @@ def _held(
 
 @triton.jit
 def _mean(tile, given, row, inside, columns, part, wide: tl.constexpr, BLOCK: tl.constexpr, LOAD: tl.constexpr):
-    """The mean of each row in two parts: what it is about, and the mean of what is left."""
-    share = (tl.zeros(row.shape, tl.float64) + part).to(wide)
-    first = tl.zeros(row.shape, wide)
-    rest = tl.zeros(row.shape, wide)
+    """The mean of each row in two parts; in fp64 the second is the mean of what the first leaves."""
+    mean = tl.zeros(row.shape, tl.float64)
+    left = tl.zeros(row.shape, tl.float64)
+    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     if tile is None:
         for start in range(0, columns, BLOCK):
-            column = (start + tl.arange(0, BLOCK))[None, :].to(tl.int64)
-            block = _taken(given, row, column, inside & (column < columns), wide, LOAD)
-            first += tl.sum(block * share, 1, keep_dims=True)
-        for start in range(0, columns, BLOCK):
-            column = (start + tl.arange(0, BLOCK))[None, :].to(tl.int64)
-            here = inside & (column < columns)
-            block = tl.where(here, _taken(given, row, column, here, wide, LOAD) - first, 0.0)
-            rest += tl.sum(block * share, 1, keep_dims=True)
+            here = inside & (start + column < columns)
+            mean += _sum(_taken(given, row, start + column, here, wide, LOAD), wide) * part
+        if wide == tl.float64:
+            for start in range(0, columns, BLOCK):
+                here = inside & (start + column < columns)
+                block = _taken(given, row, start + column, here, wide, LOAD)
+                left += _sum(tl.where(here, block - mean, 0.0), wide) * part
     else:
-        first += tl.sum(tile * share, 1, keep_dims=True)
-        column = tl.arange(0, BLOCK)[None, :]
-        rest += tl.sum(tl.where(inside & (column < columns), tile - first, 0.0) * share, 1, keep_dims=True)
-    return first, rest
+        mean += _sum(tile, wide) * part
+        if wide == tl.float64:
+            left += _sum(tl.where(inside & (column < columns), tile - mean, 0.0), wide) * part
+    first = mean.to(wide)
+    return first, (mean - first + left).to(wide)
 
 
 @triton.jit
@@ -138,7 +138,8 @@ def _reciprocal(
     other rule: eps is the least mean, and where it holds the first of the three is negative.
     """
     square = total * part
-    mean_square = tl.maximum(square, eps, tl.PropagateNan.ALL) if FLOOR else square + eps
+    least = tl.zeros(square.shape, tl.float64) + eps
+    mean_square = tl.maximum(square, least, tl.PropagateNan.ALL) if FLOOR else square + eps
     scale = tl.full(total.shape, 1.0, tl.float32)
     if kind == tl.float64:
         r = 1.0 / tl.sqrt(mean_square)
@@ -159,7 +160,7 @@ def _reciprocal(
             else:
                 total = _wide_square_sum(_counted(tile, given[3], tl.arange(0, BLOCK)[None, :]))
             square = total * part
-            mean_square = tl.maximum(square, eps, tl.PropagateNan.ALL) if FLOOR else square + eps
+            mean_square = tl.maximum(square, least, tl.PropagateNan.ALL) if FLOOR else square + eps
             r = tl.where(ordinary, r, 1.0 / tl.sqrt(mean_square))
             scale = tl.where(r > 2.0**100, 2.0**64, tl.where(r < 2.0**-100, 2.0**-64, scale))
             scaled_r = r * tl.where(r > 2.0**100, 2.0**-64, tl.where(r < 2.0**-100, 2.0**64, 1.0))
@@ -180,8 +181,9 @@ def _gain(weight, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
 
 
 @triton.jit
-def _output(x, r, scale, gain, kind: tl.constexpr, ROUND_FIRST: tl.constexpr):
-    """``x · r · gain``. For fp32, r has two parts, and ``x · r`` is rounded once."""
+def _output(x, r, scale, gain, kind: tl.constexpr, ROUND_FIRST: tl.constexpr, INFINITE: tl.constexpr = False):
+    """``x · r · gain``. For fp32, r has two parts, and ``x · r`` is rounded once. INFINITE is whether x may be so and r
+    not 0, as where not all columns count: parts of two signs would make that NaN."""
     if kind == tl.float64:
         y = x * r
     else:
@@ -189,7 +191,8 @@ def _output(x, r, scale, gain, kind: tl.constexpr, ROUND_FIRST: tl.constexpr):
         high = r.to(tl.float32)
         y = x * high
         if kind == tl.float32:
-            y = tl.fma(x, high, x * (r - high.to(tl.float64)).to(tl.float32))
+            whole = tl.fma(x, high, x * (r - high.to(tl.float64)).to(tl.float32))
+            y = tl.where(tl.abs(x) == float("inf"), y, whole) if INFINITE else whole
     if ROUND_FIRST:
         y = y.to(kind).to(y.dtype)
     if gain is not None:
