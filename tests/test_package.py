@@ -87,7 +87,7 @@ MAY_IMPORT = {
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route", "gpu/serve"},
     "gpu/route": {"_extras", "_ops", "gpu/backward", "gpu/launch", "reference"},
-    "gpu/serve": {"_form", "gpu/forms", "gpu/general", "gpu/heads", "gpu/neighbours", "gpu/route"},
+    "gpu/serve": {"_form", "_ops", "gpu/forms", "gpu/general", "gpu/heads", "gpu/neighbours", "gpu/route"},
     "gpu/forms": {
         *("gpu/launch", "gpu/neighbours", "gpu/steps", "gpu/triton_quantised", "gpu/triton_sandwich", "reference"),
     },

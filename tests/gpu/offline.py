@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that aren't there, with the very arguments of a launch, and reads what came out.
 
-    python tests/gpu/offline.py        writes the table of docs/gpu.md
+    python tests/gpu/offline.py        writes the tables of docs/gpu.md
 
 ``ptxas`` and ``cuobjdump`` are those in Triton's wheel; AMD's figures are in the assembly's own metadata.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,7 +39,7 @@ from rmsnorm.gpu import (
 )
 
 ROOT = Path(__file__).parents[2]
-TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
 DTYPES = (torch.bfloat16, torch.float32)
 # One thread's accesses, by the bytes of each.
@@ -201,8 +202,6 @@ def launch_heads(columns: int, dtype: torch.dtype, interleaved: bool) -> None:
 
 
 def table() -> str:
-    import pytest
-
     rows = ["| | columns | dtype | threads | registers | spills | bytes loaded, stored by a thread |", "|" + "---|" * 7]
     for name, target in TARGETS.items():
         for dtype in DTYPES:
@@ -220,9 +219,29 @@ def table() -> str:
     return "\n".join([head, "", *rows])
 
 
+def table_of_steps() -> str:
+    """The same of the other norms, of 4096 columns: a line for each, a column for each GPU."""
+    lines: dict[str, list[str]] = {}
+    for target in TARGETS.values():
+        for dtype in DTYPES:
+            with pytest.MonkeyPatch.context() as patch, compiling(target, patch) as found:
+                launch_neighbours(4096, dtype)
+            for i, one in enumerate(one for one in found if one.kernel != "fold"):
+                named = {name: one.constants.get(name) for name in ("LOAD", "STORE", "LAYER", "FLOOR")}
+                steps = ", ".join(f"{name} {value}".removesuffix(" True") for name, value in named.items() if value)
+                line = f"{i:02}| {one.kernel} | {steps} | {str(dtype)[6:]} | {one.threads // target.warp_size} |"
+                lines.setdefault(line, []).append(
+                    f"{one.registers}" + (f", {one.spills} spilled" if one.spills else "")
+                )
+    head = ["| | steps | dtype | warps | " + " | ".join(TARGETS) + " |", "|" + "---|" * (4 + len(TARGETS))]
+    return "\n".join([*head, *(f"{line[2:]} {' | '.join(found)} |" for line, found in sorted(lines.items()))])
+
+
 def _bytes(sizes: tuple[int, ...]) -> str:
     return " + ".join(f"{sizes.count(size)}×{size}" for size in sorted(set(sizes), reverse=True)) or "0"
 
 
 if __name__ == "__main__":
-    replace_block(ROOT / "docs/gpu.md", "made by `python tests/gpu/offline.py`", table())
+    page = ROOT / "docs/gpu.md"
+    replace_block(page, "made by `python tests/gpu/offline.py`", table())
+    replace_block(page, "made by `python tests/gpu/offline.py`: the other norms", table_of_steps())

@@ -1,4 +1,4 @@
-"""Proves, from the compilers' own output for four GPUs, that the kernels move no byte twice: rows that are aligned are
+"""Proves, from the compilers' own output for five GPUs, that the kernels move no byte twice: rows that are aligned are
 read and written 128 bits at a time, x once, the weight once, the output once, and no register is spilled.
 
 The arguments are those of real launches, the compilers those of Triton's wheel; no GPU is needed, and nothing runs.
@@ -12,10 +12,22 @@ from itertools import product
 import offline
 import pytest
 import torch
-from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all, launch_forms, launch_heads
+from offline import (
+    DTYPES,
+    TARGETS,
+    WIDTHS,
+    Compiled,
+    compiling,
+    launch_all,
+    launch_forms,
+    launch_heads,
+    launch_neighbours,
+)
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
 from rmsnorm.gpu import backward, launch
+
+SOME = [pytest.param(name, marks=pytest.mark.heavy if name == "sm_120" else []) for name in TARGETS]
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
@@ -24,7 +36,7 @@ def share(one: Compiled, rows: int, itemsize: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_the_floor(name, dtype, monkeypatch):
     """In bytes a thread: the tiles and the weight in pieces of 16 (up to 2048 half numbers may be 8 for each of AMD's
     threads), and 4 for the 1/rms of each row; backward's code has them twice, for the first tile and for the next one.
@@ -51,7 +63,7 @@ def test_the_floor(name, dtype, monkeypatch):
                 assert one.stores.count(4) <= (one is found[0]), what
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_every_option_compiles(name, monkeypatch):
     """What the interpreter is too lenient to refuse: types, missing weights, rounding first, strides, blocks."""
     with compiling(TARGETS[name], monkeypatch) as found:
@@ -88,6 +100,37 @@ def test_forms_compile(name, dtype, monkeypatch):
         assert not re.search(r"\bdiv\.(full|approx)", one.assembly), what
         if one in found[:rows]:
             assert set(one.loads) <= {16, 4}, what
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "columns"),
+    [
+        pytest.param(*cell, marks=[] if cell == ("sm_90", torch.bfloat16, 4096) else pytest.mark.heavy)
+        for cell in product(TARGETS, (*DTYPES, torch.float64), (2048, 4096, 8192, 16384, 20000))
+    ],
+    ids=str,
+)
+def test_neighbours_compile(name, dtype, columns, monkeypatch):
+    """Gated, modulated, general and lean norms: no spills but in fp64, and no contraction: with sums of half numbers,
+    whose squares are exact, only exponentials and the means of LayerNorm have a multiply-add, where it is written."""
+    with compiling(TARGETS[name], monkeypatch) as found:
+        launch_neighbours(columns, dtype)
+    held = columns <= launch.WIDEST["backward, more"]
+    assert {one.kernel for one in found} == {"forward", "add", "backward", "fold"} | (
+        set() if held else {"backward_wide"}
+    )
+    for one in found:
+        what = f"{one.kernel}, {one.constants}: {one.registers} registers, {one.loads}, {one.stores}"
+        assert dtype is torch.float64 or not one.spills, what
+        assert not re.search(r"\bdiv\.(full|approx)", one.assembly), what
+        assert set(re.findall(r"\bfma\.\S+", one.assembly)) <= {"fma.rn.f32", "fma.rn.f64"}, what
+        plain = (
+            one.constants.get("LOAD") == "" and not one.constants["LAYER"] and one.constants["STORE"] in ("", "each")
+        )
+        if dtype is torch.bfloat16 and plain:
+            assert "fma.rn" not in one.assembly, what
+        if name.startswith("sm"):
+            assert max(one.loads) == 16, what
 
 
 @pytest.mark.parametrize("columns", [1, 3, 129, 1032, 4096])

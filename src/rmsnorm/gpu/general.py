@@ -68,6 +68,29 @@ def general_add_rms_norm(
     return output, sum, rstd
 
 
+def added_in_place(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    round_sum: bool,
+) -> bool:
+    """Whether it was done: of tensors that lie as a kernel writes, and of rows that it reads once, before it writes."""
+    columns = input.shape[input.dim() - dims :].numel()
+    written = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (input, residual))
+    wide = reference.promoted(input.dtype, residual.dtype) is residual.dtype
+    if not written or not wide or eps < 0 or columns > launch.WIDEST["forward"]:
+        return False
+    steps = Steps(load="" if round_sum else "unrounded")
+    launch.forward(
+        *(input, residual, weight, dims, eps, offset, round_first, False), out=input, steps=steps, sum=residual
+    )
+    return True
+
+
 def general_rms_norm_backward(
     grad: Tensor | None,
     grad_rstd: Tensor | None,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import _form
+from .. import _form, _ops
 from . import route
 
 
@@ -117,6 +118,31 @@ def serving(made: _form.Operators, end: str) -> Callable[..., Any]:
     return backward if end == "_backward" else forward
 
 
+def add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    round_sum: bool,
+) -> None:
+    """In place, or by the operator that returns new tensors."""
+    _ops.check_in_place(input, residual)
+    options = eps, offset, round_first
+    if route.served(input) and input.numel() and route.fits(input, weight, dims):
+        from . import general
+
+        with route.on(input.device):
+            if general.added_in_place(input, residual, weight, dims, *options, round_sum):
+                return
+    output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(
+        input, residual, weight, None, dims, *options, -1, round_sum, input.dtype
+    )
+    input.copy_(output), residual.copy_(sum)
+
+
 _OURS = {
     operator.__name__: operator
     for operator in (
@@ -129,6 +155,7 @@ _OURS = {
 def register(key: str) -> None:
     """Serves the operators of all rows for a dispatch key from here on."""
     _form.library.impl("rms_norm_out", route.rms_norm_out, key)
+    _form.library.impl("add_rms_norm_", add_rms_norm_, key)
     for made in _form.registered:
         if made.form.define is not None:
             for end in made.schemas:
