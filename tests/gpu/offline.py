@@ -180,6 +180,7 @@ def launch_neighbours(columns: int, dtype: torch.dtype) -> None:
             *all,
         )
     neighbours.gated_add(True, x, x, shared, True)
+    neighbours.gated_add(True, x, x, x, False)
     neighbours.gated_add_backward(x, x, shared, True, True)
     general.general_rms_norm(True, x, weight, weight, *norm, True, columns // 2, True, True, None)
     general.general_rms_norm_backward(x, rstd, x, rstd, weight, weight, 1, -1e-5, 0.0, columns // 2, True, *all[:3])

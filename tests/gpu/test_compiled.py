@@ -25,7 +25,7 @@ from offline import (
 )
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
-from rmsnorm.gpu import backward, launch
+from rmsnorm.gpu import backward, launch, neighbours
 
 SOME = [pytest.param(name, marks=pytest.mark.heavy if name == "sm_120" else []) for name in TARGETS]
 
@@ -175,3 +175,20 @@ def test_the_page_has_the_table_of_this_compiler():
     text = (offline.ROOT / "docs/gpu.md").read_text()
     assert f"Triton {offline.triton.__version__}," in text
     assert text.count("| sm_100 forward |") == len(WIDTHS) * len(DTYPES)
+
+
+@pytest.mark.parametrize("columns", [pytest.param(129, marks=pytest.mark.heavy), 1024])
+def test_layouts_of_neighbours_share_one_code(columns, monkeypatch):
+    """The same of what stands beside a norm: a gate of each row, and a modulation that rows share."""
+    weight = torch.zeros(columns, dtype=torch.bfloat16)
+    with compiling(TARGETS["sm_90"], monkeypatch) as found:
+        for layout in LAYOUTS:
+            x = torch.zeros(8, columns, dtype=torch.bfloat16)
+            first, second = alike(lay_out(x, "row-strided"), lay_out(x, layout))
+            rstd = torch.ones(*first.shape[:-1], 1)
+            neighbours.gated_rms_norm(True, first, second, weight, 1, 1e-5, 0.0, False, True, True)
+            neighbours.gated_rms_norm_backward(
+                *(first, first, second, rstd, weight, 1, 1e-5, 0.0, True, True), *(True, True, True)
+            )
+            neighbours.gated_add(True, first, second, second, False)
+    assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 4

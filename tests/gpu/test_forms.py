@@ -224,14 +224,14 @@ def test_every_byte_of_float8():
 
 # head_dim and the columns that are turned.
 WIDTHS = [(1, 0), (3, 2), (64, 64), (129, 64), (2, 2), (127, 126), (576, 288), (1027, 74), (5137, 5136)]
-QUICK = (torch.float32, WIDTHS[2]), (torch.bfloat16, WIDTHS[3]), (torch.float16, WIDTHS[2])
+QUICK = [*product(DTYPES[:2], WIDTHS[:3]), (torch.bfloat16, WIDTHS[3]), (torch.float16, WIDTHS[1])]
 FORMS = [Form(mode=mode, interleaved=interleaved) for mode, interleaved in product(MODES, (False, True))]
 
 
 @pytest.mark.parametrize(
     ("dtype", "columns"),
     [
-        pytest.param(dtype, w, marks=[] if w in WIDTHS[:2] or (dtype, w) in QUICK else pytest.mark.heavy)
+        pytest.param(dtype, w, marks=[] if (dtype, w) in QUICK else pytest.mark.heavy)
         for dtype, w in product(DTYPES, WIDTHS)
     ],
     ids=str,

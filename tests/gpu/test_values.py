@@ -48,7 +48,7 @@ from rmsnorm.gpu import backward, launch, route
 pytestmark = pytest.mark.usefixtures("on_triton")
 
 CELLS = [*(("held", n) for n in (1, 3, 127, 129, 576, 1027, 5137)), ("blocks", 129), ("blocks", 5137)]
-QUICK = [*product([torch.float32], CELLS[:-1]), (torch.bfloat16, ("blocks", 129))]
+QUICK = [*product([torch.float32], [cell for cell in CELLS if cell[1] < 5000]), (torch.bfloat16, ("blocks", 129))]
 # In the interpreter all types at all widths take minutes: fp32 comes at most widths, and the others at one.
 PROBLEMS = [
     pytest.param(
@@ -216,15 +216,15 @@ def test_out(form, dtype):
 
 
 @pytest.mark.parametrize("dtype", types(torch.bfloat16))
-def test_very_wide_rows(dtype):
+@pytest.mark.parametrize("columns", [16385, pytest.param(2**16 + 1, marks=pytest.mark.heavy)])
+def test_very_wide_rows(dtype, columns):
     """As they come, without forcing: one column more than registers hold, and the bound for 2^16 of them."""
-    for columns in (16385, 2**16 + 1):
-        x, weight, grad = sample(2, columns, dtype), gains(columns, dtype=dtype), incoming(2, columns, dtype)
-        y, dx, dw = gradients(x, weight, grad)
-        Truth(x, EPS).forward(weight, 0.0, "torch", BOUNDS[dtype]).check(y, columns)
-        dx_bounds, dw_bounds = Truth(x, EPS).backward(grad, weight, 0.0)
-        dx_bounds.check(dx, f"dx, {columns}")
-        dw_bounds.check(dw, f"dw, {columns}")
+    x, weight, grad = sample(2, columns, dtype), gains(columns, dtype=dtype), incoming(2, columns, dtype)
+    y, dx, dw = gradients(x, weight, grad)
+    Truth(x, EPS).forward(weight, 0.0, "torch", BOUNDS[dtype]).check(y, columns)
+    dx_bounds, dw_bounds = Truth(x, EPS).backward(grad, weight, 0.0)
+    dx_bounds.check(dx, f"dx, {columns}")
+    dw_bounds.check(dw, f"dw, {columns}")
 
 
 def test_two_ulp_in_fp32_need_a_reciprocal_in_two_parts():
@@ -329,7 +329,7 @@ def test_a_row_does_not_see_the_batch(dtype):
             assert all(same_bits(a, t[i]) for a, t in zip(alone, together, strict=True)), (columns, i)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", types(torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("partials", [384, 2])
 @pytest.mark.parametrize("rows", [2**12, pytest.param(2**15, marks=pytest.mark.heavy)])
 def test_dw_over_many_rows(monkeypatch, dtype, partials, rows):

@@ -27,10 +27,10 @@ def _place(step, end, rows, column, columns, more, ROWS: tl.constexpr):
     _, own, owns = _program(more)
     row = (step + tl.arange(0, ROWS))[:, None]
     inside = row < end
-    apart = True
     if more is not None and more.group is not None:
-        apart = False
-    row = row * owns + own if apart else own * rows + row
+        row = own * rows + row
+    else:
+        row = row * owns + own
     return row, inside, inside & (column < columns)
 
 
