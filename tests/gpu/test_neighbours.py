@@ -102,7 +102,7 @@ def test_modulated(form, dtype, columns):
             assert all(map(same_bits, got, steps(x, other, only(m, names), "rms"))), (shared, tokens, names)
         assert same_bits(gated_add(x, residual, m["gate"], casting_mode="llama"), residual + m["gate"] * x)
     (modulated.check_rounded_once if dtype in HALVES else modulated.check_values)(dtype, columns)
-    for shared in SHARED if columns == 129 and form == "held" else ["sample"]:
+    for shared in SHARED if columns == 129 and dtype is torch.float32 else ["sample"]:
         modulated.check_gradients(dtype, shared, columns, 3)
 
 
@@ -214,7 +214,7 @@ def test_layouts(name):
 def test_special_values_stay_in_their_row(form, name):
     """Rows that over- or underflow, a NaN, an infinity, zeros: no other row notices; against the definition's."""
     function, count = CASES[name]
-    for dtype in DTYPES[:2]:
+    for dtype in DTYPES[: 1 if form == "blocks" else 2]:
         tensors = [sample(8, 129, dtype, seed) for seed in range(count)]
         clean = outcome(function, tensors)
         tensors[0][1] = tensors[0][1].sign() * torch.finfo(dtype).max / 4
@@ -294,7 +294,7 @@ def test_in_place(monkeypatch, form):
     launched = []
     real = launch._launch
     monkeypatch.setattr(launch, "_launch", lambda *a: (launched.append(a), real(*a)))
-    for dtype, mode, wider in product(DTYPES, MODES, (False, True)):
+    for dtype, (mode, wider) in product(DTYPES, zip(MODES, (True, False), strict=True)):
         x, residual, w, _ = general.rows(5, 129, dtype)
         residual = residual.float() if wider and dtype in HALVES else residual
         for layout in ("contiguous", "sliced"):
