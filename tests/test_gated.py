@@ -139,23 +139,26 @@ def test_gradients_of_transformers(target, dtype, meaning):
 def test_gradients(target, dtype, form):
     """Against autograd of the formula in float64: errors are those of the arithmetic, on the size of what is summed."""
     for columns, group in ((31, None), (96, 32), (1027, None)):
-        f = replace(form, group_size=group)
-        weight_dtype = torch.float32 if dtype in HALVES and columns == 31 else dtype
-        leaves = [sample(6, columns, dtype), gates(6, columns, dtype), gains(columns, dtype=weight_dtype)]
-        grad = incoming(6, columns, call(f, *leaves).dtype)
-        results = []
-        for function, kind in ((call, None), (formula, torch.float64)):
-            inputs = [(t if kind is None else t.to(kind)).clone().requires_grad_() for t in leaves]
-            y = function(f, *inputs)
-            results.append(torch.autograd.grad(y, inputs, grad.to(y.dtype)))
-        for name, got, wanted, leaf in zip(("input", "gate", "weight"), *results, leaves, strict=True):
-            assert got.dtype is leaf.dtype
-            unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-            # dx cancels within a row, dw and dgate don't; rows differ in size by powers of two.
-            size = wanted.abs().amax(-1, keepdim=True)
-            margin = 0.51 * torch.finfo(leaf.dtype).eps * wanted.abs() + 64 * unit * size
-            margin += 2 * torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps
-            assert ((got.double() - wanted).abs() <= margin).all(), (name, columns)
+        check_gradients(dtype, replace(form, group_size=group), columns)
+
+
+def check_gradients(dtype: torch.dtype, f: Form, columns: int) -> None:
+    weight_dtype = torch.float32 if dtype in HALVES and columns == 31 else dtype
+    leaves = [sample(6, columns, dtype), gates(6, columns, dtype), gains(columns, dtype=weight_dtype)]
+    grad = incoming(6, columns, call(f, *leaves).dtype)
+    results = []
+    for function, kind in ((call, None), (formula, torch.float64)):
+        inputs = [(t if kind is None else t.to(kind)).clone().requires_grad_() for t in leaves]
+        y = function(f, *inputs)
+        results.append(torch.autograd.grad(y, inputs, grad.to(y.dtype)))
+    for name, got, wanted, leaf in zip(("input", "gate", "weight"), *results, leaves, strict=True):
+        assert got.dtype is leaf.dtype
+        unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        # dx cancels within a row, dw and dgate don't; rows differ in size by powers of two.
+        size = wanted.abs().amax(-1, keepdim=True)
+        margin = 0.51 * torch.finfo(leaf.dtype).eps * wanted.abs() + 64 * unit * size
+        margin += 2 * torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps
+        assert ((got.double() - wanted).abs() <= margin).all(), (name, columns)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,6 +27,8 @@ from . import _native
 library = torch.library.Library("rmsnorm", "DEF")
 
 _Results = tuple[Tensor, ...]
+KERNELS = frozenset({"cpu", "cuda", "xpu"})
+"""Devices whose operators may have more than the definition; on others the definition is called without an operator."""
 _LITERALS = {"True": True, "False": False}
 
 

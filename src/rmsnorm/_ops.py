@@ -23,6 +23,12 @@ def is_expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
+def check_in_place(input: Tensor, residual: Tensor) -> None:
+    """Of two tensors that are written to."""
+    if is_expanded(input) or is_expanded(residual) or input.data_ptr() == residual.data_ptr() != 0:
+        raise RuntimeError("rmsnorm: input and residual are written to, and must not share memory")
+
+
 def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
     """The same of where the result is to go."""
     same = out.shape == input.shape and out.device == input.device

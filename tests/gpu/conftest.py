@@ -17,7 +17,7 @@ import torch
 from carried import DEVICE, carried
 
 from rmsnorm import _form, _native
-from rmsnorm.gpu import forms, heads, launch, route, serve
+from rmsnorm.gpu import backward, forms, general, heads, launch, neighbours, route, serve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = ["test_bench_device.py", "test_compiled.py", "test_route.py"]
@@ -29,7 +29,8 @@ else:
     collect_ignore = ["test_values.py", "test_forms.py", "test_interpreter.py", "test_device.py"]
 
 FORMS = {made.form.name + end for made in _form.registered for end in made.schemas}
-LAUNCHES = {launch: ("forward", "backward"), **{room: FORMS & vars(room).keys() for room in (forms, heads)}}
+ROOMS = forms, general, heads, neighbours
+LAUNCHES = {launch: ("forward",), backward: ("backward",), **{room: FORMS & vars(room).keys() for room in ROOMS}}
 
 if INTERPRETED or DEVICE:
     if not _native.why_not():
@@ -53,3 +54,28 @@ def on_triton(monkeypatch):
             monkeypatch.setattr(room, name, carried(getattr(room, name)))
     with np.errstate(all="ignore"):  # numpy warns of the overflows that a GPU makes silently
         yield
+
+
+@pytest.fixture(params=["held", "blocks"])
+def form(request, monkeypatch):
+    """Rows that stay in registers, and rows in blocks of 128 columns (a program has several) or of 1024: what rows get
+    that are wider than 16384, forced upon narrow ones."""
+    if request.param == "blocks":
+        columns = request.node.callspec.params.get("columns", 0)
+        monkeypatch.setattr(launch, "WIDEST", dict.fromkeys(launch.WIDEST, 0))
+        monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128 if columns < 1000 else 1024))
+    return request.param
+
+
+@pytest.fixture
+def nothing_falls_back(monkeypatch):
+    """A form that isn't Triton's, but for empty tensors, fails."""
+    real = serve._launched
+
+    def launched(form, arguments, keep):
+        results = real(form, arguments, keep)
+        empty = any(isinstance(t, torch.Tensor) and not t.numel() for t in arguments[:2])
+        assert results is not None or empty, f"{form.name} is not served by Triton"
+        return results
+
+    monkeypatch.setattr(serve, "_launched", launched)

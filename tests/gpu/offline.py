@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that aren't there, with the very arguments of a launch, and reads what came out.
 
-    python tests/gpu/offline.py        writes the table of docs/gpu.md
+    python tests/gpu/offline.py        writes the tables of docs/gpu.md
 
 ``ptxas`` and ``cuobjdump`` are those in Triton's wheel; AMD's figures are in the assembly's own metadata.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,9 +25,12 @@ from triton.runtime import driver
 
 from rmsnorm.bench.pages import replace_block
 from rmsnorm.gpu import (
+    backward,
     forms,
+    general,
     heads,
     launch,
+    neighbours,
     triton_backward,
     triton_forward,
     triton_heads,
@@ -35,7 +39,7 @@ from rmsnorm.gpu import (
 )
 
 ROOT = Path(__file__).parents[2]
-TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
 DTYPES = (torch.bfloat16, torch.float32)
 # One thread's accesses, by the bytes of each.
@@ -101,6 +105,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
     monkeypatch.setattr(launch, "_launch", collect)
     for kernel in (
         triton_forward.forward,
+        triton_forward.add,
         triton_backward.backward,
         triton_backward.backward_wide,
         triton_backward.fold,
@@ -147,7 +152,7 @@ def launch_all(columns: int, dtype: torch.dtype) -> None:
     x, weight = torch.zeros(64, columns, dtype=dtype), torch.zeros(columns, dtype=dtype)
     _, _, rstd = launch.forward(x, None, weight, 1, 1e-5, 0.0, False, True)
     launch.forward(x, x, weight, 1, 1e-5, 0.0, False, False)
-    launch.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
+    backward.backward(x, None, x, rstd, weight, 1, 1e-5, 0.0, True, True)
 
 
 def launch_forms(columns: int, dtype: torch.dtype) -> None:
@@ -157,6 +162,31 @@ def launch_forms(columns: int, dtype: torch.dtype) -> None:
     forms.rms_norm_add(True, x, x, weight, 1, 1e-5, 0.0, True)
     for residual, e4m3 in ((None, False), (x, True)) if dtype is not torch.float64 else []:
         forms.quantised_rms_norm(False, x, residual, None, weight, 1, 1e-5, 0.0, False, True, True, e4m3)
+
+
+def launch_neighbours(columns: int, dtype: torch.dtype) -> None:
+    """Gated, modulated, general and lean, forward and backward, of aligned rows."""
+    x, weight = torch.zeros(64, columns, dtype=dtype).view(4, 16, columns), torch.zeros(columns, dtype=dtype)
+    rstd = torch.ones(4, 16, 1, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    shared, norm, all = x[:, :1], (1, 1e-5, 0.0), [True] * 6
+    for behind, silu in ((True, True), (False, False)):
+        neighbours.gated_rms_norm(True, x, x, weight, *norm, behind, behind, silu)
+        neighbours.gated_rms_norm_backward(x, x, x, rstd, weight, *norm, behind, silu, *all[:3])
+    for gate, layer, each in ((shared, True, False), (None, False, True)):
+        other = None if gate is None else x
+        neighbours.modulated_norm(True, x, other, gate, shared, shared, None, *norm, each, layer)
+        neighbours.modulated_norm_backward(
+            *(x, other, x, gate, shared, shared, x if other is x else x[:0], rstd.double(), rstd, None, *norm, layer),
+            *all,
+        )
+    neighbours.gated_add(True, x, x, shared, True)
+    neighbours.gated_add(True, x, x, x, False)
+    neighbours.gated_add_backward(x, x, shared, True, True)
+    general.general_rms_norm(True, x, weight, weight, *norm, True, columns // 2, True, True, None)
+    general.general_rms_norm_backward(x, rstd, x, rstd, weight, weight, 1, -1e-5, 0.0, columns // 2, True, *all[:3])
+    general.general_add_rms_norm(True, x, x, weight, None, 1, -1e-5, 1.0, False, -1, False, torch.float32)
+    general.add_rms_norm_lean_backward(x, x, rstd, x, rstd, weight, 1, 0.0, *all[:2])
+    general.rms_norm_lean_backward(x, None, x, rstd, weight, 1, 0.0, *all[:2])
 
 
 def launch_heads(columns: int, dtype: torch.dtype, interleaved: bool) -> None:
@@ -173,8 +203,6 @@ def launch_heads(columns: int, dtype: torch.dtype, interleaved: bool) -> None:
 
 
 def table() -> str:
-    import pytest
-
     rows = ["| | columns | dtype | threads | registers | spills | bytes loaded, stored by a thread |", "|" + "---|" * 7]
     for name, target in TARGETS.items():
         for dtype in DTYPES:
@@ -192,9 +220,29 @@ def table() -> str:
     return "\n".join([head, "", *rows])
 
 
+def table_of_steps() -> str:
+    """The same of the other norms, of 4096 columns: a line for each, a column for each GPU."""
+    lines: dict[str, list[str]] = {}
+    for target in TARGETS.values():
+        for dtype in DTYPES:
+            with pytest.MonkeyPatch.context() as patch, compiling(target, patch) as found:
+                launch_neighbours(4096, dtype)
+            for i, one in enumerate(one for one in found if one.kernel != "fold"):
+                named = {name: one.constants.get(name) for name in ("LOAD", "STORE", "LAYER", "FLOOR")}
+                steps = ", ".join(f"{name} {value}".removesuffix(" True") for name, value in named.items() if value)
+                line = f"{i:02}| {one.kernel} | {steps} | {str(dtype)[6:]} | {one.threads // target.warp_size} |"
+                lines.setdefault(line, []).append(
+                    f"{one.registers}" + (f", {one.spills} spilled" if one.spills else "")
+                )
+    head = ["| | steps | dtype | warps | " + " | ".join(TARGETS) + " |", "|" + "---|" * (4 + len(TARGETS))]
+    return "\n".join([*head, *(f"{line[2:]} {' | '.join(found)} |" for line, found in sorted(lines.items()))])
+
+
 def _bytes(sizes: tuple[int, ...]) -> str:
     return " + ".join(f"{sizes.count(size)}×{size}" for size in sorted(set(sizes), reverse=True)) or "0"
 
 
 if __name__ == "__main__":
-    replace_block(ROOT / "docs/gpu.md", "made by `python tests/gpu/offline.py`", table())
+    page = ROOT / "docs/gpu.md"
+    replace_block(page, "made by `python tests/gpu/offline.py`", table())
+    replace_block(page, "made by `python tests/gpu/offline.py`: the other norms", table_of_steps())

@@ -1,4 +1,4 @@
-"""Proves, from the compilers' own output for four GPUs, that the kernels move no byte twice: rows that are aligned are
+"""Proves, from the compilers' own output for five GPUs, that the kernels move no byte twice: rows that are aligned are
 read and written 128 bits at a time, x once, the weight once, the output once, and no register is spilled.
 
 The arguments are those of real launches, the compilers those of Triton's wheel; no GPU is needed, and nothing runs.
@@ -12,10 +12,22 @@ from itertools import product
 import offline
 import pytest
 import torch
-from offline import DTYPES, TARGETS, WIDTHS, Compiled, compiling, launch_all, launch_forms, launch_heads
+from offline import (
+    DTYPES,
+    TARGETS,
+    WIDTHS,
+    Compiled,
+    compiling,
+    launch_all,
+    launch_forms,
+    launch_heads,
+    launch_neighbours,
+)
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
-from rmsnorm.gpu import launch
+from rmsnorm.gpu import backward, launch, neighbours
+
+SOME = [pytest.param(name, marks=pytest.mark.heavy if name == "sm_120" else []) for name in TARGETS]
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
@@ -24,7 +36,7 @@ def share(one: Compiled, rows: int, itemsize: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_the_floor(name, dtype, monkeypatch):
     """In bytes a thread: the tiles and the weight in pieces of 16 (up to 2048 half numbers may be 8 for each of AMD's
     threads), and 4 for the 1/rms of each row; backward's code has them twice, for the first tile and for the next one.
@@ -51,7 +63,7 @@ def test_the_floor(name, dtype, monkeypatch):
                 assert one.stores.count(4) <= (one is found[0]), what
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", SOME)
 def test_every_option_compiles(name, monkeypatch):
     """What the interpreter is too lenient to refuse: types, missing weights, rounding first, strides, blocks."""
     with compiling(TARGETS[name], monkeypatch) as found:
@@ -61,7 +73,7 @@ def test_every_option_compiles(name, monkeypatch):
                 weight = torch.zeros(columns, dtype=torch.float32)
                 _, _, rstd = launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
                 launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
-                launch.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
+                backward.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
     assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
 
 
@@ -90,6 +102,39 @@ def test_forms_compile(name, dtype, monkeypatch):
             assert set(one.loads) <= {16, 4}, what
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "columns"),
+    [
+        pytest.param(*cell, marks=[] if cell == ("sm_90", torch.bfloat16, 4096) else pytest.mark.heavy)
+        for cell in product(TARGETS, (*DTYPES, torch.float64), (2048, 4096, 8192, 16384, 20000))
+    ],
+    ids=str,
+)
+def test_neighbours_compile(name, dtype, columns, monkeypatch):
+    """Gated, modulated, general and lean norms: no spills but in fp64 (a gate's backward is given 64 registers, and two
+    more in memory, on some), and no contraction: of half numbers, whose squares are exact, only exponentials and
+    deviations have a multiply-add, where it is written."""
+    with compiling(TARGETS[name], monkeypatch) as found:
+        launch_neighbours(columns, dtype)
+    held = columns <= launch.WIDEST["backward, more"]
+    assert {one.kernel for one in found} == {"forward", "add", "backward", "fold"} | (
+        set() if held else {"backward_wide"}
+    )
+    for one in found:
+        what = f"{one.kernel}, {one.constants}: {one.registers} registers, {one.loads}, {one.stores}"
+        gate = one.constants.get("STORE") in ("silu", "sigmoid")
+        assert dtype is torch.float64 or one.spills <= (8 if gate else 0), what
+        assert not re.search(r"\bdiv\.(full|approx)", one.assembly), what
+        assert set(re.findall(r"\bfma\.\S+", one.assembly)) <= {"fma.rn.f32", "fma.rn.f64"}, what
+        plain = (
+            one.constants.get("LOAD") == "" and not one.constants["LAYER"] and one.constants["STORE"] in ("", "each")
+        )
+        if dtype is torch.bfloat16 and plain:
+            assert "fma.rn" not in one.assembly, what
+        if name.startswith("sm"):
+            assert max(one.loads) == 16, what
+
+
 @pytest.mark.parametrize("columns", [1, 3, 129, 1032, 4096])
 def test_layouts_share_one_code(columns, monkeypatch):
     """The compiler's vectors, and with them the order of a sum, follow from strides and addresses: whatever they are,
@@ -102,7 +147,7 @@ def test_layouts_share_one_code(columns, monkeypatch):
                 x = torch.zeros(rows, columns, dtype=torch.bfloat16)
                 x, grad = alike(lay_out(x, layout), lay_out_grad(x, grad_layout))
                 _, _, rstd = launch.forward(x, None, w, 1, 1e-5, 0.0, False, True)
-                launch.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
+                backward.backward(grad, None, x, rstd, w, 1, 1e-5, 0.0, True, True)
     assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 3
 
 
@@ -132,3 +177,20 @@ def test_the_page_has_the_table_of_this_compiler():
     text = (offline.ROOT / "docs/gpu.md").read_text()
     assert f"Triton {offline.triton.__version__}," in text
     assert text.count("| sm_100 forward |") == len(WIDTHS) * len(DTYPES)
+
+
+@pytest.mark.parametrize("columns", [pytest.param(129, marks=pytest.mark.heavy), 1024])
+def test_layouts_of_neighbours_share_one_code(columns, monkeypatch):
+    """The same of what stands beside a norm: a gate of each row, and a modulation that rows share."""
+    weight = torch.zeros(columns, dtype=torch.bfloat16)
+    with compiling(TARGETS["sm_90"], monkeypatch) as found:
+        for layout in LAYOUTS:
+            x = torch.zeros(8, columns, dtype=torch.bfloat16)
+            first, second = alike(lay_out(x, "row-strided"), lay_out(x, layout))
+            rstd = torch.ones(*first.shape[:-1], 1)
+            neighbours.gated_rms_norm(True, first, second, weight, 1, 1e-5, 0.0, False, True, True)
+            neighbours.gated_rms_norm_backward(
+                *(first, first, second, rstd, weight, 1, 1e-5, 0.0, True, True), *(True, True, True)
+            )
+            neighbours.gated_add(True, first, second, second, False)
+    assert len({one.assembly for one in found}) == len({one.kernel for one in found}) == 4

@@ -13,11 +13,12 @@ from oracle import DTYPES, EPS, Truth, bound, gains, sample
 
 from rmsnorm import _form, _ops, reference, rms_norm
 from rmsnorm.forms import sandwich
-from rmsnorm.gpu import forms, heads, route, serve
+from rmsnorm.gpu import forms, general, heads, neighbours, route, serve
 
 ROWS = [made for made in _form.registered if made.form.define is not None]
 FORMS = [made for made in ROWS if made.form.name != "rms_norm" and made.form.same is None]
-OPERATORS = [made.form.name + end for made in ROWS for end in made.schemas] + ["rms_norm_out"]
+OPERATORS = [made.form.name + end for made in ROWS for end in made.schemas]
+OPERATORS += ["rms_norm_out", "add_rms_norm_"]
 OURS = ("CUDA", "XPU")
 _x, _w = torch.arange(24.0).view(3, 8) - 7, torch.arange(8.0) / 5
 _heads = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -149,7 +150,7 @@ def test_without_a_kernel_a_form_is_its_definition(monkeypatch, made, runs):
     monkeypatch.setattr(route, "runs_triton", lambda device: runs)
     if runs:
         monkeypatch.setattr(serve, "_normalised", reference.rms_norm)
-        for room in (forms, heads):
+        for room in (forms, general, heads, neighbours):
             monkeypatch.setattr(room, made.form.name, lambda *arguments: None, raising=False)
             monkeypatch.setattr(room, f"{made.form.name}_backward", lambda *arguments: None, raising=False)
     arguments = CALLS[made.form.name]

@@ -178,14 +178,14 @@ def _meet(row: torch.dtype, *others: torch.dtype) -> bool:
 
 
 def _fits(low: torch.dtype, weight: Tensor | None, bias: Tensor | None, dims: int, *options: Any) -> bool:
-    """Whether the CPU's kernels take it."""
+    """Whether kernels take it."""
     several = bias is not None and (bias.dim() > dims or (weight is not None and weight.dim() > dims))
     return not several and _meet(low, _output(low, weight, options[2], options[-1]))
 
 
 def _fits_added(input: Tensor, residual: Tensor, *arguments: Any) -> bool:
     low = reference.promoted(input.dtype, residual.dtype)
-    return input.is_cpu and _meet(low, input.dtype, residual.dtype) and _fits(low, *arguments)
+    return input.device.type in _form.KERNELS and _meet(low, input.dtype, residual.dtype) and _fits(low, *arguments)
 
 
 GENERAL = _form.register(
@@ -206,7 +206,7 @@ GENERAL = _form.register(
             grads[0], None, grads[1], saved[0], *weights, *options
         ),
         mixed=True,
-        fits=lambda input, *arguments: input.is_cpu and _fits(input.dtype, *arguments),
+        fits=lambda input, *arguments: input.device.type in _form.KERNELS and _fits(input.dtype, *arguments),
     )
 )
 GENERAL_ADD = _form.register(

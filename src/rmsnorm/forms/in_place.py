@@ -108,8 +108,7 @@ def _define(
     round_first: bool,
     round_sum: bool,
 ) -> None:
-    if _ops.is_expanded(input) or _ops.is_expanded(residual) or input.data_ptr() == residual.data_ptr() != 0:
-        raise RuntimeError("rmsnorm: input and residual are written to, and must not share memory")
+    _ops.check_in_place(input, residual)
     options = dims, eps, offset, round_first, -1, round_sum, input.dtype
     output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(input, residual, weight, None, *options)
     input.copy_(output), residual.copy_(sum)

@@ -130,7 +130,7 @@ def _type_of(modulations: Sequence[_Maybe], input: Tensor, round_first: bool) ->
 def _fits(input: Tensor, residual: _Maybe, gate: _Maybe, *arguments: Any) -> bool:
     scale, shift, weight, _, _, _, round_first, _ = arguments
     alike = _type_of((scale, shift), input, round_first) and _type_of((gate,), input, round_first)
-    return input.is_cpu and weight is None and alike
+    return input.device.type in _form.KERNELS and weight is None and alike
 
 
 def _like(input: Tensor, residual: _Maybe, gate: _Maybe, *arguments: Any) -> tuple[Tensor, ...]:
@@ -185,6 +185,8 @@ GATED_ADD = _form.register(
         gradients=_add_gradients,
         shared=("gate",),
         straight=("residual",),
-        fits=lambda input, residual, gate, first: input.is_cpu and _type_of((gate,), input, first),
+        fits=lambda input, residual, gate, first: (
+            input.device.type in _form.KERNELS and _type_of((gate,), input, first)
+        ),
     )
 )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import launch, triton_quantised, triton_sandwich
+from . import launch, neighbours, triton_quantised, triton_sandwich
+from .steps import PLAIN
 
 _Results = tuple[Tensor | None, ...] | None
 
@@ -106,19 +107,21 @@ def quantised_rms_norm(
     silu: bool,
     e4m3: bool,
 ) -> _Results:
-    if gate is not None or eps < 0 or input.dtype is torch.float64:
+    if eps < 0 or input.dtype is torch.float64:
         return None
+    steps = PLAIN if gate is None else neighbours.gating(gate, input, dims, norm_before_gate, silu)
     rows, columns, span = launch._sizes(input, weight, dims)
-    block, tile, warps = launch.tile_of(columns, "forward")
-    wider = reference.result_dtype(input, weight, round_first) is not input.dtype
+    block, tile, warps = launch.tile_of(columns, steps.way("forward"))
+    wider = not steps.store and reference.result_dtype(input, weight, round_first) is not input.dtype
     codes, scale = input.new_empty(input.shape, dtype=torch.uint8), reference.empty_rstd(input, dims)
     sum = None if residual is None else input.new_empty(input.shape)
     x, other = (launch._matrix(t, columns) for t in (input, residual))
     launch._launch(
         triton_quantised.quantised,
         (launch._ceil(rows, tile), span),
-        (x, other, launch._in_a_row(weight), codes, scale, sum, rows, columns, 1 / columns, eps),
-        {"OFFSET": offset, "ROUND_FIRST": round_first, "WIDER": wider, "E4M3": e4m3}
+        (x, other, launch._in_a_row(weight), codes, scale, sum, steps.more, rows, columns, 1 / columns, eps),
+        {"LOAD": steps.load, "STORE": steps.store, "OFFSET": offset, "ROUND_FIRST": round_first}
+        | {"WIDER": wider, "E4M3": e4m3}
         | {"ROWS": tile, "BLOCK": block, "LOOP": columns > block},
         warps,
     )

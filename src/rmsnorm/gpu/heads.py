@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import launch, triton_heads
+from . import backward, launch, triton_heads
 
 _Results = tuple[Tensor | None, ...] | None
 
@@ -119,10 +119,10 @@ def heads_rms_norm_rope_backward(
         return None
     turn = Turn(query, cos, sin, interleaved)
     norm = 1, eps, offset
-    dq, dq_weight = launch.backward(
+    dq, dq_weight = backward.backward(
         grad_query, None, query, query_rstd, query_weight, *norm, need_query, need_query_weight, turn
     )
-    dk, dk_weight = launch.backward(grad_key, None, key, key_rstd, key_weight, *norm, need_key, need_key_weight, turn)
+    dk, dk_weight = backward.backward(grad_key, None, key, key_rstd, key_weight, *norm, need_key, need_key_weight, turn)
     return dq, dk, dq_weight, dk_weight
 
 

@@ -1,4 +1,4 @@
-"""The only file that launches the norm's GPU kernels, and says for all: which tiles, how many programs, with what.
+"""The only file that launches the norm's forward kernel, and says for all: which tiles, how many programs, with what.
 
 Tiles, warps and the shape of every sum follow from sizes alone, never from strides, addresses or the device: a row's
 bits depend neither on the batch nor on the number of multiprocessors. The constants were chosen by the figures in
@@ -7,35 +7,32 @@ docs/gpu.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import triton_backward, triton_forward
-
-if TYPE_CHECKING:
-    from .heads import Turn
+from . import triton_forward
+from .steps import PLAIN, Steps
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
-WIDEST = {"forward": 16384, "backward": 8192}
-"""Columns that a program holds in registers without spilling."""
-LOOP_BLOCK = {"forward": 4096, "backward": 8192}
+WIDEST = {"forward": 16384, "forward, more": 8192, "backward": 8192, "backward, more": 4096}
+"""Columns that a program holds in registers without spilling; ``more`` is of a norm with more than the plain one's
+tensors."""
+LOOP_BLOCK = {"forward": 4096, "forward, more": 4096, "backward": 8192, "backward, more": 2048}
 """Columns of wider rows that it takes at once."""
 NARROW = 1024
-TILE = {"forward": (1024, 1024), "backward": (2048, 4096)}
+TILE = {
+    "forward": (1024, 1024),
+    "forward, more": (1024, 1024),
+    "backward": (2048, 4096),
+    "backward, more": (2048, 2048),
+}
 """Elements that a tile has at least, if its rows are narrow and if not: narrow ones come several at a time."""
-PER_WARP = {"forward": 1024, "backward": 512}
+PER_WARP = {"forward": 1024, "forward, more": 1024, "backward": 512, "backward, more": 256}
 FEWEST_WARPS, MOST_WARPS = 2, 16
-PARTIALS = 384, 256
-"""Rows of partial sums of dW at most, if narrow and if not: programs of 4 or 8 warps, three or two for each
-multiprocessor of an H100, which is how many their registers let it have."""
-FEWEST_STEPS, STEPS = 4, 32
-"""Tiles in a partial sum at least, and tiles that are added up in fp32 at most."""
-FOLD = 64, 32, 8
-"""The last sum of dW: rows and columns of its tile, and warps. 16 × 64, with 4, took 6 µs more on an H200."""
 
 
 def forward(
@@ -48,92 +45,37 @@ def forward(
     round_first: bool,
     keep: bool,
     out: Tensor | None = None,
+    steps: Steps = PLAIN,
+    sum: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    store: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(output, sum, rstd)``: without a residual no sum, and only with ``keep`` an rstd that isn't empty. A contiguous
-    ``out`` is written to, and may be the input."""
+    ``out`` is written to, and may be the input; ``dtype`` is that of the output, without ``store`` an empty one; and
+    ``sum`` is of another type than the input's."""
     rows, columns, span = _sizes(input, weight, dims)
-    block, tile, warps = tile_of(columns, "forward")
+    block, tile, warps = tile_of(columns, steps.way("forward"))
+    if residual is not None and sum is None:
+        sum = input.new_empty(input.shape)
+    added = input if sum is None else sum
     if out is None:
-        out = input.new_empty(input.shape, dtype=reference.result_dtype(input, weight, round_first))
-    sum = None if residual is None else input.new_empty(input.shape)
-    rstd = reference.empty_rstd(input, dims) if keep else input.new_empty(0)
+        out = (
+            input.new_empty(input.shape, dtype=dtype or reference.result_dtype(added, weight, round_first))
+            if store
+            else added.new_empty(0)
+        )
+    rstd = reference.empty_rstd(added, dims) if keep else input.new_empty(0)
     x, other = (_matrix(t, columns) for t in (input, residual))
+    to = out if store else None, sum, rstd if keep else None
     _launch(
         triton_forward.forward,
         (_ceil(rows, tile), span),
-        (x, other, _in_a_row(weight), out, sum, rstd if keep else None, rows, columns, 1 / columns, eps),
-        {"OFFSET": offset, "ROUND_FIRST": round_first, "ROWS": tile, "BLOCK": block, "LOOP": columns > block},
+        (x, other, _in_a_row(weight), *to, steps.more, rows, columns, 1 / (steps.number or columns), eps),
+        {**steps.named, "OFFSET": offset, "ROUND_FIRST": round_first}
+        | {"ROWS": tile, "BLOCK": block, "LOOP": columns > block},
         warps,
     )
     return out, sum, rstd
-
-
-def backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    need_input: bool,
-    need_weight: bool,
-    turn: Turn | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The operator ``rms_norm_backward``: ``(grad_input, grad_weight)``, of shape [0] if not needed. Of heads that are
-    turned, the first is as a projection wrote them."""
-    rows, columns, span = _sizes(input, weight, dims)
-    block, tile, warps = tile_of(columns, "backward")
-    held = columns <= block
-    part, chunk = 1 / columns, tile
-    dx = input.new_empty(0) if not need_input else input.new_empty(input.shape) if turn is None else turn.room(input)
-    dw, partial = input.new_empty(0), None
-    if need_weight and weight is not None:
-        steps = max(FEWEST_STEPS, _ceil(_ceil(rows, tile), PARTIALS[columns > NARROW]))
-        chunk = tile * steps
-        short = steps <= STEPS and input.dtype is not torch.float64
-        kind = torch.float32 if short else torch.float64
-        partial = input.new_empty((_ceil(rows, chunk), span * columns), dtype=kind)
-        dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    weight, rstd = _in_a_row(weight), _in_a_row(rstd)
-    of = _matrix if turn is None else turn.matrix
-    g, more, x = of(grad, columns), _matrix(grad_sum, columns), of(input, columns)
-    if partial is not None or (need_input and held):
-        _launch(
-            triton_backward.backward,
-            (_ceil(rows, chunk), span, _ceil(columns, block)),
-            (
-                *(g, more, x, rstd, turn and turn.by(input), weight, dx if need_input and held else None, partial),
-                *(rows, columns, chunk, part),
-            ),
-            {
-                "INTERLEAVED": bool(turn and turn.interleaved),
-                "OFFSET": offset,
-                "ROWS": tile,
-                "BLOCK": block,
-                "STEPS": STEPS,
-            },
-            warps,
-        )
-    if need_input and not held:
-        _launch(
-            triton_backward.backward_wide,
-            (rows, span),
-            (g, more, x, rstd, weight, dx, columns, part),
-            {"OFFSET": offset, "BLOCK": block},
-            warps,
-        )
-    if partial is not None:
-        depth, width, warps = FOLD
-        _launch(
-            triton_backward.fold,
-            (_ceil(span * columns, width),),
-            (partial, dw, len(partial), span * columns),
-            {"DEPTH": depth, "BLOCK": width},
-            warps,
-        )
-    return dx, dw
 
 
 def tile_of(columns: int, direction: str) -> tuple[int, int, int]:

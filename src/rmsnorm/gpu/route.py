@@ -163,7 +163,7 @@ def rms_norm_backward(
     arguments = grad, grad_sum, input, rstd, weight, dims, eps, offset, need_input, need_weight
     if where == "reference":
         return _ops._rms_norm_backward(*arguments)
-    from . import launch
+    from . import backward
 
     with on(input.device):
-        return launch.backward(*arguments)
+        return backward.backward(*arguments)

@@ -1,7 +1,8 @@
 """The only file that makes a GPU's operators of rows: all of them, so that a new form needs no more than its row.
 
-The norms of ``route.py`` come first. What else has a function of its name in ``forms.py`` or ``heads.py`` is Triton's,
-where that runs and takes the tensors. The rest is the definition, with the norms of ``route.py`` in it.
+The norms of ``route.py`` come first. What else has a function of its name in ``forms.py``, ``general.py``, ``heads.py``
+or ``neighbours.py`` is Triton's, where that runs and takes the tensors. The rest is the definition, with the norms of
+``route.py`` in it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import _form
+from .. import _form, _ops
 from . import route
 
 
@@ -59,12 +61,10 @@ def _normalised(
 
 def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -> tuple[Any, ...] | None:
     """What Triton makes of a call, or None; ``keep`` is None for a backward pass."""
-    if not route.served(arguments[0]):
-        return None
-    from . import forms, heads
+    from . import forms, general, heads, neighbours
 
     name = form.name if keep is not None else f"{form.name}_backward"
-    launch: Any = getattr(forms, name, None) or getattr(heads, name, None)
+    launch: Any = next(filter(None, (getattr(room, name, None) for room in (forms, general, heads, neighbours))), None)
     if launch is None:
         return None
     if keep is None:
@@ -76,16 +76,29 @@ def _launched(form: _form.Form, arguments: tuple[Any, ...], keep: bool | None) -
         moving = [row for row, name in zip(rows, form.rows, strict=True) if name not in form.fixed]
     input = moving[0]
     dims = options[0] if form.options.startswith("int dims") else 1
-    alike = all(row is None or (row.dtype is input.dtype and row.device == input.device) for row in moving)
-    if not alike or not input.numel() or not all(route.fits(input, weight, dims) for weight in weights):
+    alike = all(_beside(form, row, input) for row in moving)
+    if (
+        not route.served(input)
+        or not alike
+        or not input.numel()
+        or not all(route.fits(input, weight, dims) for weight in weights)
+    ):
         return None
     with route.on(input.device):
         results: tuple[Any, ...] | None = launch(*arguments) if keep is None else launch(keep, *arguments)
     return results
 
 
+def _beside(form: _form.Form, row: Tensor | None, input: Tensor) -> bool:
+    """Whether kernels take them together. Types of their own, where a row has such, its function asks for."""
+    if row is None or row is input:
+        return True
+    own = form.mixed or form.shared
+    return row.device == input.device and (row.dtype in route._TYPES if own else row.dtype is input.dtype)
+
+
 def serving(made: _form.Operators, end: str) -> Callable[..., Any]:
-    """The operator of a row with that end to its name: Triton's, where ``forms.py`` or ``heads.py`` have a function of
+    """The operator of a row with that end to its name: Triton's, where ``forms.py`` and its like have a function of
     its name, else the definition, whose norms are those of ``route.py``."""
     form = made.form
     count = len(form.outputs) + (len(form.kept) if end else 0)
@@ -105,6 +118,31 @@ def serving(made: _form.Operators, end: str) -> Callable[..., Any]:
     return backward if end == "_backward" else forward
 
 
+def add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    round_sum: bool,
+) -> None:
+    """In place, or by the operator that returns new tensors."""
+    _ops.check_in_place(input, residual)
+    options = eps, offset, round_first
+    if route.served(input) and input.numel() and route.fits(input, weight, dims):
+        from . import general
+
+        with route.on(input.device):
+            if general.added_in_place(input, residual, weight, dims, *options, round_sum):
+                return
+    output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(
+        input, residual, weight, None, dims, *options, -1, round_sum, input.dtype
+    )
+    input.copy_(output), residual.copy_(sum)
+
+
 _OURS = {
     operator.__name__: operator
     for operator in (
@@ -117,6 +155,7 @@ _OURS = {
 def register(key: str) -> None:
     """Serves the operators of all rows for a dispatch key from here on."""
     _form.library.impl("rms_norm_out", route.rms_norm_out, key)
+    _form.library.impl("add_rms_norm_", add_rms_norm_, key)
     for made in _form.registered:
         if made.form.define is not None:
             for end in made.schemas:

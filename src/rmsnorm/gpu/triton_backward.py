@@ -1,125 +1,194 @@
-"""The only file with the backward kernels for GPUs, in Triton; the rules are those of triton_forward.py.
+"""The only file with the backward kernels for GPUs, in Triton, of the steps in triton_gradients.py.
 
     dx = r · (h - x̂ · mean(h · x̂))        dW = Σ_rows grad · x̂        with x̂ = x · r and h = grad · (OFFSET + weight)
 
-A program owns a chunk of tiles of rows, or one row that is too wide for registers, and looks at no other's. What
-arrives at heads that were turned is turned back as it is loaded: see triton_heads.py.
+with what each norm did before, to the mean, and behind. A program owns a chunk of tiles of rows, or one row that is too
+wide for registers, and looks at no other's. What arrives at heads that were turned is turned back as it is loaded: see
+triton_heads.py.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _load
+from .triton_gradients import (
+    _derived,
+    _factor,
+    _factor_of,
+    _inverse,
+    _left,
+    _means,
+    _normalised,
+    _place,
+    _program,
+    _shared,
+    _ungated,
+)
 from .triton_heads import _load_back, _load_head
-
-
-@triton.jit
-def _place(step, end, column, columns, ROWS: tl.constexpr):
-    """The rows of the tile that begins at ``step``, which of them there are, and which of its elements."""
-    row = (step + tl.arange(0, ROWS))[:, None]
-    here = (row < end) & (column < columns)
-    return row * tl.num_programs(1) + tl.program_id(1), row < end, here
+from .triton_steps import _grouped, _load
 
 
 @triton.jit
 def _operands(
-    grad, x, rstd, by, step, end, column, columns, wide: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr
+    grad, x, rstd, by, more, step, end, rows, column, columns,
+    wide: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is read of the tile that begins at ``step``: 1/rms of each row, the gradient, and x."""
-    row, inside, here = _place(step, end, column, columns, ROWS)
-    r = tl.load(rstd + row, inside, 0.0)
-    if by is None:
-        h, tile = _load(grad, row, column, here), _load(x, row, column, here)
-    else:
+    row, inside, here = _place(step, end, rows, column, columns, more, ROWS)
+    r = tl.full([ROWS, 1], 1.0, wide)
+    if rstd is not None:
+        r = tl.load(rstd + row, inside, 0.0)
+    if by is not None:
         h, tile = _load_back(grad, row, column, here, by, INTERLEAVED, wide), _load_head(x, row, column, here, by)
+    elif grad is None:
+        h, tile = tl.zeros([ROWS, BLOCK], wide), _load(x, row, column, here)
+    else:
+        h, tile = _load(grad, row, column, here), _load(x, row, column, here)
     return r, h, tile
 
 
 @triton.jit
-def _graded(grad, weight, row, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
-    """h, for a block of a row."""
-    h = _load(grad, row, column, column < columns).to(wide)
-    gain = _gain(weight, column, columns, OFFSET, wide)
-    if gain is not None:
-        h = h * gain
-    return h
+def _add_to(sums, terms, place, here, again):
+    """Adds up what a tile has of each column, and adds that to a row of partial sums."""
+    total = tl.sum(terms, 0, keep_dims=True).to(sums.dtype.element_ty)
+    if again:
+        total += tl.load(sums + place, here, 0.0)
+    tl.store(sums + place, total, here)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk"])
 def backward(
-    grad, grad_sum, x, rstd, by, weight, dx, partial, rows, columns, chunk, part: tl.float64,
+    grad, grad_sum, x, rstd, by, weight, dx, partial, more, rows, columns, chunk, part: tl.float64,
+    LOAD: tl.constexpr, LAYER: tl.constexpr, FLOOR: tl.constexpr, STORE: tl.constexpr, ROWWISE: tl.constexpr,
     INTERLEAVED: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of rows, and a row of partial sums of dW: fp32 over STEPS tiles, then the type of ``partial``.
+    ROWWISE is whether a gradient is wanted that takes a mean over the row.
 
     While a tile is worked on, the next one is on its way, as few programs share a multiprocessor: on an H200 that takes
     bfloat16 rows of 4096 from 2.1 to 1.7 times the time of a copy; the bytes are 1.5. But for fp32 rows of 8192: it
-    brings nothing there, and on a B200 they would spill. And but for heads that were turned: twice as much is loaded.
+    brings nothing there, and on a B200 they would spill. And but for heads that were turned, and norms with more than
+    the plain steps: more is loaded there.
     """
     kind: tl.constexpr = x[0].dtype.element_ty
     wide: tl.constexpr = tl.float64 if kind == tl.float64 else tl.float32
-    AHEAD: tl.constexpr = by is None and kind.primitive_bitwidth * BLOCK <= 2**17
-    begin = tl.program_id(0).to(tl.int64) * chunk
+    AHEAD: tl.constexpr = by is None and more is None and kind.primitive_bitwidth * BLOCK <= 2**17
+    number, own, owns = _program(more)
+    begin = number * chunk
     end = tl.minimum(begin + chunk, rows)
     column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
-    gain = _gain(weight, column, columns, OFFSET, wide)
-    next_r, next_h, next_x = _operands(grad, x, rstd, by, begin, end, column, columns, wide, INTERLEAVED, ROWS)
+    gain = _factor(weight, more, column, columns, OFFSET, wide)
+    inverse = _inverse(gain, LOAD, wide)
+    gate = None
+    if LOAD == "gated" or LOAD == "none":
+        gate = _shared(more.gate, more, column, columns, wide)
+    next_r, next_h, next_x = _operands(
+        grad, x, rstd, by, more, begin, end, rows, column, columns, wide, INTERLEAVED, ROWS, BLOCK
+    )
     for first in range(begin, end, ROWS * STEPS):
         dw = tl.zeros([ROWS, BLOCK], wide)
+        db = tl.zeros([ROWS, BLOCK], wide)
+        dgate = tl.zeros([ROWS, BLOCK], wide)
         for step in range(first, tl.minimum(first + ROWS * STEPS, end), ROWS):
-            r, h, x_hat = next_r, next_h.to(wide), next_x.to(wide) * next_r
+            r, h, tile = next_r, next_h.to(wide), next_x.to(wide)
+            row, inside, here = _place(step, end, rows, column, columns, more, ROWS)
+            length = tl.abs(r) if FLOOR else r
+            x_hat, a, slope = _normalised(tile, length, inverse, more, row, column, inside, here, wide, LOAD, LAYER)
             if AHEAD:
                 then = step + ROWS
                 next_r, next_h, next_x = _operands(
-                    grad, x, rstd, by, then, end, column, columns, wide, INTERLEAVED, ROWS
+                    grad, x, rstd, by, more, then, end, rows, column, columns, wide, INTERLEAVED, ROWS, BLOCK
                 )
+            h = _ungated(h, x_hat, gain, more, row, column, columns, here, wide, STORE)
             if partial is not None:
                 dw += h * x_hat
-            if dx is not None:
-                if gain is not None:
-                    h = h * gain
-                mean = (tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part).to(wide)
-                tile = r * (h - x_hat * mean)
-                row, _, here = _place(step, end, column, columns, ROWS)
+            if more is not None and more.bias_sums is not None:
+                db += h
+            if ROWWISE:
+                t = h
+                if LOAD != "none":
+                    if gain is not None:
+                        h = h * gain
+                    sums = tl.sum(h, 1, keep_dims=True) if LAYER else h
+                    products = tl.sum(h * x_hat, 1, keep_dims=True)
+                    means = _means(products, sums, r, more, row, inside, part, wide, FLOOR, LAYER)
+                    t = _derived(h, x_hat, r, means, more, column, FLOOR, LAYER)
                 if grad_sum is not None:
-                    tile += _load(grad_sum, row, column, here).to(wide)
-                tl.store(dx + row * columns + column, tile, here)
+                    t += _load(grad_sum, row, column, here).to(wide)
+                product = _left(t, tile, a, slope, gate, dx, more, row, column, columns, here, kind, wide, LOAD)
+                if product is not None:
+                    dgate += product
             if not AHEAD:
                 then = step + ROWS
                 next_r, next_h, next_x = _operands(
-                    grad, x, rstd, by, then, end, column, columns, wide, INTERLEAVED, ROWS
+                    grad, x, rstd, by, more, then, end, rows, column, columns, wide, INTERLEAVED, ROWS, BLOCK
                 )
+        place = (number * owns + own) * columns + column
         if partial is not None:
-            place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * columns + column
-            dw_sum = tl.sum(dw, 0, keep_dims=True).to(partial.dtype.element_ty)
-            if first > begin:
-                dw_sum += tl.load(partial + place, column < columns, 0.0)
-            tl.store(partial + place, dw_sum, column < columns)
+            _add_to(partial, dw, place, column < columns, first > begin)
+        if more is not None:
+            if more.bias_sums is not None:
+                _add_to(more.bias_sums, db, place, column < columns, first > begin)
+            if more.gate_sums is not None:
+                _add_to(more.gate_sums, dgate, place, column < columns, first > begin)
+
+
+@triton.jit
+def _block(
+    grad, x, r, gain, more, row, column, columns, wide: tl.constexpr, LOAD: tl.constexpr, LAYER: tl.constexpr,
+):  # fmt: skip
+    """The gradient and what it meets, for a block of a row: ``(h, x, x̂, a(gate), a'(gate))``."""
+    here = column < columns
+    tile = _load(x, row, column, here).to(wide)
+    h = tl.zeros(tile.shape, wide) if grad is None else _load(grad, row, column, here).to(wide)
+    x_hat, a, slope = _normalised(
+        tile, r, _inverse(gain, LOAD, wide), more, row, column, row >= 0, here, wide, LOAD, LAYER
+    )
+    return h, tile, x_hat, a, slope
 
 
 @triton.jit
 def backward_wide(
-    grad, grad_sum, x, rstd, weight, dx, columns, part: tl.float64, OFFSET: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, grad_sum, x, rstd, weight, dx, more, columns, part: tl.float64,
+    LOAD: tl.constexpr, LAYER: tl.constexpr, FLOOR: tl.constexpr, STORE: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """dx of one row that doesn't fit into registers."""
-    wide: tl.constexpr = tl.float64 if x[0].dtype.element_ty == tl.float64 else tl.float32
+    kind: tl.constexpr = x[0].dtype.element_ty
+    wide: tl.constexpr = tl.float64 if kind == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     r = tl.load(rstd + row)
-    mean = tl.zeros([1, 1], tl.float64)
+    length = tl.abs(r) if FLOOR else r
+    products = tl.zeros([1, 1], tl.float64)
+    sums = tl.zeros([1, 1], tl.float64)
     for start in range(0, columns, BLOCK):
         column = start + first
-        h = _graded(grad, weight, row, column, columns, OFFSET, wide)
-        x_hat = _load(x, row, column, column < columns).to(wide) * r
-        mean += tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64) * part
+        gain = _factor_of(weight, more, row, column, columns, OFFSET, wide)
+        here = column < columns
+        h, _, x_hat, _, _ = _block(grad, x, length, gain, more, row, column, columns, wide, LOAD, LAYER)
+        h = _ungated(h, x_hat, gain, more, row, column, columns, here, wide, STORE, False)
+        if gain is not None:
+            h = h * gain
+        products += tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64)
+        if LAYER:
+            sums += tl.sum(h, 1, keep_dims=True).to(tl.float64)
+    means = _means(products, sums, r, more, row, row >= 0, part, wide, FLOOR, LAYER)
     for start in range(0, columns, BLOCK):
         column = start + first
-        h = _graded(grad, weight, row, column, columns, OFFSET, wide)
-        tile = r * (h - _load(x, row, column, column < columns).to(wide) * r * mean.to(wide))
+        here = column < columns
+        gain = _factor_of(weight, more, row, column, columns, OFFSET, wide)
+        h, tile, x_hat, a, slope = _block(grad, x, length, gain, more, row, column, columns, wide, LOAD, LAYER)
+        h = _ungated(h, x_hat, gain, more, row, column, columns, here, wide, STORE)
+        if gain is not None:
+            h = h * gain
+        t = _derived(h, x_hat, r, means, more, column, FLOOR, LAYER)
         if grad_sum is not None:
-            tile += _load(grad_sum, row, column, column < columns).to(wide)
-        tl.store(dx + row * columns + column, tile, column < columns)
+            t += _load(grad_sum, row, column, here).to(wide)
+        gate = None
+        if LOAD == "gated":
+            gate = _grouped(more.gate, row, column, here, more).to(wide)
+        _left(t, tile, a, slope, gate, dx, more, row, column, columns, here, kind, wide, LOAD)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -3,7 +3,7 @@
     half-split     z[j] = y[j]·cos[j] - y[j+h]·sin[j]      z[j+h] = y[j+h]·cos[j+h] + y[j]·sin[j+h]
     interleaved    the same of the columns 2i and 2i+1, not j and j+h
 
-with y a head, normed by the steps of triton_forward.py, or as it came. A row is a head of a token; rows are walked with
+with y a head, normed by the steps of triton_steps.py, or as it came. A row is a head of a token; rows are walked with
 the tokens outside and the heads inside, as a projection wrote them. The other column of a pair is loaded, and normed,
 once more, from the cache: so no column has to be where another thread is.
 
@@ -14,7 +14,8 @@ turned by: ``(cos, sin, their rows, their columns, heads, tokens)``; cosines of 
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _output, _reciprocal, _square_sum
+from .triton_numbers import _square_sum
+from .triton_steps import _gain, _output, _reciprocal
 
 
 @triton.jit
@@ -81,7 +82,9 @@ def turn(
         other = _load_head(x, row, partner, moved, by).to(wide)
         if NORM:
             total = _square_sum(y, kind)
-            r, scaled_r, scale = _reciprocal(None, None, y, row, inside, columns, total, part, eps, kind, wide, BLOCK)
+            r, scaled_r, scale = _reciprocal(
+                y, (x, None, None, None), None, row, inside, columns, total, part, eps, kind, wide, BLOCK
+            )
             if rstd is not None:
                 tl.store(rstd + row, r, inside)
             gain = _gain(weight, column, columns, OFFSET, wide)

@@ -1,4 +1,4 @@
-"""The only file with the kernel for GPUs of the quantised norm, in Triton; the rules are those of triton_forward.py.
+"""The only file with the kernel for GPUs of the quantised norm, in Triton; the rules are those of triton_steps.py.
 
     int8      s = max(T(largest / 127.5), 2^-23)   code = min(nearest(y · (1/s)), 127)        symmetric, ties to even
     e4m3      s = T(largest / 448)                 code = e4m3(clamp(y / s, ±448))            float8, ties to even
@@ -9,13 +9,19 @@ with largest = max |y|, a NaN if one is, and T() one rounding to y's type; the r
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _held, _load_sum, _output, _reciprocal, _statistic
+from .triton_steps import _finished, _gain, _held, _output, _reciprocal, _statistic, _taken
 
 
 @triton.jit
-def _rounded(x, r, scale, gain, kind: tl.constexpr, out: tl.constexpr, ROUND_FIRST: tl.constexpr):
+def _rounded(
+    x, r, scale, weight, more, row, column, columns, here,
+    kind: tl.constexpr, out: tl.constexpr, OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
     """The norm's output as its type has it, in fp32."""
-    return _output(x, r, scale, gain, kind, ROUND_FIRST).to(out).to(tl.float32)
+    gain = _gain(weight, column, columns, OFFSET, tl.float32)
+    y = _output(x, r, scale, gain, kind, ROUND_FIRST)
+    y = _finished(y, weight, more, row, column, columns, here, kind, tl.float32, STORE, ROUND_FIRST)
+    return y.to(out).to(tl.float32)
 
 
 @triton.jit
@@ -48,7 +54,8 @@ def _code(y, scale, E4M3: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def quantised(
-    x, residual, weight, codes, scales, sum, rows, columns, part: tl.float64, eps: tl.float64,
+    x, residual, weight, codes, scales, sum, more, rows, columns, part: tl.float64, eps: tl.float64,
+    LOAD: tl.constexpr, STORE: tl.constexpr,
     OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, WIDER: tl.constexpr, E4M3: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
@@ -62,21 +69,23 @@ def quantised(
     row = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     here = inside & (first < columns)
-    tile = _held(x, residual, sum, row, inside, columns, wide, BLOCK, LOOP)
-    total = _statistic(tile, x, residual, sum, row, inside, columns, kind, wide, BLOCK)
-    _, r, by = _reciprocal(x, residual, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
+    given = (x, residual, sum, more)
+    tile = _held(given, row, inside, columns, wide, BLOCK, LOOP, LOAD)
+    total = _statistic(tile, given, None, row, inside, columns, kind if LOAD == "" else wide, wide, BLOCK, LOAD)
+    _, r, by = _reciprocal(tile, given, None, row, inside, columns, total, part, eps, kind, wide, BLOCK, LOAD)
 
     if LOOP:
         most = tl.zeros([ROWS, 1], tl.int32)
         for start in range(0, columns, BLOCK):
             column = start + first
             here = inside & (column < columns)
-            gain = _gain(weight, column, columns, OFFSET, wide)
-            block = _load_sum(x, residual, row, column, here, wide)
-            most = tl.maximum(most, _largest(_rounded(block, r, by, gain, kind, out, ROUND_FIRST)))
-    else:
-        gain = _gain(weight, first, columns, OFFSET, wide)  # not before: fp32 rows of 16384 would spill
-        tile = _rounded(tile, r, by, gain, kind, out, ROUND_FIRST)
+            block = _taken(given, row, column, here, wide, LOAD)
+            block = _rounded(
+                block, r, by, weight, more, row, column, columns, here, kind, out, OFFSET, ROUND_FIRST, STORE
+            )
+            most = tl.maximum(most, _largest(block))
+    else:  # the weight is not loaded before: fp32 rows of 16384 would spill
+        tile = _rounded(tile, r, by, weight, more, row, first, columns, here, kind, out, OFFSET, ROUND_FIRST, STORE)
         most = _largest(tile)
     largest = most.to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, tl.full(largest.shape, 448.0 if E4M3 else 127.5, wide)).to(out).to(wide)
@@ -90,9 +99,10 @@ def quantised(
         for start in range(0, columns, BLOCK):
             column = start + first
             here = inside & (column < columns)
-            gain = _gain(weight, column, columns, OFFSET, wide)
-            block = _load_sum(x, residual, row, column, here, wide)
-            block = _rounded(block, r, by, gain, kind, out, ROUND_FIRST)
+            block = _taken(given, row, column, here, wide, LOAD)
+            block = _rounded(
+                block, r, by, weight, more, row, column, columns, here, kind, out, OFFSET, ROUND_FIRST, STORE
+            )
             tl.store(codes + row * columns + column, _code(block, scale, E4M3).to(tl.uint8), here)
     else:
         tl.store(codes + row * columns + first, _code(tile, scale, E4M3).to(tl.uint8), here)

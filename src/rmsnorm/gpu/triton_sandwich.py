@@ -1,4 +1,4 @@
-"""The only file with the sandwich's kernel for GPUs, in Triton; the rules and the steps are those of triton_forward.py.
+"""The only file with the sandwich's kernel for GPUs, in Triton; the rules and the steps are those of triton_steps.py.
 
     s = residual + norm(x; weight)        y = norm(s; next_weight)
 
@@ -9,7 +9,8 @@ once; of wider ones the second norm reads the sum, which this program has just w
 import triton
 import triton.language as tl
 
-from .triton_forward import _gain, _held, _load, _output, _reciprocal, _square_sum, _statistic
+from .triton_numbers import _square_sum
+from .triton_steps import _gain, _held, _load, _output, _reciprocal, _statistic
 
 
 @triton.jit
@@ -32,9 +33,10 @@ def sandwich(
     row = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     here = inside & (first < columns)
-    tile = _held(x, None, None, row, inside, columns, wide, BLOCK, LOOP)
-    total = _statistic(tile, x, None, None, row, inside, columns, kind, wide, BLOCK)
-    r, scaled_r, scale = _reciprocal(x, None, tile, row, inside, columns, total, part, eps, kind, wide, BLOCK)
+    given = (x, None, None, None)
+    tile = _held(given, row, inside, columns, wide, BLOCK, LOOP)
+    total = _statistic(tile, given, None, row, inside, columns, kind, wide, BLOCK)
+    r, scaled_r, scale = _reciprocal(tile, given, None, row, inside, columns, total, part, eps, kind, wide, BLOCK)
     if rstd is not None:
         tl.store(rstd + row, r, inside)
 
@@ -59,7 +61,7 @@ def sandwich(
     if y is not None:
         added = (sum, columns)
         r, scaled_r, scale = _reciprocal(
-            added, None, tile, row, inside, columns, total, part, next_eps, kind, wide, BLOCK
+            tile, (added, None, None, None), None, row, inside, columns, total, part, next_eps, kind, wide, BLOCK
         )
         if next_rstd is not None:
             tl.store(next_rstd + row, r, inside)
