@@ -5,6 +5,7 @@ No number in them is typed by hand: all come from the folder that ``rmsnorm stud
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -131,6 +132,22 @@ def explained(study: Study, words: Mapping[str, str]) -> str:
     return f"{results(study, words).rstrip()}\n\n![rates](study/rates.png)\n"
 
 
+def lesson(study: Study) -> str:
+    """What the tutorial draws of a study, as JSON: by arm, means with their bands, and rates."""
+    arms = arms_of(study)
+    seen = {
+        name: {
+            "loss": [arm.held_out.mean, arm.held_out.band],
+            "difference": [apart.mean, apart.band] if (apart := difference(arm, arms["rms"])) and name != "rms" else [0, 0],
+            "stable": arm.largest_stable,
+            "at_least": arm.open_end,
+        }
+        for name, arm in arms.items()
+    }
+    whole = {"date": study.machine["date"][:10], "seeds": study.setting.seeds, "step": findings.step_ratios(study)}
+    return json.dumps({**whole, "arms": seen}, indent=1) + "\n"
+
+
 def filled(text: str, indent: str = "") -> str:
     """Lines of the width of the other pages."""
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
@@ -149,6 +166,7 @@ def write(folder: Path, root: Path = Path()) -> None:
     place.mkdir(parents=True, exist_ok=True)
     names = report.write(study, place)
     replace(place / "README.md", page(study, names))
+    replace(root / "src" / "rmsnorm" / "tutorial" / "study.json", lesson(study))
     for name in BRIEF:
         replace_block(root / name, LABEL, readme(study, name))
     for twin, words in {"explained.md": {}, "explained.zh.md": IN_CHINESE}.items():

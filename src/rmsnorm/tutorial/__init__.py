@@ -1,5 +1,4 @@
-"""The room of the tutorial: `rmsnorm learn`, nine panels in a browser, in English and in Chinese.
+"""The room of the lesson: `rmsnorm learn`, twelve questions in a page that computes, in English and in Chinese.
 
-A panel is one file that computes (plain functions on tensors), draws, and names its controls and its question. The
-notebook and the static pages show the same panels; the texts are one Markdown file for each language.
+A figure is one JavaScript file that computes, draws and names its controls. The texts are one file for each language.
 """

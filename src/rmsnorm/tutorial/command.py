@@ -1,5 +1,6 @@
 """The only file with the command ``rmsnorm learn``: it checks what it is given, then serves or exports.
 
+Nothing here imports torch before it is needed: ``rmsnorm_command.py`` runs this file before the package.
 Annotations are evaluated by typer, hence no ``from __future__ import annotations`` in this file.
 """
 
@@ -8,20 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .._extras import extra_line
-from ..bench import export
 from . import texts
 
 if TYPE_CHECKING:
     import typer
 
-NEEDED = ("marimo", "matplotlib", "markdown", "pygments", "uvicorn")
+NEEDED = ("markdown_it", "pygments")
 
 
 def register(app: "typer.Typer") -> "typer.Typer":
     """Adds the command to the app; returns the app."""
     import typer
-    from rich.console import Console
 
     @app.command()
     def learn(
@@ -30,10 +28,13 @@ def register(app: "typer.Typer") -> "typer.Typer":
         browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
         export_to: Annotated[
             Path | None,
-            typer.Option("--export", metavar="DIR", help="Write the static pages en.html and zh.html there instead."),
+            typer.Option("--export", metavar="DIR", help="Measure, and write the pages en.html and zh.html there."),
         ] = None,
+        home: Annotated[
+            str, typer.Option(metavar="URL", help="With --export: where the pages link to the files of this repository.")
+        ] = "",
     ) -> None:
-        """The tutorial in your browser: nine questions, and plots that you can move; English and Chinese, offline."""
+        """The lesson in your browser: guess, then move what moves; English and Chinese, offline."""
 
         def refuse(reason: str) -> None:
             typer.echo(f"rmsnorm learn: {reason}", err=True)
@@ -42,15 +43,20 @@ def register(app: "typer.Typer") -> "typer.Typer":
         if lang not in texts.LANGUAGES:
             refuse(f"--lang: unknown language {lang!r}; choose one of {', '.join(texts.LANGUAGES)}")
         if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+            from rmsnorm._extras import extra_line
+
             refuse(f"{', '.join(absent)} missing: {extra_line('tutorial')}")
         if export_to is not None:
             if reason := unwritable(export_to):
                 refuse(f"--export: {reason}")
-            from . import static
+            from rich.console import Console
+
+            from rmsnorm.bench import export
+            from rmsnorm.tutorial import build, measured
 
             with Console(stderr=True).status("") as status:
-                pages = static.pages(lambda title: status.update(f"Measuring: {title}"))
-            for name, page in pages.items():
+                found = measured.everything(lambda what: status.update(f"Measuring: {what}"))
+            for name, page in build.pages(found, home=home).items():
                 try:
                     export.replace(export_to / name, page)
                 except OSError as error:
@@ -61,20 +67,20 @@ def register(app: "typer.Typer") -> "typer.Typer":
                 typer.echo(export_to / name)
             return
 
-        from . import server
+        from . import serve
 
         try:
-            listening = server.bind(port)
-        except server.Unavailable as reason:
+            server = serve.bind(port)
+        except serve.Unavailable as reason:
             refuse(str(reason))
-        url = server.address(listening, lang)
+        url = serve.address(server, lang)
 
         def ready() -> None:
             typer.echo(f"{url}  (Ctrl-C ends it)")
             if browser:
-                server.open_browser(url)
+                serve.open_browser(url)
 
-        server.serve(listening, ready)
+        serve.serve(server, ready)
 
     return app
 

@@ -1,0 +1,99 @@
+// The only file that draws in three dimensions: the sphere on which RMSNorm puts every vector, LayerNorm's circle on it.
+
+import { norm, mean, std, rms, shown } from "./numbers.js";
+import { axes, arrow, even, flag, path, text } from "./plot.js";
+import { dragged, handle } from "./widgets.js";
+
+const SHIFTS = Array.from({ length: 41 }, (_, i) => -4 + i / 5);
+const ACROSS = [[1, -1, 0], [1, 1, -2]].map(v => v.map(c => c / Math.hypot(...v))); // two directions in LayerNorm's plane
+
+function compute({ x, shift }) {
+  const moved = x.map(v => v + shift), layer = norm("layer", moved), root = norm("rms", moved);
+  const apart = (a, b) => Math.max(...a.map((v, i) => Math.abs(v - b[i])));
+  const strip = SHIFTS.map(s => {
+    const all = x.map(v => v - mean(x) + s);
+    return [s, apart(norm("layer", all), norm("rms", all))];
+  });
+  const cos = mean(moved) / rms(moved), sin = std(moved) / rms(moved);
+  const gap = apart(root, layer.map(v => sin * v + cos)); // RMSNorm = sin θ · LayerNorm + cos θ · 1
+  return { moved, layer, root, strip, apart: apart(layer, root), mean: mean(moved), std: std(moved), rms: rms(moved),
+    theta: Math.acos(Math.max(-1, Math.min(1, cos))) * 180 / Math.PI, gap };
+}
+
+/** Turns a point by two angles: right, up, towards the eye. */
+function turned([a, b, c], yaw, pitch) {
+  const x = a * Math.cos(yaw) + b * Math.sin(yaw), y = -a * Math.sin(yaw) + b * Math.cos(yaw);
+  return [x, c * Math.cos(pitch) - y * Math.sin(pitch), y * Math.cos(pitch) + c * Math.sin(pitch)];
+}
+
+export const sphere = {
+  right: "zero",
+  controls: {
+    x: { kind: "cells", start: [1.2, -0.6, 0.3] },
+    shift: { kind: "slider", stops: Array.from({ length: 33 }, (_, i) => -4 + i / 4), start: 1 },
+    yaw: { kind: "slider", stops: Array.from({ length: 73 }, (_, i) => -180 + 5 * i), start: 20, words: v => `${v}°` },
+    pitch: { kind: "slider", stops: Array.from({ length: 37 }, (_, i) => -90 + 5 * i), start: 25, words: v => `${v}°` },
+  },
+  compute,
+  attach(panel) {
+    const { svg, state } = panel, controls = sphere.controls;
+    const turn = (key, value) => {
+      const stops = controls[key].stops, least = stops[0], most = stops.at(-1);
+      state[key] = Math.round(Math.max(least, Math.min(most, value)) / 5) * 5;
+      const input = panel.widgets[key].querySelector("input");
+      input.value = stops.indexOf(state[key]);
+      input.dispatchEvent(new Event("input"));
+    };
+    svg.classList.add("turned");
+    dragged(svg, (dx, dy, [yaw, pitch]) => { turn("yaw", yaw - dx / 2); turn("pitch", pitch + dy / 2); }, () => [state.yaw, state.pitch]);
+  },
+  draw({ width, t, state, result, guess, mine }) {
+    const size = Math.min(width, 380), middle = [width / 2, size / 2], scale = size / 2 / 2.3, n = 3;
+    const yaw = state.yaw * Math.PI / 180, pitch = state.pitch * Math.PI / 180;
+    const see = point => turned(point, yaw, pitch), at = p => [middle[0] + scale * p[0], middle[1] - scale * p[1]];
+    const angles = Array.from({ length: 73 }, (_, i) => i * Math.PI / 36), radius = Math.sqrt(n);
+    const ring = (u, v) => angles.map(a => see(u.map((c, i) => radius * (c * Math.cos(a) + v[i] * Math.sin(a)))));
+    const halves = (points, cls) => { // what is behind the sphere's middle is fainter
+      let out = "", run = [], behind = null;
+      for (const p of [...points, null]) {
+        const now = p && p[2] < -1e-9;
+        if (run.length && (p === null || now !== behind)) {
+          out += path([...run, ...(p ? [at(p)] : [])], `line ${cls}${behind ? " behind" : ""}`);
+          run = [];
+        }
+        if (p) { run.push(at(p)); behind = now; }
+      }
+      return out;
+    };
+    let body = path(angles.map(a => [middle[0] + scale * radius * Math.cos(a), middle[1] + scale * radius * Math.sin(a)]), "ball", true);
+    for (let i = -2; i <= 2; i++) { // circles of latitude around (1, 1, 1)
+      const height = Math.sin(i * Math.PI / 6) * radius, r = Math.cos(i * Math.PI / 6);
+      const points = ring(ACROSS[0].map(c => c * r), ACROSS[1].map(c => c * r)).map(p => see([1, 1, 1]).map((c, k) => p[k] + c * height / radius));
+      body += i ? halves(points, "faint") : halves(points, "layer thick");
+    }
+    const named = [];
+    const to = (point, cls, words) => {
+      const [px, py] = at(see(point));
+      named.push(text(0, 16 + 18 * named.length, `— ${words}`, `value ink-${cls}`));
+      return arrow(...middle, px, py, cls) + named.at(-1);
+    };
+    const reach = Math.min(1, 2.15 / Math.hypot(...result.moved));
+    const finite = v => v.every(Number.isFinite);
+    body += to([1.45, 1.45, 1.45], "soft", "(1, 1, 1)") + to(result.moved.map(v => v * reach), "x", reach < 1 ? "x …" : "x");
+    if (finite(result.layer)) body += to(result.layer, "layer", "LayerNorm");
+    if (finite(result.root)) body += to(result.root, "rms", "RMSNorm");
+    const plot = axes({
+      left: 44, top: size + 30, width: width - 56, height: 84, x: [-4, 4], y: [0, 3], xticks: even(-4, 4, 4), yticks: even(0, 3, 3),
+      xname: t("mean"), yname: t("apart"),
+    });
+    body += plot.out + plot.line(result.strip.filter(([, d]) => Number.isFinite(d)), "rms");
+    body += plot.line([[result.mean, 0], [result.mean, 3]], "mark");
+    if (guess) {
+      const lines = { never: [[-4, 0.4], [4, 0.4]], zero: [[0, 0], [0, 3]], unit: [[1, 0], [1, 3]], always: [[-4, 0.02], [4, 0.02]] };
+      body += plot.line(lines[guess], "guess") + flag(width - 12, size + 21, guess === "unit" ? `${mine}: std = 1` : mine, "end");
+    }
+    return { height: size + 158, body };
+  },
+  numbers: ({ root, layer, mean, std, rms, theta, apart, gap }) => ({ rmsnorm: root, layernorm: layer, mean, std, rms, theta, apart, gap }),
+  quotes: () => ({ upright: compute({ x: [1, -1, 0], shift: 0 }).theta }),
+};
