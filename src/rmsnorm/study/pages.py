@@ -138,7 +138,9 @@ def lesson(study: Study) -> str:
     seen = {
         name: {
             "loss": [arm.held_out.mean, arm.held_out.band],
-            "difference": [apart.mean, apart.band] if (apart := difference(arm, arms["rms"])) and name != "rms" else [0, 0],
+            "difference": [apart.mean, apart.band]
+            if (apart := difference(arm, arms["rms"])) and name != "rms"
+            else [0, 0],
             "stable": arm.largest_stable,
             "at_least": arm.open_end,
         }

@@ -77,8 +77,15 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
     links = "".join(f'<li><a href="#{name}">{escape(text[f"chapters.{name}"])}</a></li>' for name in CHAPTERS)
     body = "".join(_chapter(name, panels, text) for name, panels in CHAPTERS.items())
     code = "".join(f'<code data-line="{i}"><span>{line}</span></code>' for i, line in enumerate(_layer()))
-    inside = {"texts": text, "measured": measured, "study": json.loads(read("study.json")), "corpus": read("corpus.txt")}
-    data = "".join(f'<script type="application/json" id="data-{name}">{_json(value)}</script>' for name, value in inside.items())
+    inside = {
+        "texts": text,
+        "measured": measured,
+        "study": json.loads(read("study.json")),
+        "corpus": read("corpus.txt"),
+    }
+    data = "".join(
+        f'<script type="application/json" id="data-{name}">{_json(value)}</script>' for name, value in inside.items()
+    )
     words = "".join(
         f'<dt>{escape(text[f"term.{term}"])}</dt><dd id="term-{term}">{line(text[f"term.{term}.means"])}</dd>'
         for term in terms(text)
@@ -136,7 +143,7 @@ def _panel(panel: str, text: dict[str, str]) -> str:
         f'<form class="question"><fieldset><legend>{line(text[f"{panel}.question"])}</legend>{guesses}</fieldset>'
         f'<button type="button">{escape(text["page.show"])}</button></form>'
         f'<div class="answer" role="status"></div><div class="bench" hidden></div>'
-        f'<template>{prose(text[f"{panel}.answer"])}</template></article>'
+        f"<template>{prose(text[f'{panel}.answer'])}</template></article>"
     )
 
 

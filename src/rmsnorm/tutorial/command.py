@@ -31,7 +31,8 @@ def register(app: "typer.Typer") -> "typer.Typer":
             typer.Option("--export", metavar="DIR", help="Measure, and write the pages en.html and zh.html there."),
         ] = None,
         home: Annotated[
-            str, typer.Option(metavar="URL", help="With --export: where the pages link to the files of this repository.")
+            str,
+            typer.Option(metavar="URL", help="With --export: where the pages link to the files of this repository."),
         ] = "",
     ) -> None:
         """The lesson in your browser: guess, then move what moves; English and Chinese, offline."""

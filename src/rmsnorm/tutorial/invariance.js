@@ -52,7 +52,9 @@ export const invariance = {
       names.forEach((name, j) => {
         const holds = row[name] < HOLDS_BELOW, x = first + j * step;
         body += rect(x + 2, y + 2, step - 4, 38, holds ? "holds" : "breaks");
-        body += text(x + step / 2, y + 26, `${holds ? "✓" : "✗"} ${row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0"}`, "value", "middle");
+        const size = row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0", sign = holds ? "✓" : "✗", middle = x + step / 2;
+        body += step < 64 ? text(middle, y + 17, sign, "value", "middle") + text(middle, y + 34, size, "value", "middle")
+          : text(middle, y + 26, `${sign} ${size}`, "value", "middle");
       });
       if (guess === change) body += rect(1, y, width - 2, 42, "guess") + flag(0, 18, mine);
     });

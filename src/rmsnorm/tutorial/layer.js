@@ -26,6 +26,7 @@ function compute({ x, weight, factor, dtype, mistake, eps }) {
 
 export const layer = {
   right: "same",
+  hands: true,
   controls: {
     x: { kind: "cells", start: [0.1, 0.1, 0.2, 0.3] },
     factor: { kind: "slider", stops: [0, 1e-4, 0.01, 0.1, 0.5, 1, 2, 10, 100, 1000, 3000], start: 2 },

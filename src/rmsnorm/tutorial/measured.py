@@ -83,7 +83,12 @@ def depth(sentence: str) -> Json:
     with torch.inference_mode(), _smollm.recorded(norms) as seen:
         smollm2(words["input_ids"])
     x = torch.stack([one[0] for one in seen.values()]).double()
-    return {"all": profile(x), "rest": profile(x[:, 1:] if x.shape[1] > 1 else x), "sentence": sentence, "machine": machine()}
+    return {
+        "all": profile(x),
+        "rest": profile(x[:, 1:] if x.shape[1] > 1 else x),
+        "sentence": sentence,
+        "machine": machine(),
+    }
 
 
 def profile(x: Tensor) -> Json:

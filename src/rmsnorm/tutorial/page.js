@@ -52,7 +52,7 @@ class Panel {
     this.bench(article.querySelector(".bench"));
     const verdict = guess === null ? "answer" : guess === figure.right ? "right" : "wrong";
     const answer = article.querySelector(".answer");
-    answer.innerHTML = `<p class="verdict ${verdict}">${{ right: "✓", wrong: "✗", answer: "→" }[verdict]} ${escape(t(verdict))}
+    answer.innerHTML = `<p class="verdict ${verdict}">${{ right: "✓", wrong: "✗", answer: "→" }[verdict]} ${escape(said("page", verdict))}
       ${form.querySelector(`input[value="${figure.right}"]`).parentElement.textContent}</p>`;
     answer.append(article.querySelector(":scope > template").content.cloneNode(true));
     this.update();
@@ -64,7 +64,7 @@ class Panel {
     const { figure, id, t } = this, changed = () => this.later();
     box.hidden = false;
     box.innerHTML = `<div class="controls" role="group" aria-label="${escape(t("turn"))}"></div><figure>
-      ${figure.html ? '<div class="html"></div>' : `<svg role="img" aria-label="${escape(t("caption"))}"><g></g></svg>`}
+      ${figure.html ? '<div class="html"></div>' : `<svg role="${figure.hands ? "group" : "img"}" aria-label="${escape(t("caption"))}"><g></g></svg>`}
       <figcaption>${escape(t("caption"))}</figcaption></figure><dl class="numbers"></dl>
       <details><summary>${escape(t("code"))}</summary><pre tabindex="0"></pre></details>`;
     box.querySelector("pre").textContent = source(figure.code ?? figure.compute);

@@ -20,7 +20,7 @@ function compute({ engine, step, rows, dtype }) {
     const [name, reads, writes] = steps[byRow ? j : i];
     events.push({ name, row: byRow ? i : j, reads: reads === "cached" ? 0 : reads, cached: reads === "cached", writes });
   }
-  const done = events.slice(0, Math.round(step / 100 * events.length));
+  const done = events.slice(0, Math.round(step / 12 * events.length));
   const count = list => list.reduce((total, e) => total + e.reads + e.writes, 0) / SMALL;
   const passes = Object.fromEntries(Object.entries(ENGINES).map(([name, { steps: all }]) =>
     [name, all.reduce((total, [, reads, writes]) => total + (reads === "cached" ? 0 : reads) + writes, 0)]));
@@ -32,7 +32,7 @@ export const passes = {
   live: { name: "cost", asks: ({ rows, dtype }) => ({ rows, dtype }) },
   controls: {
     engine: { kind: "choice", options: ["chain", "rms", "layer"], start: "chain" },
-    step: { kind: "slider", stops: Array.from({ length: 51 }, (_, i) => 2 * i), start: 60, words: v => `${v} %` },
+    step: { kind: "slider", stops: Array.from({ length: 13 }, (_, i) => i), start: 7, words: v => `${Math.round(100 * v / 12)} %` },
     rows: { kind: "slider", stops: [1, 128, 4096, 32768], start: 4096, words: v => `${v} × 4096` },
     dtype: { kind: "choice", options: ["float32", "bfloat16"], start: "float32" },
   },

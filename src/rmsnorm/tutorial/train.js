@@ -73,10 +73,10 @@ export const train = {
     let body = text(0, 14, t("loss"), "name") + plot.out + plot.line([[0, result.letters], [STEPS, result.letters]], "soft dashed");
     const looks = { none: "x", batch: "batch", layer: "layer", rms: "rms" };
     KINDS.forEach((kind, i) => {
-      const x = 44 + i * (width - 56) / 4;
-      body += text(x, 34, `— ${NAMES[kind] ?? t("short.none")}`, `value ink-${looks[kind]}`);
+      const x = 44 + i * (width - 56) / 4, name = NAMES[kind] ?? t("short.none");
+      body += text(x, 34, `— ${width < 520 ? name.replace("Norm", "") : name}`, `value ink-${looks[kind]}`);
       body += plot.line(result.arms[kind].filter(([, l]) => Number.isFinite(l)), looks[kind]);
-      if (kind in result.away) body += text(Math.min(plot.X(result.away[kind]) + 6, width - 90), top + 16 + 15 * i, `↑ ${NAMES[kind] ?? t("short.none")}`, `value ink-${looks[kind]}`);
+      if (kind in result.away) body += text(Math.min(plot.X(result.away[kind]) + 6, width - 90), top + 16 + 15 * i, `↑ ${name}`, `value ink-${looks[kind]}`);
       if (guess === kind) body += flag(x, 14, mine);
     });
     return { height: top + 264, body };
