@@ -17,11 +17,11 @@ help: ## this list
 demo: $(NATIVE) ## see RMSNorm work: the tutorial's example, a real LLaMA, and the speed on this machine
 	$(BIN)/rmsnorm demo
 
-learn: $(NATIVE) ## the tutorial in your browser, in English or Chinese: nine questions, and plots that you can move
+learn: $(NATIVE) ## the lesson in your browser, in English or Chinese: twelve questions, and figures that you can move
 	$(BIN)/rmsnorm learn
 
-pages: $(NATIVE) ## the tutorial as two static pages, build/tutorial/en.html and zh.html; a minute
-	$(BIN)/rmsnorm learn --export build/tutorial
+pages: $(NATIVE) ## the lesson as two pages that need nothing else, build/tutorial/en.html and zh.html; half a minute
+	$(BIN)/rmsnorm learn --export build/tutorial --home "$(REPOSITORY)"
 
 test: $(NATIVE) ## the tests on two processes; the layer without the native library; GPU kernels in the interpreter
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not heavy"
@@ -44,9 +44,9 @@ lint: $(NATIVE) ## ruff, mypy --strict, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 
-workflow: build/wheels/env/installed ## read the release workflow as GitHub would: its schema, and what is unsafe in it
-	build/wheels/env/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/release.yml
-	build/wheels/env/bin/zizmor --offline --quiet --config .github/zizmor.yml .github/workflows/release.yml
+workflow: build/wheels/env/installed ## read the workflows as GitHub would: their schema, and what is unsafe in them
+	build/wheels/env/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	build/wheels/env/bin/zizmor --offline --quiet --config .github/zizmor.yml .github/workflows/*.yml
 
 format: $(NATIVE) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .

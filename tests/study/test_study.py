@@ -396,6 +396,8 @@ def test_published_pages_say_what_the_data_say(tmp_path: Path):
     written = ("README.md", "README.zh-CN.md", "docs/explained.md", "docs/explained.zh.md")
     data = ("docs/study/README.md", "docs/study/results.json", "docs/study/runs.csv", "docs/study/curves.csv")
     (tmp_path / "docs").mkdir()
+    (tmp_path / "src" / "rmsnorm" / "tutorial").mkdir(parents=True)
+    data += ("src/rmsnorm/tutorial/study.json",)
     for name in written:
         shutil.copy(root / name, tmp_path / name)
     pages.write(root / "docs" / "study", tmp_path)

@@ -1,4 +1,4 @@
-"""The lesson in headless Chromium: covered until a guess, every control by mouse and keys, nothing fetched, cut off or said.
+"""The lesson in headless Chromium: covered until a guess, every control moved, nothing fetched, cut off or said.
 
 Screenshots are kept where RMSNORM_SCREENSHOTS says, if it says so. RMSNORM_AXE names axe-core's axe.min.js (npm), with
 which the pages are searched for what keeps people out; without it that test is skipped.
@@ -229,7 +229,7 @@ def test_every_control_does_something_by_keys_and_by_mouse(chromium, built):
         if panel == "train":  # which moves by itself; below
             continue
         guess(chromium, panel)
-        seen = f"const p = document.getElementById('{panel}'); return p.querySelector('figure').innerHTML + p.querySelector('.numbers').innerHTML"
+        seen = f"return ['figure', '.numbers'].map(e => document.querySelector(`#{panel} ${{e}}`).innerHTML).join()"
         if panel == "ruler":  # what its choice restores must have been changed
             guess_first = chromium.find_element(By.CSS_SELECTOR, "#ruler .cells input")
             guess_first.send_keys(Keys.ARROW_UP)

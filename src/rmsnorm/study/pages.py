@@ -1,4 +1,4 @@
-"""The only file that publishes a study: docs/study/, the findings in README and docs/explained, ``make study``.
+"""The only file that publishes a study: docs/study/, README, docs/explained and the lesson; ``make study``.
 
 No number in them is typed by hand: all come from the folder that ``rmsnorm study`` wrote.
 """

@@ -1,7 +1,8 @@
 """The only file that puts the lesson together: one HTML page for each language that needs nothing but itself.
 
-The words, headings and questions are in the page before any script runs, so that it is read at once. The script is every
-module in ``MODULES``, each in a function of its own, because a page that is opened from a disk may not import others.
+The words, headings and questions are in the page before any script runs, so that it is read at once. The script is
+every module in ``MODULES``, each in a function of its own, because a page that is opened from a disk may not import
+others.
 """
 
 from __future__ import annotations
@@ -95,14 +96,17 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <title>{escape(text["page.title"])}</title><link rel="icon" href="data:,">
 <style>{read("style.css")}</style></head>
-<body><header><nav aria-label="{escape(text["page.language"])}"><a href="{other}.html" lang="{other}" hreflang="{other}">{LANGUAGES[other]}</a></nav>
+<body><header><nav aria-label="{escape(text["page.language"])}">
+<a href="{other}.html" lang="{other}" hreflang="{other}">{LANGUAGES[other]}</a></nav>
 <h1>{escape(text["page.title"])}</h1>{prose(text["page.lead"])}
 <nav aria-label="{escape(text["page.contents"])}"><ol>{links}</ol></nav></header>
 <main>{body}
 <section id="end" class="chapter" aria-labelledby="end-title"><h2 id="end-title">{escape(text["page.end"])}</h2>
-<p id="score" role="status"></p><table id="sheet" hidden><caption class="unseen">{escape(text["page.end"])}</caption><tbody></tbody></table>
+<p id="score" role="status"></p>
+<table id="sheet" hidden><caption class="unseen">{escape(text["page.end"])}</caption><tbody></tbody></table>
 {_linked(prose(text["page.summary"]), home)}</section>
-<section id="glossary" class="chapter" aria-labelledby="glossary-title"><h2 id="glossary-title">{escape(text["page.glossary"])}</h2>
+<section id="glossary" class="chapter" aria-labelledby="glossary-title">
+<h2 id="glossary-title">{escape(text["page.glossary"])}</h2>
 <dl>{words}</dl>
 </section></main><footer id="facts"></footer><template id="ten-lines">{code}</template>
 {data}<script type="module">{bundle(*MODULES)}</script></body></html>
@@ -122,7 +126,8 @@ def terms(text: dict[str, str]) -> list[str]:
 def _chapter(name: str, panels: tuple[str, ...], text: dict[str, str]) -> str:
     inner = "".join(_panel(panel, text) for panel in panels)
     title = escape(text[f"chapters.{name}"])
-    return f'<section class="chapter" id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{inner}</section>'
+    opened = f'<section class="chapter" id="{name}" aria-labelledby="{name}-title">'
+    return f'{opened}<h2 id="{name}-title">{title}</h2>{inner}</section>'
 
 
 def options(panel: str, text: dict[str, str]) -> list[str]:
@@ -134,7 +139,8 @@ def options(panel: str, text: dict[str, str]) -> list[str]:
 def _panel(panel: str, text: dict[str, str]) -> str:
     """What stands before the guess; the figure and the answer are covered, and come from the script."""
     guesses = "".join(
-        f'<label><input type="radio" name="guess-{panel}" value="{option}"> {line(text[f"{panel}.option.{option}"])}</label>'
+        f'<label><input type="radio" name="guess-{panel}" value="{option}"> '
+        f"{line(text[f'{panel}.option.{option}'])}</label>"
         for option in options(panel, text)
     )
     return (

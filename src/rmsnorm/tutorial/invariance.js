@@ -45,7 +45,7 @@ export const invariance = {
   compute,
   draw({ width, t, result, guess, mine }) {
     const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(190, 0.36 * width), step = (width - first) / names.length;
-    let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name, `value${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");
+    let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name, `${width < 480 ? "small" : "value"}${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");
     Object.entries(result.moved).forEach(([change, row], i) => {
       const y = 30 + 42 * i;
       body += text(0, y + 25, t(`change.${change}`), "tick left");

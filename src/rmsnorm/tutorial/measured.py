@@ -1,4 +1,4 @@
-"""The only file that measures for the lesson what a page can't compute: times, errors of kernels, a real model's numbers.
+"""The only file that measures for the lesson what a page can't compute: times, kernels' errors, a real model's numbers.
 
 Everything is plain JSON. What could not be measured says why, under "why".
 """
@@ -109,11 +109,12 @@ def everything(progress: Callable[[str], None] = lambda what: None) -> Json:
         progress: hears what is measured next.
     """
     found: Json = {"machine": machine()}
-    for name, measure in {
+    parts: dict[str, Callable[[], Json]] = {
         "cost": lambda: cost(4096, "float32"),
         "ulps": ulps,
         "depth": lambda: depth(load("en")["depth.sentence.start"]),
-    }.items():
+    }
+    for name, measure in parts.items():
         progress(name)
         found[name] = measure()
     return found

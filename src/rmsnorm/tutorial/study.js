@@ -38,7 +38,7 @@ export const study = {
   numbers: ({ arms }) => Object.fromEntries(["none", "batch", "layer", "rms"].map(name =>
     [name, `${arms[name].loss[0].toFixed(3)} ± ${arms[name].loss[1].toFixed(3)}`])),
   quotes: (_, { study: s }) => ({
-    difference: `${(-s.arms.layer.difference[0]).toFixed(3)} ± ${s.arms.layer.difference[1].toFixed(3)}`, seeds: s.seeds,
+    difference: `${(-s.arms.layer.difference[0]).toFixed(3)} ± ${s.arms.layer.difference[1].toFixed(3)}`, seeds: s.seeds, date: s.date,
     none: `${signed(s.arms.none.difference[0])} ± ${s.arms.none.difference[1].toFixed(3)}`, low: s.arms.none.stable, high: s.arms.rms.stable,
     step: s.step[1].toFixed(3), fast: s.step[0].toFixed(3), slow: s.step[2].toFixed(3),
   }),

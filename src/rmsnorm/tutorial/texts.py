@@ -1,7 +1,7 @@
 """The only file that reads the texts: en.md and zh.md, one section per panel, one paragraph or more per key.
 
-`# ruler` opens a panel; a line that begins `question: ` opens one of its texts, which goes on until the next one; the key is
-then ``ruler.question``. Both files have the same keys in the same order.
+`# ruler` opens a panel; a line that begins `question: ` opens one of its texts, which goes on until the next one; the
+key is then ``ruler.question``. Both files have the same keys in the same order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse(source: str) -> dict[str, str]:
                 raise ValueError(f"{key}: a text needs a panel, and a name of its own")
             entries[key] = found[2]
         elif key:
-            entries[key] += f"\n{line}"
+            entries[key] += f"\n{line.strip()}"
         elif line.strip():
             raise ValueError(f"{line!r}: a text needs a panel, and a name of its own")
     entries = {key: text.strip() for key, text in entries.items()}

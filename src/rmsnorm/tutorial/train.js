@@ -42,7 +42,8 @@ function sentence({ arms, away, at, rate }, t) {
   if (at < STEPS && !gone.length) return t("seen.wait");
   const [best] = lasts.sort((a, b) => a[1] - b[1]);
   const first = gone.length ? t("seen.away").replace("{names}", gone.sort((a, b) => away[a] - away[b]).map(name).join(", ")) : t("seen.all");
-  return `${first.replace("{rate}", shown(rate))} ${best ? t("seen.best").replace("{name}", name(best[0])).replace("{loss}", shown(best[1], 3)) : ""}`;
+  const space = first.endsWith("。") ? "" : " ";
+  return `${first.replace("{rate}", shown(rate))}${space}${best ? t("seen.best").replace("{name}", name(best[0])).replace("{loss}", shown(best[1], 3)) : ""}`;
 }
 
 export const train = {
