@@ -71,7 +71,8 @@ MEASURED = {
 
 @pytest.fixture(scope="session")
 def script(chromium, tmp_path_factory):
-    """Calls a function of the lesson's modules in Chromium: ``script("numbers.round", 1.1, "bfloat16")``.
+    """Calls a function of the lesson's modules in Chromium, ``script("numbers.round", 1.1, "bfloat16")``, or runs an
+    expression with all of them as ``lesson`` and the arguments as ``a``, ``b``, and so on.
 
     Numbers cross as JSON, which keeps every bit of a double; what JSON has no word for crosses as a string.
     """
@@ -85,19 +86,17 @@ def script(chromium, tmp_path_factory):
     )
     address = page.as_uri()
 
-    def call(name: str, *arguments):
+    def call(code: str, *arguments):
         if chromium.current_url != address:
             chromium.get(address)
         found = chromium.execute_script(
             """
             const plain = (key, value) => ArrayBuffer.isView(value) ? [...value]
-              : typeof value === "number" && (!Number.isFinite(value) || Object.is(value, -0))
-                ? (Object.is(value, -0) ? "-0" : String(value)) : value;
-            const [start, ...rest] = arguments[0].split(".");
-            let owner = lesson[start];
-            for (const name of rest.slice(0, -1)) owner = owner[name];
-            return JSON.stringify(owner[rest.at(-1)](...arguments[1]), plain) ?? "null";""",
-            name,
+              : Object.is(value, -0) || (typeof value === "number" && !Number.isFinite(value))
+                ? (value === 0 ? "-0" : String(value)) : value;
+            const code = new Function("lesson", "values", `const [a, b, c, d, e] = values; return ${arguments[0]}`);
+            return JSON.stringify(code(lesson, arguments[1]), plain) ?? "null";""",
+            code if "(" in code else f"lesson.{code}(...values)",
             arguments,
         )
         return unstrung(json.loads(found))
@@ -123,7 +122,9 @@ def figure(script):
     """What a figure computes with some controls set, the others as they start: ``figure("eps", size=1)``."""
 
     def compute(name: str, data=None, **controls):
-        state = {key: control.get("start") for key, control in script(f"{name}.{name}.controls.valueOf").items()}
+        state = {
+            key: control.get("start") for key, control in script(f"lesson.{name}.{name}.controls.valueOf()").items()
+        }
         return SimpleNamespace(**script(f"{name}.{name}.compute", state | controls, data or {}))
 
     return compute

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rmsnorm
-from rmsnorm.tutorial import ulp
+from rmsnorm.tutorial import build, ulp
 from rmsnorm.tutorial.ten_lines import TenLines
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -75,14 +75,16 @@ def awkward() -> list[float]:
 def test_rounding_is_torchs_bit_for_bit(script, name):
     values = awkward()
     expected = torch.tensor(values, dtype=torch.float32).to(DTYPES[name]).double().tolist()
-    found = script("numbers.each", "round", values, name)
+    found = script("a.map(v => lesson.numbers.round(v, b))", values, name)
     assert [struct.pack("d", v) for v in found] == [struct.pack("d", v) for v in expected]
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_ulps_are_the_gaps(script, name):
     exact = torch.tensor([0.0, 1.0, 1.9999, -3.0, 1e-30, 6e-5, 1e-7, 500.0, 60000.0], dtype=F64)
-    assert script("numbers.each", "ulp", exact.tolist(), name) == ulp.gaps(exact, DTYPES[name]).tolist()
+    assert (
+        script("a.map(v => lesson.numbers.ulp(v, b))", exact.tolist(), name) == ulp.gaps(exact, DTYPES[name]).tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -116,6 +118,24 @@ def test_random_numbers_are_random_and_the_same_for_the_same_seed(script):
     assert abs(w.std() - 1) < 4 / math.sqrt(2 * w.size)
 
 
+def test_the_same_seed_gives_the_same_curve(script):
+    """And no norm runs away where the others learn."""
+    data = script("lesson.model.encode(a)", build.read("corpus.txt"))
+    code = (
+        "(() => { const m = lesson.model.create(a, b, c); for (let i = 0; i < 150; i++) lesson.model.step(m, d); "
+        "return m.losses })()"
+    )
+    first = script(code, "rms", data, 1, 0.3)
+    assert first == script(code, "rms", data, 1, 0.3) != script(code, "rms", data, 2, 0.3)
+    letters = script("lesson.model.frequencies(a)", data)
+    assert letters == pytest.approx(
+        torch.distributions.Categorical(torch.bincount(torch.tensor(data)).double()).entropy()
+    )
+    assert np.mean(first[-25:]) < letters
+    assert not max(script(code, "none", data, 1, 0.3)) < 2 * math.log(28)
+    assert np.mean(script(code, "none", data, 1, 0.05)[-25:]) < letters
+
+
 def torch_loss(kind: str, weights: dict[str, torch.Tensor], windows: torch.Tensor) -> torch.Tensor:
     """The page's model, written again for autograd."""
 
@@ -137,7 +157,10 @@ def test_the_models_backward_is_autograds(script, kind):
     data = torch.randint(28, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     model = script("model.create", kind, data, 1)
     places = list(range(0, 280, 9))
-    found = script("model.differentiated", kind, data, 1, places)
+    code = (
+        "(() => { const m = lesson.model.create(a, b, 1); return { loss: lesson.model.loss(m, c), grads: m.grads } })()"
+    )
+    found = script(code, kind, data, places)
     weights = {name: torch.tensor(v, dtype=F64).requires_grad_() for name, v in model["weights"].items()}
     windows = torch.tensor([data[place : place + 9] for place in places])
     loss = torch_loss(kind, weights, windows)

@@ -1,6 +1,7 @@
 // The only file that shows what flows back: dx loses what points along x, and shrinks as x grows.
 
 import { rmsBackward, rms, dot } from "./numbers.js";
+import { handle } from "./widgets.js";
 import { arrow, axes, decades, flag, text } from "./plot.js";
 
 const SIZES = Array.from({ length: 33 }, (_, i) => 10 ** (-3 + i / 8 * 1.5)); // 0.001 to 1000
@@ -17,12 +18,25 @@ function compute({ size, angle, eps }) {
 
 export const gradient = {
   right: "smaller",
+  hands: true,
   controls: {
     size: { kind: "slider", stops: [0.001, 0.01, 0.1, 1, 10, 100, 1000], start: 10 },
     angle: { kind: "slider", stops: Array.from({ length: 25 }, (_, i) => -180 + 15 * i), start: 75, words: v => `${v}°` },
     eps: { kind: "slider", stops: [0, 1e-6, 1e-3, 0.1, 1], start: 0 },
   },
   compute,
+  attach({ svg, state, t, widgets }) {
+    const stops = gradient.controls.angle.stops, input = widgets.angle.querySelector("input"), centre = {};
+    const place = handle(svg, {
+      name: t("control.angle"), axis: "x", get: () => state.angle, step: 15, least: stops[0], most: stops.at(-1),
+      at: event => {
+        const box = svg.getBoundingClientRect();
+        return Math.atan2(centre.y - (event.clientY - box.top), event.clientX - box.left - centre.x) * 180 / Math.PI;
+      },
+      set: value => { input.value = stops.indexOf(value); input.dispatchEvent(new Event("input")); },
+    });
+    return ({ tip, cx, cy }) => { Object.assign(centre, { x: cx, y: cy }); place(...tip); };
+  },
   draw({ width, t, result, guess, mine }) {
     const side = 170, cx = Math.min(width / 2, 220), cy = 92;
     const to = (v, length, cls, words) => {
@@ -42,7 +56,8 @@ export const gradient = {
     }
     body += plot.line(SIZES.map((s, i) => [s, result.lengths[i]]), "rms");
     body += plot.line([[result.rms, low], [result.rms, high]], "mark");
-    return { height: side + 266, body };
+    const size = Math.hypot(...result.x), tip = [cx + 76 * result.x[0] / size, cy - 76 * result.x[1] / size];
+    return { height: side + 266, body, tip, cx, cy };
   },
   numbers: ({ rms, length, cosine, dx }) => ({ rms, length, product: length * rms, cosine, dx }),
   quotes: () => ({ first: compute({ size: 1, angle: 75, eps: 0 }).length, tenfold: compute({ size: 10, angle: 75, eps: 0 }).length }),

@@ -132,12 +132,6 @@ export function loss({ kind, data, weights, grads }, places) {
   return total;
 }
 
-/** Loss and gradients of a fresh model. */
-export function differentiated(kind, data, seed, places) {
-  const model = create(kind, data, seed);
-  return { loss: loss(model, places), grads: model.grads };
-}
-
 /** One step of gradient descent with momentum. The arm without a norm has no gains to learn: they stay 1. */
 export function step(model, rate) {
   model.losses.push(loss(model, draw(model)));

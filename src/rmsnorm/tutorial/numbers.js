@@ -54,8 +54,6 @@ export function round(value, type) {
   return nearest === 0 ? 0 * value : nearest; // keeps the sign of zero
 }
 
-export const each = (name, values, type) => values.map(v => ({ round, ulp })[name](v, type));
-
 /** The mean of the squares, every step rounded to one type. */
 export function meanSquare(x, type) {
   let total = 0;

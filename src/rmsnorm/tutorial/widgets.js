@@ -73,7 +73,7 @@ export function dragged(element, moved, begin = () => null) {
       if (!active && Math.hypot(dx, dy) < 4) return;
       active = true;
       next.preventDefault();
-      moved(dx, dy, start);
+      moved(dx, dy, start, next);
     };
     const end = next => {
       if (next.pointerId !== pointerId) return;
@@ -86,13 +86,13 @@ export function dragged(element, moved, begin = () => null) {
 }
 
 /** Handles in a drawing: sliders for mouse, finger and keys. `set(value)` is told; `place()` says where it is drawn. */
-export function handle(svg, { name, axis = "y", get, set, unit, step, least, most }) {
+export function handle(svg, { name, axis = "y", get, set, unit, at, step, least, most }) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", "circle");
   const put = value => set(Math.max(least, Math.min(most, Number((Math.round(value / step) * step).toFixed(6)))));
   const attributes = { r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, "aria-valuemin": least, "aria-valuemax": most,
     "aria-orientation": axis === "y" ? "vertical" : "horizontal" };
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  dragged(element, (dx, dy, start) => put(start + (axis === "y" ? -dy : dx) / unit()), get);
+  dragged(element, (dx, dy, start, event) => put(at ? at(event) : start + (axis === "y" ? -dy : dx) / unit()), get);
   element.addEventListener("keydown", event => {
     const by = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10 }[event.key];
     if (!by) return;
