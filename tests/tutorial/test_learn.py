@@ -46,7 +46,7 @@ def test_chinese_is_chinese():
     """But for names, symbols and the sentence that SmolLM2 reads first."""
     chinese = texts.load("zh")
     names = (
-        r"(Batch|Weight|Layer|p?RMS)Norm|\{\w+\}|nats|post|pre|peri|rms|mean|NaN|\W"
+        r"(Batch|Weight|Layer|p?RMS)Norm|\{\w+\}|nats|post|pre|peri|rms|mean|NaN|token|\W"
         r"|\d|δ|ε|b?float\d\d|term|ulp|dx|x|y|²|⁴"
     )
     foreign = [key for key, text in chinese.items() if not re.search("[\u4e00-\u9fff]", text)]

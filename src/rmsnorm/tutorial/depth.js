@@ -20,13 +20,20 @@ export const depth = {
   controls: { tokens: { kind: "choice", options: ["all", "rest"], start: "all" } },
   compute,
   draw({ width, t, result, guess, mine, data }) {
-    if (result.why || !result.rms) return { height: 60, body: text(0, 24, t("absent"), "name") + text(0, 46, result.why ?? t("unmeasured"), "tick left") };
-    const n = result.rms.length, least = Math.min(...result.rms), high = 10 ** Math.ceil(Math.log10(result.most)), low = 10 ** Math.floor(Math.log10(least));
-    const sizes = axes({ left: 52, top: 44, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y", yticks: decades(low, high), xticks: [] });
-    let body = text(0, 14, t("given"), "name") + text(52, 34, `— ${t("largest")}`, "value ink-x") + text(52 + width / 3, 34, "— rms", "value ink-rms") + sizes.out;
-    body += sizes.line(result.largest.map((v, i) => [i + 1, v]), "x") + sizes.line(result.rms.map((v, i) => [i + 1, v]), "rms");
-    const share = axes({ left: 52, top: 256, width: width - 64, height: 110, x: [1, n], y: [0, 100], yticks: even(0, 100, 2), xticks: [1, 20, 40, 60].filter(v => v <= n).map(v => [v, v]), xname: t("norms") });
-    body += text(0, 238, t("share"), "name") + share.out + share.line(result.share.map((v, i) => [i + 1, 100 * v]), "layer");
+    if (result.why || !result.rms) return { height: 60, body: text(0, 24, t("absent"), "name")
+      + text(0, 46, result.why ?? t("unmeasured"), "tick left") };
+    const n = result.rms.length, least = Math.min(...result.rms), high = 10 ** Math.ceil(Math.log10(result.most)),
+      low = 10 ** Math.floor(Math.log10(least));
+    const sizes = axes({ left: 52, top: 44, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y",
+      yticks: decades(low, high), xticks: [] });
+    let body = text(0, 14, t("given"), "name") + text(52, 34, `— ${t("largest")}`, "value ink-x")
+      + text(52 + width / 3, 34, "— rms", "value ink-rms") + sizes.out;
+    body += sizes.line(result.largest.map((v, i) => [i + 1, v]), "x")
+      + sizes.line(result.rms.map((v, i) => [i + 1, v]), "rms");
+    const share = axes({ left: 52, top: 256, width: width - 64, height: 110, x: [1, n], y: [0, 100],
+      yticks: even(0, 100, 2), xticks: [1, 20, 40, 60].filter(v => v <= n).map(v => [v, v]), xname: t("norms") });
+    body += text(0, 238, t("share"), "name") + share.out
+      + share.line(result.share.map((v, i) => [i + 1, 100 * v]), "layer");
     if (guess) {
       const [a, b] = BANDS[guess];
       body += rect(52, share.Y(b), width - 64, share.Y(a) - share.Y(b), "guess") + flag(width - 12, 238, mine, "end");
@@ -34,13 +41,15 @@ export const depth = {
     return { height: 412, body };
   },
   numbers: result => (result.rms ? {
-    tokens: result.tokens, norms: result.rms.length, first: result.rms[0], last: result.rms.at(-1), largest: result.most,
+    tokens: result.tokens, norms: result.rms.length, first: result.rms[0], last: result.rms.at(-1),
+      largest: result.most,
     where: result.where, overflows: result.overflows, share: percent(result.average),
   } : {}),
   quotes: (_, data, t) => {
     const all = compute({ tokens: "all" }, data), rest = compute({ tokens: "rest" }, data);
     if (!all.rms) return { found: t("waiting") };
     const ends = { first: all.rms[0], last: all.rms.at(-1), largest: all.most, rest: rest.most };
-    return { found: filled(t("found"), { average: percent(all.average), ...ends, overflows: all.overflows, left: rest.overflows }) };
+    return { found: filled(t("found"), { average: percent(all.average), ...ends, overflows: all.overflows,
+      left: rest.overflows }) };
   },
 };

@@ -30,25 +30,29 @@ export const eps = {
   draw({ width, t, result, guess, mine }) {
     const strip = 78, top = 44, height = 190;
     const yticks = [[0, "0"], [0.5, "0.5"], [1, "1"], [1.3, "NaN"]];
-    const left = axes({ left: 44, top, width: strip, height, x: [0, 1], y: [-0.1, 1.45], yticks, xticks: [[0.5, t("zeros")]] });
+    const left = axes({ left: 44, top, width: strip, height, x: [0, 1], y: [-0.1, 1.45], yticks,
+      xticks: [[0.5, t("zeros")]] });
     const plot = axes({
       left: strip + 62, top, width: width - strip - 74, height, x: [1e-7, 1e3], y: [-0.1, 1.45], log: "x",
       xticks: decades(1e-7, 1e3, 2), yticks: [0, 0.5, 1].map(v => [v, ""]), xname: t("size"),
     });
     let body = text(8, 18, t("out"), "name") + left.out + plot.out;
-    body += plot.line(SIZES.map((s, i) => [s, result.outside[i]]), "dashed layer") + plot.line(SIZES.map((s, i) => [s, result.inside[i]]), "rms");
+    body += plot.line(SIZES.map((s, i) => [s, result.outside[i]]), "dashed layer")
+      + plot.line(SIZES.map((s, i) => [s, result.inside[i]]), "rms");
     if (result.eps) {
       const knee = plot.X(Math.sqrt(result.eps));
       body += segment(knee, top, knee, top + height, "mark") + text(knee + 4, top + 14, "√ε", "value");
     }
     body += dot(plot.X(result.size), plot.Y(result.here), 6, "area rms");
-    if (guess) body += dot(left.X(0.3), left.Y(GUESSED[guess]), 8, "guess") + flag(44, 36, guess === "error" ? `${mine}: ${t("option.error")}` : mine);
+    if (guess) body += dot(left.X(0.3), left.Y(GUESSED[guess]), 8, "guess")
+      + flag(44, 36, guess === "error" ? `${mine}: ${t("option.error")}` : mine);
     body += dot(left.X(0.65), left.Y(Number.isNaN(result.zero) ? 1.3 : result.zero), 6, "area rms");
     return { height: top + height + 44, body };
   },
   numbers: ({ here, zero, gradient, half }) => ({ here, zero, gradient, half }),
   quotes: () => {
     const { zero, gradient, here } = compute({ eps: 1e-5, size: Math.sqrt(1e-5) });
-    return { eps: 1e-5, knee: Math.sqrt(1e-5), left: here, zero, gradient, tiny: 1e-8, half: round(1e-8, "float16"), smallest: 2 ** -24 };
+    return { eps: 1e-5, knee: Math.sqrt(1e-5), left: here, zero, gradient, tiny: 1e-8, half: round(1e-8, "float16"),
+      smallest: 2 ** -24 };
   },
 };

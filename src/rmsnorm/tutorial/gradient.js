@@ -9,7 +9,8 @@ const SLOPES = { larger: 1, same: 0, smaller: -1, square: -2 };
 const INCOMING = [0.9, 0.5];
 
 function compute({ size, angle, eps }) {
-  const turn = angle * Math.PI / 180, direction = [Math.SQRT2 * Math.cos(turn), Math.SQRT2 * Math.sin(turn)]; // its rms is 1
+  // its rms is 1
+  const turn = angle * Math.PI / 180, direction = [Math.SQRT2 * Math.cos(turn), Math.SQRT2 * Math.sin(turn)];
   const length = s => Math.hypot(...rmsBackward(direction.map(v => s * v), INCOMING, eps));
   const x = direction.map(v => size * v), dx = rmsBackward(x, INCOMING, eps);
   const cosine = dot(dx, x) / Math.hypot(...dx) / Math.hypot(...x);
@@ -21,7 +22,8 @@ export const gradient = {
   hands: true,
   controls: {
     size: { kind: "slider", stops: [0.001, 0.01, 0.1, 1, 10, 100, 1000], start: 10 },
-    angle: { kind: "slider", stops: Array.from({ length: 25 }, (_, i) => -180 + 15 * i), start: 75, words: v => `${v}°` },
+    angle: { kind: "slider", stops: Array.from({ length: 25 }, (_, i) => -180 + 15 * i), start: 75,
+      words: v => `${v}°` },
     eps: { kind: "slider", stops: [0, 1e-6, 1e-3, 0.1, 1], start: 0 },
   },
   compute,
@@ -41,7 +43,9 @@ export const gradient = {
     const side = 170, cx = Math.min(width / 2, 220), cy = 92;
     const to = (v, length, cls, words) => {
       const size = Math.hypot(...v) || 1, x = cx + length * v[0] / size, y = cy - length * v[1] / size;
-      return arrow(cx, cy, x, y, cls) + text(x + (x >= cx ? 8 : -8), y + (y > cy ? 12 : -4), words, `value ink-${cls}`, x >= cx ? "start" : "end");
+      const aside = cls === "x" ? 16 : 8; // beside the handle
+      return arrow(cx, cy, x, y, cls) + text(x + (x >= cx ? aside : -aside), y
+        + (y > cy ? 12 : -4), words, `value ink-${cls}`, x >= cx ? "start" : "end");
     };
     let body = to(result.x, 76, "x", "x") + to(INCOMING, 76, "soft", t("incoming")) + to(result.dx, 62, "rms", "dx");
     const low = 1e-5, high = 1e4;
@@ -52,7 +56,8 @@ export const gradient = {
     body += plot.out;
     if (guess) {
       const unit = result.lengths[16];
-      body += plot.line(SIZES.map(s => [s, unit * s ** SLOPES[guess]]), "guess") + flag(width - 12, side + 30, mine, "end");
+      body += plot.line(SIZES.map(s => [s, unit * s ** SLOPES[guess]]), "guess")
+        + flag(width - 12, side + 30, mine, "end");
     }
     body += plot.line(SIZES.map((s, i) => [s, result.lengths[i]]), "rms");
     body += plot.line([[result.rms, low], [result.rms, high]], "mark");
@@ -60,5 +65,6 @@ export const gradient = {
     return { height: side + 266, body, tip, cx, cy };
   },
   numbers: ({ rms, length, cosine, dx }) => ({ rms, length, product: length * rms, cosine, dx }),
-  quotes: () => ({ first: compute({ size: 1, angle: 75, eps: 0 }).length, tenfold: compute({ size: 10, angle: 75, eps: 0 }).length }),
+  quotes: () => ({ first: compute({ size: 1, angle: 75, eps: 0 }).length,
+    tenfold: compute({ size: 10, angle: 75, eps: 0 }).length }),
 };

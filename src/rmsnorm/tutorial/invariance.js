@@ -44,16 +44,20 @@ export const invariance = {
   },
   compute,
   draw({ width, t, result, guess, mine }) {
-    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(190, 0.36 * width), step = (width - first) / names.length;
-    let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name, `${width < 480 ? "small" : "value"}${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");
+    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(190, 0.36 * width),
+      step = (width - first) / names.length;
+    let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name,
+      `${width < 480 ? "small" : "value"}${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");
     Object.entries(result.moved).forEach(([change, row], i) => {
       const y = 30 + 42 * i;
-      body += text(0, y + 25, t(`change.${change}`), "tick left");
+      body += text(6, y + 25, t(`change.${change}`), "tick left");
       names.forEach((name, j) => {
         const holds = row[name] < HOLDS_BELOW, x = first + j * step;
         body += rect(x + 2, y + 2, step - 4, 38, holds ? "holds" : "breaks");
-        const size = row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0", sign = holds ? "✓" : "✗", middle = x + step / 2;
-        body += step < 64 ? text(middle, y + 17, sign, "value", "middle") + text(middle, y + 34, size, "value", "middle")
+        const size = row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0", sign = holds ? "✓" : "✗",
+          middle = x + step / 2;
+        body += step < 64 ? text(middle, y + 17, sign, "value", "middle")
+          + text(middle, y + 34, size, "value", "middle")
           : text(middle, y + 26, `${sign} ${size}`, "value", "middle");
       });
       if (guess === change) body += rect(1, y, width - 2, 42, "guess") + flag(0, 18, mine);

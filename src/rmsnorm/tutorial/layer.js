@@ -20,7 +20,8 @@ function compute({ x, weight, factor, dtype, mistake, eps }) {
     ? normalised.map((v, i) => round(round(v, dtype) * gain[i], dtype))
     : normalised.map((v, i) => round(to(v * gain[i]), dtype));
   const exact = layerIn("float64", "once", input, gain, eps);
-  const ulps = Math.max(...y.map((v, i) => (Number.isFinite(v) ? Math.abs(v - exact[i]) / ulp(exact[i], dtype) : Infinity)));
+  const ulps = Math.max(...y.map((v, i) => (Number.isFinite(v) ? Math.abs(v - exact[i]) / ulp(exact[i], dtype)
+    : Infinity)));
   return { input, wide, square, mean, r, normalised, y, exact, ulps, dtype };
 }
 
@@ -53,7 +54,7 @@ export const layer = {
       for (const row of lit.children) row.dataset.value = "";
       for (const [key, place] of Object.entries(LINES)) {
         const row = lit.children[place], value = result[key];
-        row.dataset.value += `${row.dataset.value && " → "}${Array.isArray(value) ? value.map(v => shown(v)).join(", ") : shown(value)}`;
+        row.dataset.value += (row.dataset.value && " → ") + [value].flat().map(v => shown(v)).join(", ");
         row.classList.toggle("wrong", MISTAKEN[mistake] === place);
       }
     };

@@ -1,6 +1,6 @@
 // The only file with the model that is trained in the page: its formulas, its backward by hand, its steps.
-// Eight letters are looked up, four numbers each, and stand side by side as a stream of 32. Each layer adds W relu(norm(x)) to
-// it; after a last norm, one matrix says how likely each next letter is.
+// Eight letters are looked up, four numbers each, and stand side by side as a stream of 32. Each layer adds
+// W relu(norm(x)) to it; after a last norm, one matrix says how likely each next letter is.
 
 import { normal, uniform } from "./numbers.js";
 
@@ -8,7 +8,8 @@ export const LETTERS = " abcdefghijklmnopqrstuvwxyz.";
 const CONTEXT = 8, EACH = 4, N = CONTEXT * EACH, V = LETTERS.length, LAYERS = 4, BATCH = 32, EPS = 1e-5, MOMENTUM = 0.9;
 
 /** A text as numbers of letters; whatever is no letter and no space is a full stop. */
-export const encode = words => [...words.toLowerCase().replace(/\s+/g, " ")].map(c => (LETTERS.includes(c) ? LETTERS.indexOf(c) : V - 1));
+export const encode = words => [...words.toLowerCase().replace(/\s+/g, " ")].map(c =>
+  (LETTERS.includes(c) ? LETTERS.indexOf(c) : V - 1));
 
 /** The loss in nats of a model that knows how frequent each letter is, and no more. */
 export function frequencies(data) {
@@ -70,11 +71,13 @@ function outer(a, d, out, rows, n, k) {
 
 /** One arm of the race; the arms of a seed begin with the same numbers and read the same letters. */
 export function create(kind, data, seed) {
-  const noise = normal(seed), sizes = { embed: V * EACH, ...layers(i => [`w${i}`, N * N]), ...layers(i => [`g${i}`, N]), last: N, out: N * V };
+  const noise = normal(seed), sizes = { embed: V * EACH, ...layers(i => [`w${i}`, N * N]), ...layers(i => [`g${i}`, N]),
+    last: N, out: N * V };
   const weights = {}, grads = {}, speed = {};
   for (const [name, size] of Object.entries(sizes)) {
     const scale = name === "embed" ? 1 : name === "out" ? 0.3 / Math.sqrt(N) : Math.sqrt(2 / N);
-    weights[name] = Float64Array.from({ length: size }, () => (name[0] === "g" || name === "last" ? 1 : scale * noise()));
+    weights[name] = Float64Array.from({ length: size },
+      () => (name[0] === "g" || name === "last" ? 1 : scale * noise()));
     grads[name] = new Float64Array(size);
     speed[name] = new Float64Array(size);
   }
@@ -83,7 +86,8 @@ export function create(kind, data, seed) {
 }
 const layers = f => Object.fromEntries(Array.from({ length: LAYERS }, (_, i) => f(i)));
 
-export const draw = model => Array.from({ length: BATCH }, () => Math.floor(model.next() * (model.data.length - CONTEXT)));
+export const draw = model => Array.from({ length: BATCH },
+  () => Math.floor(model.next() * (model.data.length - CONTEXT)));
 
 /** The mean loss in nats over the windows that start at these places; fills `grads`. */
 export function loss({ kind, data, weights, grads }, places) {
@@ -91,11 +95,12 @@ export function loss({ kind, data, weights, grads }, places) {
   for (const g of Object.values(grads)) g.fill(0);
   let x = new Float64Array(rows * N);
   places.forEach((place, b) => {
-    for (let c = 0; c < CONTEXT; c++) for (let e = 0; e < EACH; e++) x[b * N + c * EACH + e] = weights.embed[data[place + c] * EACH + e];
+    for (let i = 0; i < N; i++) x[b * N + i] = weights.embed[data[place + Math.floor(i / EACH)] * EACH + i % EACH];
   });
   const seen = [];
   for (let l = 0; l < LAYERS; l++) {
-    const normed = forward(kind, x, rows, N), h = gained(normed.hat, weights[`g${l}`]), active = h.map(v => Math.max(v, 0));
+    const normed = forward(kind, x, rows, N), h = gained(normed.hat, weights[`g${l}`]),
+      active = h.map(v => Math.max(v, 0));
     x = x.slice();
     product(active, weights[`w${l}`], x, rows, N, N);
     seen.push({ normed, active });
@@ -105,7 +110,8 @@ export function loss({ kind, data, weights, grads }, places) {
   let total = 0;
   const d = new Float64Array(rows * V);
   for (let b = 0; b < rows; b++) {
-    const row = logits.subarray(b * V, b * V + V), top = row.reduce((a, v) => Math.max(a, v), -Infinity), goal = data[places[b] + CONTEXT];
+    const row = logits.subarray(b * V, b * V + V), top = row.reduce((a, v) => Math.max(a, v), -Infinity),
+      goal = data[places[b] + CONTEXT];
     let sum = 0;
     for (const v of row) sum += Math.exp(v - top);
     total += (top + Math.log(sum) - row[goal]) / rows;
@@ -127,7 +133,7 @@ export function loss({ kind, data, weights, grads }, places) {
     dx = dx.map((v, i) => v + back[i]);
   }
   places.forEach((place, b) => {
-    for (let c = 0; c < CONTEXT; c++) for (let e = 0; e < EACH; e++) grads.embed[data[place + c] * EACH + e] += dx[b * N + c * EACH + e];
+    for (let i = 0; i < N; i++) grads.embed[data[place + Math.floor(i / EACH)] * EACH + i % EACH] += dx[b * N + i];
   });
   return total;
 }

@@ -7,7 +7,8 @@ const WIDTH = 64, DEPTH = 48;
 const PLACES = ["none", "pre", "post", "peri"];
 const CURVES = { one: () => 1, root: l => Math.sqrt(1 + l), linear: l => 1 + l, double: l => 2 ** l };
 const noise = normal(3), START = Array.from({ length: WIDTH }, noise);
-const MATRICES = Array.from({ length: DEPTH }, () => Array.from({ length: WIDTH }, () => Array.from({ length: WIDTH }, () => noise() / 8)));
+const MATRICES = Array.from({ length: DEPTH }, () =>
+  Array.from({ length: WIDTH }, () => Array.from({ length: WIDTH }, () => noise() / 8)));
 
 function compute({ kind, gain, depth, layer, place }) {
   const runs = {};
@@ -42,7 +43,8 @@ export const network = {
     const high = 10 ** Math.ceil(Math.log10(Math.max(...all, 10)) + 0.01), low = 0.1;
     const plot = axes({
       left: 52, top, width: width - 64, height: 210, x: [0, depth], y: [low, high], log: "y",
-      xticks: even(0, depth, 4), yticks: decades(low, high, Math.max(1, Math.round(Math.log10(high) / 5))), xname: t("layers"), yname: "",
+      xticks: even(0, depth, 4), yticks: decades(low, high, Math.max(1, Math.round(Math.log10(high) / 5))),
+        xname: t("layers"), yname: "",
     });
     const looks = { none: "soft", pre: "rms", post: "layer", peri: "batch" };
     let body = plot.out + text(0, 14, t("stream"), "name");
@@ -51,14 +53,17 @@ export const network = {
       body += plot.line(points, `${looks[where]}${where === state.place ? " thick" : ""}`);
       body += text(52 + i * (width - 64) / 4, 36, `— ${t(`short.${where}`)}`, `value ink-${looks[where]}`);
     });
-    if (guess) body += plot.line(result.runs.pre.map((_, l) => [l, CURVES[guess](l)]), "guess") + flag(width - 12, 14, mine, "end");
+    if (guess) body += plot.line(result.runs.pre.map((_, l) => [l, CURVES[guess](l)]), "guess")
+      + flag(width - 12, 14, mine, "end");
     const l = Math.min(state.layer, depth);
-    body += plot.line([[l, low], [l, high]], "mark") + dot(plot.X(l), Math.max(top, plot.Y(result.at.stream)), 5, `area ${looks[state.place]}`);
+    body += plot.line([[l, low], [l, high]], "mark")
+      + dot(plot.X(l), Math.max(top, plot.Y(result.at.stream)), 5, `area ${looks[state.place]}`);
     return { height: top + 254, body };
   },
   numbers: ({ at, end }) => ({ stream: at.stream, read: at.read, added: at.added, end }),
   quotes: () => {
     const run = extra => compute({ kind: "rms", gain: 1, depth: 24, layer: 0, place: "pre", ...extra }).end;
-    return { layers: 24, pre: run({}), none: run({ place: "none" }), post: run({ place: "post" }), peri: run({ place: "peri", gain: 3 }), loud: run({ gain: 3 }), gain: 3 };
+    return { layers: 24, pre: run({}), none: run({ place: "none" }), post: run({ place: "post" }),
+      peri: run({ place: "peri", gain: 3 }), loud: run({ gain: 3 }), gain: 3 };
   },
 };

@@ -62,7 +62,8 @@ export function meanSquare(x, type) {
 }
 
 /** The layer on one row of a 16-bit type, in the orders that are in use.
- *  once: float32 or better throughout, one rounding. twice: LLaMA's, rounded, then × w. narrow: `.float()` forgotten. */
+ *  once: float32 or better throughout, one rounding. twice: LLaMA's, rounded, then × w. narrow: `.float()` forgotten.
+ *  */
 export function layerIn(type, order, x, w, eps = 0) {
   const to = v => round(v, type), a = x.map(to), gain = w.map(to);
   if (order === "narrow") {

@@ -19,13 +19,15 @@ import { train } from "./train.js";
 
 const FIGURES = { ruler, layer, eps, sphere, invariance, gradient, passes, precision, network, depth, study, train };
 const inside = id => JSON.parse(document.getElementById(`data-${id}`).textContent);
-const TEXTS = inside("texts"), DATA = { measured: inside("measured"), study: inside("study"), corpus: inside("corpus") };
+const TEXTS = inside("texts"), DATA = { measured: inside("measured"), study: inside("study"),
+  corpus: inside("corpus") };
 const LIVE = "live" in document.documentElement.dataset;
 const said = (panel, key) => {
   const words = TEXTS[`${panel}.${key}`] ?? TEXTS[`plot.${key}`] ?? TEXTS[`page.${key}`];
   if (words === undefined) throw new Error(`no text for ${panel}.${key}`);
   return words;
 };
+const MARKS = { right: "✓", wrong: "✗", answer: "→" };
 const answers = new Map(); // by panel: the option that was chosen, or null where the reader asked to be shown
 
 class Panel {
@@ -52,7 +54,7 @@ class Panel {
     this.bench(article.querySelector(".bench"));
     const verdict = guess === null ? "answer" : guess === figure.right ? "right" : "wrong";
     const answer = article.querySelector(".answer");
-    answer.innerHTML = `<p class="verdict ${verdict}">${{ right: "✓", wrong: "✗", answer: "→" }[verdict]} ${escape(said("page", verdict))}
+    answer.innerHTML = `<p class="verdict ${verdict}">${MARKS[verdict]} ${escape(said("page", verdict))}
       ${form.querySelector(`input[value="${figure.right}"]`).parentElement.textContent}</p>`;
     answer.append(article.querySelector(":scope > template").content.cloneNode(true));
     this.update();
@@ -62,9 +64,10 @@ class Panel {
   /** What was covered: controls, drawing, numbers, the code that ran. */
   bench(box) {
     const { figure, id, t } = this, changed = () => this.later();
+    const drawing = `<svg role="${figure.hands ? "group" : "img"}" aria-label="${escape(t("caption"))}"><g></g></svg>`;
     box.hidden = false;
     box.innerHTML = `<div class="controls" role="group" aria-label="${escape(t("turn"))}"></div><figure>
-      ${figure.html ? '<div class="html"></div>' : `<svg role="${figure.hands ? "group" : "img"}" aria-label="${escape(t("caption"))}"><g></g></svg>`}
+      ${figure.html ? '<div class="html"></div>' : drawing}
       <figcaption>${escape(t("caption"))}</figcaption></figure><dl class="numbers"></dl>
       <details><summary>${escape(t("code"))}</summary><pre tabindex="0"></pre></details>`;
     box.querySelector("pre").textContent = source(figure.code ?? figure.compute);
@@ -87,14 +90,16 @@ class Panel {
   live(box) {
     const { name, asks, sentence } = this.figure.live, place = document.createElement("div");
     place.className = "live";
-    place.innerHTML = (sentence ? `<label>${escape(this.t("sentence"))}<textarea rows="2">${escape(this.t("sentence.start"))}</textarea></label>` : "")
+    const [label, start] = sentence ? [this.t("sentence"), this.t("sentence.start")].map(escape) : [];
+    place.innerHTML = (sentence ? `<label>${label}<textarea rows="2">${start}</textarea></label>` : "")
       + `<button type="button">${escape(this.t(sentence ? "read" : "measure"))}</button><output></output>`;
     const [button, output] = ["button", "output"].map(one => place.querySelector(one));
     button.addEventListener("click", async () => {
       button.disabled = true;
       output.textContent = this.t("busy");
       try {
-        const words = new URLSearchParams(sentence ? { sentence: place.querySelector("textarea").value } : asks(this.state));
+        const words = new URLSearchParams(sentence ? { sentence: place.querySelector("textarea").value }
+          : asks(this.state));
         const found = DATA.measured[name] = await (await fetch(`live/${name}?${words}`)).json();
         output.textContent = found.why ?? found.machine ?? "✓";
       } catch {
@@ -128,9 +133,10 @@ class Panel {
     }
     this.place?.(seen);
     const numbers = Object.entries(figure.numbers?.(this.result, state, t) ?? {});
+    const words = v => (typeof v === "boolean" ? t(v ? "yes" : "no") : [v].flat().map(one => shown(one)).join("  "));
     article.querySelector(".numbers").innerHTML = numbers.map(([key, value]) =>
-      `<div><dt>${escape(t(`number.${key}`))}</dt><dd data-number="${this.id}.${key}" data-value="${value}">${
-        escape(typeof value === "boolean" ? t(value ? "yes" : "no") : Array.isArray(value) ? value.map(v => shown(v)).join("  ") : shown(value))}</dd></div>`).join("");
+      `<div><dt>${escape(t(`number.${key}`))}</dt>
+        <dd data-number="${this.id}.${key}" data-value="${value}">${escape(words(value))}</dd></div>`).join("");
     const quotes = figure.quotes?.(this.result, DATA, t) ?? {};
     for (const quote of article.querySelectorAll("[data-quote]")) {
       if (!(quote.dataset.quote in quotes)) throw new Error(`${this.id}: no number for ${quote.dataset.quote}`);
@@ -154,15 +160,17 @@ function score() {
   const sheet = document.getElementById("sheet");
   sheet.hidden = false;
   sheet.tBodies[0].innerHTML = [...answers].map(([id, guess]) => {
-    const mark = guess === null ? "→" : guess === FIGURES[id].right ? "✓" : "✗";
-    return `<tr><td>${mark}</td><th scope="row"><a href="#${id}">${escape(said(id, "title"))}</a></th><td>${
-      document.querySelector(`#${id} input[value="${FIGURES[id].right}"]`).parentElement.innerHTML.replace(/<input[^>]*>/, "")}</td></tr>`;
+    const { right } = FIGURES[id], mark = MARKS[guess === null ? "answer" : guess === right ? "right" : "wrong"];
+    const answer = document.querySelector(`#${id} input[value="${right}"]`).parentElement.textContent;
+    return `<tr><td>${mark}</td><th scope="row"><a href="#${id}">${escape(said(id, "title"))}</a></th>
+      <td>${escape(answer)}</td></tr>`;
   }).join("");
 }
 
 /** The glossary on hover and focus; the link itself is described by the same words for screen readers. */
 function glossary() {
-  const tip = document.body.appendChild(Object.assign(document.createElement("div"), { className: "tip", hidden: true }));
+  const tip = document.body.appendChild(Object.assign(document.createElement("div"),
+    { className: "tip", hidden: true }));
   tip.setAttribute("aria-hidden", "true");
   const show = event => {
     const term = event.target.closest?.(".term");
@@ -171,7 +179,8 @@ function glossary() {
     tip.hidden = false;
     const box = term.getBoundingClientRect(), own = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - own.width - 8)) + scrollX}px`;
-    tip.style.top = `${(box.bottom + own.height + 8 > innerHeight ? box.top - own.height - 6 : box.bottom + 6) + scrollY}px`;
+    const above = box.bottom + own.height + 8 > innerHeight;
+    tip.style.top = `${(above ? box.top - own.height - 6 : box.bottom + 6) + scrollY}px`;
   };
   for (const name of ["pointerover", "focusin"]) document.addEventListener(name, show);
   for (const name of ["pointerout", "focusout"]) document.addEventListener(name, () => { tip.hidden = true; });
@@ -182,4 +191,5 @@ const panels = [...document.querySelectorAll(".panel")].map(article => new Panel
 addEventListener("beforeprint", () => panels.forEach(panel => panel.open(null)));
 glossary();
 const facts = DATA.measured.machine;
-document.getElementById("facts").textContent = LIVE ? said("page", "live") : facts ? `${said("page", "recorded")} ${facts}` : said("page", "unmeasured");
+document.getElementById("facts").textContent = LIVE ? said("page", "live") : facts
+  ? `${said("page", "recorded")} ${facts}` : said("page", "unmeasured");

@@ -1,6 +1,7 @@
 // The only file that draws: SVG as text, from scales, lines, bars and words. Colours are classes of style.css.
 
-export const escape = text => String(text).replace(/[&<>"]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+export const escape = text => String(text).replace(/[&<>"]/g,
+  c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 export const tag = (name, attributes, inner = "") =>
   `<${name}${Object.entries(attributes).map(([key, value]) => ` ${key}="${value}"`).join("")}>${inner}</${name}>`;
 export const text = (x, y, words, cls = "", anchor = "start") =>
@@ -12,16 +13,20 @@ export const path = (points, cls, close = false) => {
 export const segment = (x1, y1, x2, y2, cls) => path([[x1, y1], [x2, y2]], cls);
 export const dot = (x, y, r, cls) => tag("circle", { cx: x.toFixed(1), cy: y.toFixed(1), r, class: cls });
 export const rect = (x, y, w, h, cls) =>
-  tag("rect", { x: x.toFixed(1), y: y.toFixed(1), width: Math.max(w, 0).toFixed(1), height: Math.max(h, 0).toFixed(1), class: cls });
+  tag("rect", { x: x.toFixed(1), y: y.toFixed(1), width: Math.max(w, 0).toFixed(1), height: Math.max(h, 0).toFixed(1),
+    class: cls });
 
 /** An arrow with a head, for vectors. */
 export function arrow(x1, y1, x2, y2, cls) {
-  const length = Math.hypot(x2 - x1, y2 - y1) || 1, ux = (x2 - x1) / length, uy = (y2 - y1) / length, s = Math.min(9, length);
-  const head = [[x2, y2], [x2 - s * ux - s / 2 * uy, y2 - s * uy + s / 2 * ux], [x2 - s * ux + s / 2 * uy, y2 - s * uy - s / 2 * ux]];
+  const length = Math.hypot(x2 - x1, y2 - y1) || 1, ux = (x2 - x1) / length, uy = (y2 - y1) / length,
+    s = Math.min(9, length);
+  const head = [[x2, y2], [x2 - s * ux - s / 2 * uy, y2 - s * uy + s / 2 * ux],
+    [x2 - s * ux + s / 2 * uy, y2 - s * uy - s / 2 * ux]];
   return segment(x1, y1, x2 - s * ux, y2 - s * uy, `line ${cls}`) + path(head, `area ${cls}`, true);
 }
 
-/** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; ticks are [value, words]. */
+/** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; ticks are [value,
+ *  words]. */
 export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", yname = "" }) {
   const scale = ([low, high], from, to, logarithmic) => {
     const f = logarithmic ? v => Math.log10(Math.max(v, 1e-300)) : v => v;
@@ -30,7 +35,8 @@ export function axes({ left, top, width, height, x, y, log = "", xticks, yticks,
   const X = scale(x, left, left + width, log.includes("x")), Y = scale(y, top + height, top, log.includes("y"));
   let out = rect(left, top, width, height, "box");
   for (const [value, words] of xticks ?? [])
-    out += segment(X(value), top, X(value), top + height, "grid") + text(X(value), top + height + 17, words, "tick", "middle");
+    out += segment(X(value), top, X(value), top + height, "grid")
+      + text(X(value), top + height + 17, words, "tick", "middle");
   for (const [value, words] of yticks ?? [])
     out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
   if (xname) out += text(left + width / 2, top + height + 36, xname, "name", "middle");
@@ -46,9 +52,11 @@ export const decades = (low, high, every = 1) => {
   for (let p = Math.ceil(Math.log10(low)); p <= Math.log10(high) + 1e-9; p += every) ticks.push([10 ** p, power(p)]);
   return ticks;
 };
-const power = p => (p >= 0 && p <= 3 ? String(10 ** p) : `10${[...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}`);
+const power = p => (p >= 0 && p <= 3 ? String(10 ** p)
+  : `10${[...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}`);
 export const even = (low, high, steps) =>
-  Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v => [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
+  Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v =>
+    [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
 
 /** Bars of a vector, above and below a zero line. Returns the drawing and where each bar ends. */
 export function bars({ left, top, width, height, values, largest, cls, shown, lift = 6 }) {

@@ -1,4 +1,5 @@
-// The only file that shows what 16 bits do to a norm: squares that overflow, sums that stand still, two places to round.
+// The only file that shows what 16 bits do to a norm: squares that overflow, sums that stand still, two places to
+// round.
 
 import { filled, layerIn, meanSquare, normal, round, ulp, uniform } from "./numbers.js";
 import { axes, decades, even, flag, path, text } from "./plot.js";
@@ -17,20 +18,24 @@ const sumError = (size, type) => once(`${size} ${type}`, () => {
 
 /** Errors in ulps of the same rows in both orders of rounding, and the share of outputs that differ. */
 const orders = dtype => once(dtype, () => {
-  const noise = normal(1), w = Array.from({ length: COLS }, () => round(1 + 0.2 * noise(), dtype)), errors = { once: [], twice: [] };
+  const noise = normal(1), w = Array.from({ length: COLS }, () => round(1 + 0.2 * noise(), dtype)),
+    errors = { once: [], twice: [] };
   let differ = 0;
   for (let row = 0; row < ROWS; row++) {
     const x = Array.from({ length: COLS }, () => round(noise(), dtype)), exact = layerIn("float64", "once", x, w, 1e-6);
     const y = { once: layerIn(dtype, "once", x, w, 1e-6), twice: layerIn(dtype, "twice", x, w, 1e-6) };
-    for (const order of ["once", "twice"]) errors[order].push(...y[order].map((v, i) => Math.abs(v - exact[i]) / ulp(exact[i], dtype)));
+    for (const order of ["once", "twice"]) errors[order].push(...y[order].map((v, i) =>
+      Math.abs(v - exact[i]) / ulp(exact[i], dtype)));
     differ += y.once.filter((v, i) => v !== y.twice[i]).length;
   }
   return { errors, differ: differ / (ROWS * COLS) };
 });
 
 function compute({ size, dtype }) {
-  const sums = Object.fromEntries(["float16", "bfloat16", "float32"].map(type => [type, SIZES.map(s => sumError(s, type))]));
-  return { size, sums, at: SIZES.indexOf(size), square: round(round(size, "float16") ** 2, "float16"), ...orders(dtype) };
+  const sums = Object.fromEntries(["float16", "bfloat16",
+    "float32"].map(type => [type, SIZES.map(s => sumError(s, type))]));
+  return { size, sums, at: SIZES.indexOf(size), square: round(round(size, "float16") ** 2, "float16"),
+    ...orders(dtype) };
 }
 const worst = list => list.reduce((a, b) => Math.max(a, b), 0);
 
@@ -46,17 +51,23 @@ export const precision = {
     const colours = { float16: "batch", bfloat16: "layer", float32: "rms" }, top = 46, ceiling = 30;
     const plot = axes({
       left: 56, top, width: width - 68, height: 190, x: [1e-4, 1e5], y: [1e-9, 1000], log: "xy",
-      xticks: decades(1e-4, 1e5, width < 480 ? 2 : 1), yticks: [[ceiling, "∞"], ...decades(1e-9, 1, 3)], xname: t("size"), yname: t("sum"),
+      xticks: decades(1e-4, 1e5, width < 480 ? 2 : 1), yticks: [[ceiling, "∞"], ...decades(1e-9, 1, 3)],
+        xname: t("size"), yname: t("sum"),
     });
     let body = plot.out;
     Object.entries(result.sums).forEach(([type, values], i) => {
-      const points = SIZES.map((s, k) => [s, Number.isFinite(values[k]) ? Math.min(Math.max(values[k], 1e-9), ceiling) : ceiling]);
-      body += plot.line(points, colours[type]) + text(56 + i * Math.min(110, (width - 68) / 3), 14, `— ${type}`, `value ink-${colours[type]}`);
+      const points = SIZES.map((s, k) => [s, Number.isFinite(values[k]) ? Math.min(Math.max(values[k], 1e-9), ceiling)
+        : ceiling]);
+      body += plot.line(points, colours[type]) + text(56
+        + i * Math.min(110, (width - 68) / 3), 14, `— ${type}`, `value ink-${colours[type]}`);
     });
     body += plot.line([[result.size, 1e-9], [result.size, 1000]], "mark");
-    if (guess) body += plot.line([[Number(guess), 1e-9], [Number(guess), 1000]], "guess") + flag(width - 12, top - 9, mine, "end");
-    const spread = axes({ left: 56, top: 330, width: width - 68, height: 110, x: [0, 1.6], y: [0, 1], xticks: even(0, 1.5, 3), xname: t("ulps") });
-    body += spread.out + text(56, 304, `— ${t("once")}`, "value ink-rms") + text(56, 320, `— ${t("twice")}`, "value ink-layer");
+    if (guess) body += plot.line([[Number(guess), 1e-9], [Number(guess), 1000]], "guess")
+      + flag(width - 12, top - 9, mine, "end");
+    const spread = axes({ left: 56, top: 330, width: width - 68, height: 110, x: [0, 1.6], y: [0, 1],
+      xticks: even(0, 1.5, 3), xname: t("ulps") });
+    body += spread.out + text(56, 304, `— ${t("once")}`, "value ink-rms")
+      + text(56, 320, `— ${t("twice")}`, "value ink-layer");
     const counts = Object.fromEntries(Object.entries(result.errors).map(([order, list]) => {
       const bins = new Array(BINS).fill(0);
       for (const e of list) bins[Math.min(BINS - 1, Math.floor(e / 1.6 * BINS))]++;
@@ -74,11 +85,14 @@ export const precision = {
     once: worst(errors.once), twice: worst(errors.twice), differ,
   }),
   quotes: ({ errors }, data, t) => {
-    const whole = Array.from({ length: 1000 }, (_, i) => i), first = whole.find(v => round(v * v, "float16") === Infinity);
+    const whole = Array.from({ length: 1000 }, (_, i) => i),
+      first = whole.find(v => round(v * v, "float16") === Infinity);
     const kernel = data.measured.ulps?.bfloat16;
     return {
-      last: first - 1, fits: (first - 1) ** 2, rounded: round((first - 1) ** 2, "float16"), first, square: first ** 2, spike: 661.7,
-      count: COUNT, little: SIZES.find(s => !Number.isFinite(sumError(s, "float16"))), off: `${Math.round(100 * sumError(256, "bfloat16"))} %`,
+      last: first - 1, fits: (first - 1) ** 2, rounded: round((first - 1) ** 2, "float16"), first, square: first ** 2,
+        spike: 661.7,
+      count: COUNT, little: SIZES.find(s => !Number.isFinite(sumError(s, "float16"))),
+        off: `${Math.round(100 * sumError(256, "bfloat16"))} %`,
       twice: worst(errors.twice), kernel: kernel === undefined ? "" : filled(t("kernel"), { kernel }),
     };
   },

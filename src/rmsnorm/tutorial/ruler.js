@@ -31,7 +31,8 @@ function table(title, note, rows, { ruler = () => "", moved = () => false, right
     Object.values(rights).map(values => `<td class="statistic">${shown(values[i], 3)}</td>`).join("")}</tr>`).join("");
   const foot = Object.entries(below).map(([name, values]) => `<tr><th scope="row">${name}</th>${
     values.map(v => `<td class="statistic">${shown(v, 3)}</td>`).join("")}</tr>`).join("");
-  return `<table><caption>${title}${note}</caption><thead><tr>${head}</tr></thead><tbody>${body}${foot}</tbody></table>`;
+  return `<table><caption>${title}${note}</caption>
+    <thead><tr>${head}</tr></thead><tbody>${body}${foot}</tbody></table>`;
 }
 
 export const ruler = {
@@ -42,17 +43,20 @@ export const ruler = {
     preset: { kind: "choice", options: ["changed", "original"], start: "changed" },
   },
   acted: {
-    preset: state => (state.preset === "original" ? ORIGINAL : CHANGED).forEach((row, i) => state.batch[i].splice(0, 4, ...row)),
+    preset: state => (state.preset === "original" ? ORIGINAL
+      : CHANGED).forEach((row, i) => state.batch[i].splice(0, 4, ...row)),
   },
   compute,
   draw({ result, t, guess, mine }) {
     const columnsOf = columns(result.batch);
     const body = Object.entries(KINDS).map(([kind, name]) => {
       const { y, moved, elsewhere } = result.norms[kind];
-      const guessed = guess && `<span class="flag">◆ ${escape(mine)}: ${escape(t(MOVES[guess].includes(kind) ? "moves" : "stays"))}</span>`;
+      const foreseen = guess && escape(t(MOVES[guess].includes(kind) ? "moves" : "stays"));
+      const guessed = guess && `<span class="flag">◆ ${escape(mine)}: ${foreseen}</span>`;
       const note = `<span class="note">${escape(t("elsewhere"))}: <b>${elsewhere}</b></span>${guessed ?? ""}`;
       const down = { mean: columnsOf.map(mean), std: columnsOf.map(std) };
-      const right = kind === "rms" ? { rms: result.batch.map(rms) } : { mean: result.batch.map(mean), std: result.batch.map(std) };
+      const right = kind === "rms" ? { rms: result.batch.map(rms) }
+        : { mean: result.batch.map(mean), std: result.batch.map(std) };
       return table(`<b class="ink-${kind}">${name}</b>`, note, y, {
         ruler: (i, j) => `ruler-${kind === "batch" ? j : i}`,
         moved: (i, j) => moved[i][j],

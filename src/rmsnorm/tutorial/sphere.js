@@ -1,11 +1,13 @@
-// The only file that draws in three dimensions: the sphere on which RMSNorm puts every vector, LayerNorm's circle on it.
+// The only file that draws in three dimensions: the sphere on which RMSNorm puts every vector, LayerNorm's circle on
+// it.
 
 import { norm, mean, std, rms, shown } from "./numbers.js";
 import { axes, arrow, even, flag, path, text } from "./plot.js";
 import { dragged, handle } from "./widgets.js";
 
 const SHIFTS = Array.from({ length: 41 }, (_, i) => -4 + i / 5);
-const ACROSS = [[1, -1, 0], [1, 1, -2]].map(v => v.map(c => c / Math.hypot(...v))); // two directions in LayerNorm's plane
+// two directions in LayerNorm's plane
+const ACROSS = [[1, -1, 0], [1, 1, -2]].map(v => v.map(c => c / Math.hypot(...v)));
 
 function compute({ x, shift }) {
   const moved = x.map(v => v + shift), layer = norm("layer", moved), root = norm("rms", moved);
@@ -45,7 +47,8 @@ export const sphere = {
       input.dispatchEvent(new Event("input"));
     };
     svg.classList.add("turned");
-    dragged(svg, (dx, dy, [yaw, pitch]) => { turn("yaw", yaw - dx / 2); turn("pitch", pitch + dy / 2); }, () => [state.yaw, state.pitch]);
+    dragged(svg, (dx, dy, [yaw, pitch]) => { turn("yaw", yaw - dx / 2); turn("pitch", pitch + dy / 2); },
+      () => [state.yaw, state.pitch]);
   },
   draw({ width, t, state, result, guess, mine }) {
     const size = Math.min(width, 380), middle = [width / 2, size / 2], scale = size / 2 / 2.3, n = 3;
@@ -65,10 +68,12 @@ export const sphere = {
       }
       return out;
     };
-    let body = path(angles.map(a => [middle[0] + scale * radius * Math.cos(a), middle[1] + scale * radius * Math.sin(a)]), "ball", true);
+    let body = path(angles.map(a => [middle[0] + scale * radius * Math.cos(a), middle[1]
+      + scale * radius * Math.sin(a)]), "ball", true);
     for (let i = -2; i <= 2; i++) { // circles of latitude around (1, 1, 1)
       const height = Math.sin(i * Math.PI / 6) * radius, r = Math.cos(i * Math.PI / 6);
-      const points = ring(ACROSS[0].map(c => c * r), ACROSS[1].map(c => c * r)).map(p => see([1, 1, 1]).map((c, k) => p[k] + c * height / radius));
+      const points = ring(ACROSS[0].map(c => c * r),
+        ACROSS[1].map(c => c * r)).map(p => see([1, 1, 1]).map((c, k) => p[k] + c * height / radius));
       body += i ? halves(points, "faint") : halves(points, "layer thick");
     }
     const named = [];
@@ -79,21 +84,26 @@ export const sphere = {
     };
     const reach = Math.min(1, 2.15 / Math.hypot(...result.moved));
     const finite = v => v.every(Number.isFinite);
-    body += to([1.45, 1.45, 1.45], "soft", "(1, 1, 1)") + to(result.moved.map(v => v * reach), "x", reach < 1 ? "x …" : "x");
+    body += to([1.45, 1.45, 1.45], "soft", "(1, 1, 1)")
+      + to(result.moved.map(v => v * reach), "x", reach < 1 ? "x …" : "x");
     if (finite(result.layer)) body += to(result.layer, "layer", "LayerNorm");
     if (finite(result.root)) body += to(result.root, "rms", "RMSNorm");
     const plot = axes({
-      left: 44, top: size + 30, width: width - 56, height: 84, x: [-4, 4], y: [0, 3], xticks: even(-4, 4, 4), yticks: even(0, 3, 3),
+      left: 44, top: size + 30, width: width - 56, height: 84, x: [-4, 4], y: [0, 3], xticks: even(-4, 4, 4),
+        yticks: even(0, 3, 3),
       xname: t("mean"), yname: t("apart"),
     });
     body += plot.out + plot.line(result.strip.filter(([, d]) => Number.isFinite(d)), "rms");
     body += plot.line([[result.mean, 0], [result.mean, 3]], "mark");
     if (guess) {
-      const lines = { never: [[-4, 0.4], [4, 0.4]], zero: [[0, 0], [0, 3]], unit: [[1, 0], [1, 3]], always: [[-4, 0.02], [4, 0.02]] };
-      body += plot.line(lines[guess], "guess") + flag(width - 12, size + 21, guess === "unit" ? `${mine}: std = 1` : mine, "end");
+      const lines = { never: [[-4, 0.4], [4, 0.4]], zero: [[0, 0], [0, 3]], unit: [[1, 0], [1, 3]],
+        always: [[-4, 0.02], [4, 0.02]] };
+      body += plot.line(lines[guess], "guess") + flag(width - 12, size
+        + 21, guess === "unit" ? `${mine}: std = 1` : mine, "end");
     }
     return { height: size + 158, body };
   },
-  numbers: ({ root, layer, mean, std, rms, theta, apart, gap }) => ({ rmsnorm: root, layernorm: layer, mean, std, rms, theta, apart, gap }),
+  numbers: ({ root, layer, mean, std, rms, theta, apart, gap }) =>
+    ({ rmsnorm: root, layernorm: layer, mean, std, rms, theta, apart, gap }),
   quotes: () => ({ upright: compute({ x: [1, -1, 0], shift: 0 }).theta }),
 };

@@ -1,6 +1,6 @@
 // The only file that trains in front of the reader: four arms in turns, a few milliseconds of every frame.
 
-import { shown } from "./numbers.js";
+import { filled } from "./numbers.js";
 import { LETTERS, create, encode, frequencies, loss, step } from "./model.js";
 import { axes, even, flag, text } from "./plot.js";
 
@@ -12,7 +12,8 @@ let race = null;
 function compute({ rate, seed }, { corpus }) {
   if (race?.rate !== rate || race.seed !== seed) {
     const data = encode(corpus);
-    race = { rate, seed, data, models: KINDS.map(kind => create(kind, data, seed)), away: {}, letters: frequencies(data) };
+    race = { rate, seed, data, models: KINDS.map(kind => create(kind, data, seed)), away: {},
+      letters: frequencies(data) };
   }
   const points = ({ losses }) => Array.from({ length: Math.floor(losses.length / EVERY) }, (_, i) =>
     [EVERY * (i + 1), losses.slice(EVERY * i, EVERY * (i + 1)).reduce((a, b) => a + b, 0) / EVERY]);
@@ -41,9 +42,10 @@ function sentence({ arms, away, at, rate }, t) {
   const lasts = KINDS.filter(kind => !(kind in away) && arms[kind].length).map(kind => [kind, arms[kind].at(-1)[1]]);
   if (at < STEPS && !gone.length) return t("seen.wait");
   const [best] = lasts.sort((a, b) => a[1] - b[1]);
-  const first = gone.length ? t("seen.away").replace("{names}", gone.sort((a, b) => away[a] - away[b]).map(name).join(", ")) : t("seen.all");
-  const space = first.endsWith("。") ? "" : " ";
-  return `${first.replace("{rate}", shown(rate))}${space}${best ? t("seen.best").replace("{name}", name(best[0])).replace("{loss}", shown(best[1], 3)) : ""}`;
+  const names = gone.sort((a, b) => away[a] - away[b]).map(name).join(", ");
+  const first = t(gone.length ? "seen.away" : "seen.all"), space = first.endsWith("。") ? "" : " ";
+  const lowest = best ? filled(t("seen.best"), { name: name(best[0]), loss: best[1].toFixed(2) }) : "";
+  return filled(first, { rate, names }) + space + lowest;
 }
 
 export const train = {
@@ -69,21 +71,25 @@ export const train = {
   },
   draw({ width, t, result, guess, mine }) {
     const top = 44, plot = axes({
-      left: 44, top, width: width - 56, height: 220, x: [0, STEPS], y: [1.5, 4.5], xticks: even(0, STEPS, 4), yticks: even(1.5, 4.5, 3), xname: t("steps"),
+      left: 44, top, width: width - 56, height: 220, x: [0, STEPS], y: [1.5, 4.5], xticks: even(0, STEPS, 4),
+        yticks: even(1.5, 4.5, 3), xname: t("steps"),
     });
-    let body = text(0, 14, t("loss"), "name") + plot.out + plot.line([[0, result.letters], [STEPS, result.letters]], "soft dashed");
+    let body = text(0, 14, t("loss"), "name") + plot.out
+      + plot.line([[0, result.letters], [STEPS, result.letters]], "soft dashed");
     const looks = { none: "x", batch: "batch", layer: "layer", rms: "rms" };
     KINDS.forEach((kind, i) => {
       const x = 44 + i * (width - 56) / 4, name = NAMES[kind] ?? t("short.none");
       body += text(x, 34, `— ${width < 520 ? name.replace("Norm", "") : name}`, `value ink-${looks[kind]}`);
       body += plot.line(result.arms[kind].filter(([, l]) => Number.isFinite(l)), looks[kind]);
-      if (kind in result.away) body += text(Math.min(plot.X(result.away[kind]) + 6, width - 90), top + 16 + 15 * i, `↑ ${name}`, `value ink-${looks[kind]}`);
-      if (guess === kind) body += flag(x, 14, mine);
+      if (kind in result.away) body += text(Math.min(plot.X(result.away[kind]) + 6, width - 90), top + 16
+        + 15 * i, `↑ ${name}`, `value ink-${looks[kind]}`);
+      if (guess === kind) body += flag(width - 12, 14, `${mine}: ${name}`, "end");
     });
     return { height: top + 264, body };
   },
   numbers: ({ arms, away, at }, _, t) => ({
-    ...Object.fromEntries(KINDS.map(kind => [kind, kind in away ? `${t("away")} (${away[kind]})` : arms[kind].at(-1)?.[1] ?? NaN])), step: at,
+    ...Object.fromEntries(KINDS.map(kind => [kind, kind in away ? `${t("away")} (${away[kind]})`
+      : arms[kind].at(-1)?.[1] ?? NaN])), step: at,
   }),
   quotes: (result, _, t) => ({ seen: sentence(result, t), parameters: result.count }),
 };

@@ -27,8 +27,11 @@ export function slider(id, name, control, state, key, changed) {
 
 /** Radio buttons in a group with a name. */
 export function choice(id, name, control, state, key, changed, words) {
-  const box = make(`<fieldset class="choice"><legend>${escape(name)}</legend>${control.options.map(option =>
-    `<label><input type="radio" name="${id}" value="${option}"${option === state[key] ? " checked" : ""}> ${escape(words(option))}</label>`).join("")}</fieldset>`);
+  const radios = control.options.map(option => {
+    const checked = option === state[key] ? " checked" : "";
+    return `<label><input type="radio" name="${id}" value="${option}"${checked}> ${escape(words(option))}</label>`;
+  });
+  const box = make(`<fieldset class="choice"><legend>${escape(name)}</legend>${radios.join("")}</fieldset>`);
   box.addEventListener("change", event => { state[key] = event.target.value; changed(); });
   return box;
 }
@@ -38,16 +41,20 @@ export function cells(id, name, control, state, key, changed) {
   const rows = Array.isArray(state[key][0]) ? state[key] : [state[key]];
   const step = control.step ?? 0.1, round = value => Number(value.toFixed(6));
   const named = (i, j) => (rows.length > 1 ? `${name}, ${control.rows[i]}${j + 1}` : `${name} ${j + 1}`);
-  const box = make(`<div class="cells" role="group" aria-label="${escape(name)}"><span class="name">${escape(name)}</span>
-    <div class="grid" style="--columns:${rows[0].length}">${rows.map((row, i) => row.map((value, j) =>
-    `<input type="number" step="${step}" value="${value}" aria-label="${escape(named(i, j))}">`).join("")).join("")}</div></div>`);
+  const fields = rows.flatMap((row, i) => row.map((value, j) =>
+    `<input type="number" step="${step}" value="${value}" aria-label="${escape(named(i, j))}">`));
+  const box = make(`<div class="cells" role="group" aria-label="${escape(name)}">
+    <span class="name">${escape(name)}</span>
+    <div class="grid" style="--columns:${rows[0].length}">${fields.join("")}</div></div>`);
   const inputs = [...box.querySelectorAll("input")];
   const put = (place, value) => {
     rows[Math.floor(place / rows[0].length)][place % rows[0].length] = Math.max(-1e4, Math.min(1e4, value));
     changed(place);
   };
   inputs.forEach((input, place) => {
-    input.addEventListener("input", () => { if (Number.isFinite(input.valueAsNumber)) put(place, input.valueAsNumber); });
+    input.addEventListener("input", () => {
+      if (Number.isFinite(input.valueAsNumber)) put(place, input.valueAsNumber);
+    });
     input.addEventListener("change", () => { if (!Number.isFinite(input.valueAsNumber)) box.refresh(); });
     dragged(input, (dx, _, start) => {
       input.value = round(Math.round((start + dx * step / 4) / step) * step);
@@ -89,7 +96,8 @@ export function dragged(element, moved, begin = () => null) {
 export function handle(svg, { name, axis = "y", get, set, unit, at, step, least, most }) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", "circle");
   const put = value => set(Math.max(least, Math.min(most, Number((Math.round(value / step) * step).toFixed(6)))));
-  const attributes = { r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, "aria-valuemin": least, "aria-valuemax": most,
+  const attributes = { r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, "aria-valuemin": least,
+    "aria-valuemax": most,
     "aria-orientation": axis === "y" ? "vertical" : "horizontal" };
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   dragged(element, (dx, dy, start, event) => put(at ? at(event) : start + (axis === "y" ? -dy : dx) / unit()), get);
