@@ -30,6 +30,8 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
 }
 """The tutorial's own outline, and the panels of each part: a panel is the module of that name."""
 PANELS = tuple(panel for panels in CHAPTERS.values() for panel in panels)
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:;"
+"""What a page may ask for: nothing. A browser holds it to that."""
 MODULES = ("numbers", "plot", "widgets", "model", *PANELS, "page")
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (const|class|function\*?|async function) (\w+)", re.MULTILINE)
@@ -94,6 +96,7 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
     return f"""<!doctype html>
 <html lang="{"zh-Hans" if language == "zh" else language}"{" data-live" * live}><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY} connect-src {"'self'" if live else "'none'"}">
 <title>{escape(text["page.title"])}</title><link rel="icon" href="data:,">
 <style>{read("style.css")}</style></head>
 <body><header><nav aria-label="{escape(text["page.language"])}">

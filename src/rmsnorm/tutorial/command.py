@@ -52,10 +52,12 @@ def register(app: "typer.Typer") -> "typer.Typer":
                 refuse(f"--export: {reason}")
             from rich.console import Console
 
-            from rmsnorm.bench import export
-            from rmsnorm.tutorial import build, measured
+            with Console(stderr=True).status("importing torch …") as status:
+                from rmsnorm._extras import hush
+                from rmsnorm.bench import export
+                from rmsnorm.tutorial import build, measured
 
-            with Console(stderr=True).status("") as status:
+                hush()
                 found = measured.everything(lambda what: status.update(f"Measuring: {what}"))
             for name, page in build.pages(found, home=home).items():
                 try:
