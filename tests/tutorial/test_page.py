@@ -158,6 +158,7 @@ def test_a_page_is_whole(chromium, built, language, width):
         assert not chromium.find_element(By.CSS_SELECTOR, f"#{panel} .bench").is_displayed()
         assert not chromium.find_elements(By.CSS_SELECTOR, f"#{panel} [data-number]")
         chromium.execute_script(f"document.querySelector('#{panel} input[value=\"{wrong}\"]').click()")
+        assert chromium.execute_script("return document.getElementById('short').open") == (panel == list(RIGHT)[-1])
     painted(chromium)
     for panel in RIGHT:
         assert chromium.find_elements(By.CSS_SELECTOR, f"#{panel} .wrong.verdict"), panel

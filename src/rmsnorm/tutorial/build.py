@@ -36,7 +36,7 @@ MODULES = ("numbers", "plot", "widgets", "model", *PANELS, "page")
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (const|class|function\*?|async function) (\w+)", re.MULTILINE)
 _CHINESE, _STOPS = r"[\u3000-\u9fff\uff00-\uffef]", r"[\u2014\u201c\u201d\u3001\u3002\uff00-\uff1f]"
-_BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n|\n(?={_STOPS})")
+_BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n(?![\n-])|(?<!\n)\n(?={_STOPS})")
 """A line break inside Chinese, or beside its punctuation, which browsers would show as a space."""
 _TERM = re.compile(r"\{\{(\w+)\|([^}]+)\}\}")
 _HOME = re.compile(r'<a href="home:([^"]+)">(.*?)</a>')
@@ -107,7 +107,8 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
 <section id="end" class="chapter" aria-labelledby="end-title"><h2 id="end-title">{escape(text["page.end"])}</h2>
 <p id="score" role="status"></p>
 <table id="sheet" hidden><caption class="unseen">{escape(text["page.end"])}</caption><tbody></tbody></table>
-{_linked(prose(text["page.summary"]), home)}</section>
+<details id="short"><summary>{escape(text["page.short"])}</summary>{prose(text["page.summary"])}</details>
+{_linked(prose(text["page.way"]), home)}</section>
 <section id="glossary" class="chapter" aria-labelledby="glossary-title">
 <h2 id="glossary-title">{escape(text["page.glossary"])}</h2>
 <dl>{words}</dl>

@@ -157,6 +157,7 @@ function score() {
   const guessed = [...answers.values()].filter(guess => guess !== null).length;
   document.getElementById("score").textContent = said("page", "score")
     .replace("{right}", right).replace("{guessed}", guessed).replace("{all}", Object.keys(FIGURES).length);
+  document.getElementById("short").open ||= answers.size === Object.keys(FIGURES).length;
   const sheet = document.getElementById("sheet");
   sheet.hidden = false;
   sheet.tBodies[0].innerHTML = [...answers].map(([id, guess]) => {
