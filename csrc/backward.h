@@ -187,6 +187,7 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
   const BackwardKernel norm = &backward<RmsBackward<T>, G, true, true, NeedWeight, false>;
   const int64_t block = turned_rows(b.input, b.columns);
   ForwardRows turn;
+  turn.next = rows.next[1];
   BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
   part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
   part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
@@ -200,8 +201,8 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
     for (int64_t r = 0; r < part.count; ++r) {
       part.input[r] = rows.input[begin + r], part.grad_input[r] = rows.grad_input[begin + r];
       turn.gate[r] = rows.gate[begin + r], turn.residual[r] = rows.grad_sum[begin + r];
-      turn_to<T, true>(b.turn, turn, r, (const T*)rows.grad[begin + r], (G*)part.grad[r]);
     }
+    turn_to<T, true, G>(b.turn, turn, 0, part.count, rows.grad + begin, part.grad);
     norm(b, part);
   }
 }

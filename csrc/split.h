@@ -12,7 +12,8 @@ using Split = Vector<bf16>;
 
 RMSNORM_INLINE Split unpack(BitsReg both) { return {{(FloatReg)(both << 16), (FloatReg)(both & 0xffff0000u)}}; }
 
-// Rounded to nearest even; NaNs as bf16_bits() treats them.
+// Rounded to nearest even; NaNs as bf16_bits() treats them. `Usual`: there are none, nor subnormal numbers but 0.
+template <bool Usual = false>
 RMSNORM_INLINE BitsReg pack(const Split& x) {
 #if defined(RMSNORM_AVX512BF16)
   // The instruction takes subnormals for zero. So what it makes is right where no lane is zero, or none was subnormal
@@ -22,6 +23,7 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
   const BitsReg packed =
       (BitsReg)__builtin_shufflevector(evens_then_odds, evens_then_odds, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
                                        22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  if constexpr (Usual) return packed;
   const Shorts magnitude = Shorts{} + 0x7fff;
   if (__builtin_expect(!_mm512_testn_epi16_mask((__m512i)packed, (__m512i)magnitude), 1)) return packed;
   if (_mm512_kortestz(_mm512_fpclass_ps_mask((__m512)x.v[0], 0x20), _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20)))

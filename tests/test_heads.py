@@ -130,6 +130,29 @@ def test_bits_are_those_of_the_steps(native_target, dtype):
                 assert same_bits(b, c), (columns, turned, kind)
 
 
+def bfloat16(first: int, last: int) -> Tensor:
+    """All numbers whose magnitudes have these bits, of both signs, as heads of 64."""
+    magnitudes = torch.arange(first, last, dtype=torch.int32)
+    both = torch.cat((magnitudes, magnitudes - 2**15)).to(torch.int16).view(torch.bfloat16)
+    return both[torch.randperm(both.numel(), generator=torch.Generator().manual_seed(1))].view(1, 4, -1, 64)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_products_of_all_numbers(native_target, interleaved):
+    """bf16 products are rounded in fewer steps where no number is unusual: all that aren't, by angles from 2^-40 on;
+    then all that there are, by any angle. A NaN is a NaN."""
+    for first, last, angle in ((64 << 7, 192 << 7, (87 << 7, 128 << 7)), (0, 1 << 15, (0, 1 << 15))):
+        x, some = bfloat16(first, last), bfloat16(*angle).flatten()[: 2 * 64 * 256]
+        tokens = x.shape[-2]
+        cos, sin = (some.roll(k)[: tokens * 64].view(tokens, 64) for k in (0, 9))
+        cos, sin = (torch.where(torch.arange(tokens)[:, None] % 5 == k, 0.0, t) for k, t in ((3, cos), (4, sin)))
+        got = rope(x, x[:, :2], cos.bfloat16(), sin.bfloat16(), interleaved=interleaved)
+        wanted = heads_ops.rope(x, x[:, :2], cos.bfloat16(), sin.bfloat16(), interleaved)
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            assert same_bits(a.nan_to_num(1.0), b.nan_to_num(1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("model", ["llama", "qwen3", "gemma3", "olmo2", "glm"])
 def test_functions_of_transformers(native_target, dtype, model):
