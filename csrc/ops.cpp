@@ -32,6 +32,11 @@ Tensor rms_norm_weighted(Tensor input, Tensor weight, double eps) {
   return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, false);
 }
 
+Tensor rms_norm_rounded(Tensor input, Tensor weight, double eps) {
+  const int64_t dims = weight.dim();
+  return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, true);
+}
+
 // Whether rows may be written while others are still to be read: nothing shared, or the very same elements.
 bool may_write(const Tensor& out, const Tensor& read) {
   const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
@@ -90,6 +95,16 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor input, Tensor residual, OptionalT
   return {output, sum};
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm_weighted(Tensor input, Tensor residual, Tensor weight, double eps) {
+  const int64_t dims = weight.dim();
+  return add_rms_norm(std::move(input), std::move(residual), std::move(weight), dims, eps, 0.0, false);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_rounded(Tensor input, Tensor residual, Tensor weight, double eps) {
+  const int64_t dims = weight.dim();
+  return add_rms_norm(std::move(input), std::move(residual), std::move(weight), dims, eps, 0.0, true);
+}
+
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(Tensor input, Tensor residual, OptionalTensor weight,
                                                         int64_t dims, double eps, double offset, bool round_first) {
   check_same(residual, input, "residual");
@@ -120,11 +135,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_weighted", TORCH_BOX(&rms_norm_weighted));
+  m.impl("rms_norm_rounded", TORCH_BOX(&rms_norm_rounded));
   m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
   m.impl("rms_norm_weighted_out", TORCH_BOX(&rms_norm_weighted_out));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_weighted", TORCH_BOX(&add_rms_norm_weighted));
+  m.impl("add_rms_norm_rounded", TORCH_BOX(&add_rms_norm_rounded));
   m.impl("add_rms_norm_forward", TORCH_BOX(&add_rms_norm_forward));
 }
 

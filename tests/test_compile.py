@@ -77,7 +77,9 @@ def operator_samples() -> dict[str, tuple[object, ...]]:
             for name in ("rms_norm", "rms_norm_forward"):
                 samples[f"{name}, {tail}"] = (name, x, *options)
             if weight is not None and not offset:
-                samples[f"rms_norm_weighted, {case}"] = ("rms_norm_weighted", x, weight, EPS)
+                for name in ("rms_norm_weighted", "rms_norm_rounded"):
+                    samples[f"{name}, {case}"] = (name, x, weight, EPS)
+                    samples[f"add_{name}, {case}"] = (f"add_{name}", x, grad, weight, EPS)
                 into = x, weight, EPS, torch.empty(x.shape, dtype=x.dtype)
                 samples[f"rms_norm_weighted_out, {case}"] = ("rms_norm_weighted_out", *into)
             samples[f"rms_norm_out, {tail}"] = ("rms_norm_out", x, *options, torch.empty(x.shape, dtype=wide))

@@ -266,6 +266,9 @@ _x, _row, _w = torch.ones(4, 8), torch.ones(4, 1), torch.ones(8)
 OPERATORS = {
     "rms_norm": (_x, _w, 1, 1e-6, 0.0, False),
     "rms_norm_weighted": (_x, _w, 1e-6),
+    "rms_norm_rounded": (_x, _w, 1e-6),
+    "add_rms_norm_weighted": (_x, _x, _w, 1e-6),
+    "add_rms_norm_rounded": (_x, _x, _w, 1e-6),
     "rms_norm_out": (_x, _w, 1, 1e-6, 0.0, False, torch.empty(4, 8)),
     "rms_norm_weighted_out": (_x, _w, 1e-6, torch.empty(4, 8)),
     "rms_norm_forward": (_x, _w, 1, 1e-6, 0.0, False),

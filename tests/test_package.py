@@ -32,7 +32,13 @@ MAY_IMPORT = {
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
     "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "_serve", "forms/lean", "reference"},
-    "_everyday": {"_arguments", "_autograd", "_ops", "distributed/placement"},  # the latter when a DTensor arrives
+    "_everyday": {
+        "_arguments",
+        "_autograd",
+        "_ops",
+        "forms/lean",
+        "distributed/placement",
+    },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
     "forms/floored": {"_arguments", "_everyday", "_serve", "functional"},
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},

@@ -83,7 +83,12 @@ def _traced_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(input, weight, weight.dim(), eps, 0.0, False)
 
 
+def _traced_rounded(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(input, weight, weight.dim(), eps, 0.0, True)
+
+
 # While torch.jit.trace records, the operators of an everyday call come here: to ask in Python whether it does would
 # cost each of them 50 ns. What is called inside is recorded in turn.
 _form.library.impl("rms_norm", _traced, "Tracer")
 _form.library.impl("rms_norm_weighted", _traced_weighted, "Tracer")
+_form.library.impl("rms_norm_rounded", _traced_rounded, "Tracer")

@@ -121,14 +121,30 @@ def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(input, weight, weight.dim(), eps)
 
 
+def _rms_norm_rounded(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(input, weight, weight.dim(), eps, 0.0, True)
+
+
+def _add_rms_norm_weighted(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(input, residual, weight, weight.dim(), eps, 0.0, False)
+
+
+def _add_rms_norm_rounded(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(input, residual, weight, weight.dim(), eps, 0.0, True)
+
+
 def _rms_norm_weighted_out(input: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     rms_norm_out(input, weight, weight.dim(), eps, 0.0, False, out)
 
 
 # The everyday calls of _everyday.py: each argument of an operator takes 0.1 µs on its way from Python, given or not.
-# All but the CPU's kernels see `rms_norm` and `rms_norm_out`.
+# All but the CPU's kernels see `rms_norm`, `add_rms_norm` and `rms_norm_out`. "Rounded" are those of Llama's mode.
+_ADDED = "(Tensor input, Tensor residual, Tensor weight, float eps) -> (Tensor output, Tensor sum)"
 for _name, _schema in {
     "rms_norm_weighted": "(Tensor input, Tensor weight, float eps) -> Tensor",
+    "rms_norm_rounded": "(Tensor input, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm_weighted": _ADDED,
+    "add_rms_norm_rounded": _ADDED,
     "rms_norm_weighted_out": "(Tensor input, Tensor weight, float eps, Tensor(a!) out) -> ()",
 }.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -152,6 +168,9 @@ native = bool(_native.cpu_targets())
 rms_norm, rms_norm_forward, rms_norm_backward = RMS_NORM.plain, RMS_NORM.forward, RMS_NORM.backward
 add_rms_norm, add_rms_norm_forward = ADD_RMS_NORM.plain, ADD_RMS_NORM.forward
 rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
+rms_norm_rounded = torch.ops.rmsnorm.rms_norm_rounded.default
+add_rms_norm_weighted = torch.ops.rmsnorm.add_rms_norm_weighted.default
+add_rms_norm_rounded = torch.ops.rmsnorm.add_rms_norm_rounded.default
 gain_span = torch.ops.rmsnorm.gain_span.default
 rms_norm_out = torch.ops.rmsnorm.rms_norm_out.default
 rms_norm_weighted_out = torch.ops.rmsnorm.rms_norm_weighted_out.default

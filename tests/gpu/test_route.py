@@ -53,7 +53,8 @@ def test_the_dispatchers_table(operator):
 def test_the_everyday_call_is_rms_norm_elsewhere():
     """Operators with fewer arguments have a kernel for the CPU alone; on each other device they become `rms_norm`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in ("rmsnorm::rms_norm_weighted", "rmsnorm::rms_norm_weighted_out"):
+    few = [f"{add}rms_norm_{mode}" for add in ("", "add_") for mode in ("weighted", "rounded")]
+    for name in (f"rmsnorm::{name}" for name in (*few, "rms_norm_weighted_out")):
         assert has(name, "CompositeImplicitAutograd")
         assert not any(has(name, key) for key in (*OURS, "MPS", "Meta"))
     seen = []
@@ -65,9 +66,11 @@ def test_the_everyday_call_is_rms_norm_elsewhere():
 
     with Mode():
         x, weight = torch.empty(3, 5, 8, device="meta"), torch.empty(5, 8, device="meta")
-        _ops.rms_norm_weighted(x, weight, EPS)
+        for name in few:
+            getattr(_ops, name)(*(x, x) if "add" in name else (x,), weight, EPS)
         _ops.rms_norm_weighted_out(x, weight, EPS, torch.empty_like(x))
-    assert _ops.rms_norm in seen
+    assert seen.count(_ops.rms_norm) == 2
+    assert seen.count(_ops.add_rms_norm) == 2
     assert _ops.rms_norm_out in seen
 
 

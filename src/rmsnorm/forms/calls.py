@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _everyday, functional
 from .served import Served
 
+ROUND_FIRST, ordinary, dims_of = functional.ROUND_FIRST, _everyday.ordinary, _everyday.dims_of  # found sooner here
 Named = dict[str, Tensor | None]
 
 
@@ -90,7 +91,7 @@ def picked(results: Any, pick: int | slice) -> Any:
 def everyday(served: Served, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """The outputs of a call of which nothing unusual is known, or None."""
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if _everyday.ordinary(*tensors[:3]) and not has_torch_function_variadic(*tensors[3:]):
+        if ordinary(tensors[0], tensors):
             return served.everyday(*tensors, *options)
     except (RuntimeError, AttributeError, TypeError):
         pass
@@ -106,11 +107,13 @@ def everyday_norm(
     casting_mode: str,
     *more: Any,
 ) -> Any:
-    """The same of a norm: what a public function asks before it makes what ``call`` takes, 0.8 µs of 7."""
+    """The same of a norm: what a public function asks before it makes what ``call`` takes, 1.2 µs of 4.5."""
     try:
-        if dims := _everyday.dims_of(tensors[0], normalized_shape, None, eps):
-            return everyday(served, tensors, (dims, eps, offset, functional.ROUND_FIRST[casting_mode], *more))
-    except (KeyError, AttributeError, TypeError):
+        dims = dims_of(tensors[0], normalized_shape, tensors[served.weight], eps)
+        if dims and ordinary(tensors[0], tensors):
+            way = served.everyday if is_grad_enabled() else served.plain
+            return way(*tensors, dims, eps, offset, ROUND_FIRST[casting_mode], *more)
+    except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     return None
 

@@ -72,7 +72,7 @@ def gated_rms_norm(
 
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if group_size is None and _everyday.ordinary(input, gate, weight):
+    if group_size is None and _everyday.ordinary(input, (input, gate, weight)):
         output = _short_way(
             input, gate, normalized_shape, weight, eps, offset, casting_mode, norm_before_gate, activation
         )

@@ -53,7 +53,7 @@ def add_rms_norm_(
         (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        ordinary = _everyday.ordinary(input, residual, weight) and type(residual) is Tensor and eps >= 0
+        ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
             dims = 1 if weight is None else weight.dim()
             if input.shape[input.dim() - dims :] == (input.shape[-1:] if weight is None else weight.shape):

@@ -58,7 +58,7 @@ def layer_norm(
     """
     shape = normalized_shape if type(normalized_shape) is tuple else _arguments.as_shape(_NAME, normalized_shape)
     try:  # the operator checks the rest; what it refuses is served, or worded, by torch
-        if _everyday.ordinary(input, weight, bias) and input.shape[-len(shape) :] == shape:
+        if _everyday.ordinary(input, (input, weight, bias)) and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)

@@ -28,13 +28,14 @@ class Served:
         self.made, self.form = made, made.form
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
+        self.weight = len(self.form.rows)  # the place of the first: a norm has one
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
         self.record: Callable[..., Any] | None = None
         if made.forward is None:
             return
         self.forward: Callable[..., Any] = made.forward._op
-        self.backward: Callable[..., Any] = made.backward
+        self.backward: Any = made.backward
         function = _function_of(self)
         # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
         self.record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
@@ -118,6 +119,8 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     asked_at = [[i for i, at in enumerate(found_at) if at == place[name]] for name in form.learnt]
     optional = form.grads.startswith("Tensor?")
     known_at = [i for i, known in enumerate(form.known) if known]
+    # Of most forms each gradient is one tensor's; any(...) takes 0.3 µs of each.
+    alone = [at[0] for at in asked_at] if all(len(at) == 1 for at in asked_at) else None
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
@@ -135,8 +138,9 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         found: Sequence[Tensor | None]
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
-        asked, none = ctx.needs_input_grad[:tensors], (None,) * len(ctx.options)
-        needs, options = [any(asked[i] for i in at) for at in asked_at], [ctx.options[i] for i in known_at]
+        asked, given = ctx.needs_input_grad, ctx.options
+        needs = [any(asked[i] for i in at) for at in asked_at] if alone is None else [asked[i] for i in alone]
+        options = [given[i] for i in known_at]
         first: Any = torch.zeros_like(saved[0]) if grads[0] is None and not optional else grads[0]
         rest = grads[1:]
         dtype = (saved if form.sources is None else form.sources((first, *rest), saved))[0].dtype
@@ -146,19 +150,19 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
             saved = tuple(t if t is None else t.to(first.dtype) for t in saved)
             rest = tuple(t if t is None else t.to(first.dtype) for t in rest)
         # A graph of the gradient is wanted, or it is a batch of gradients.
-        if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        ):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             assert form.gradients is not None
             found = form.gradients((first, *rest), saved, weights, tuple(options))
         else:
-            found = served.backward(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
+            operator = served.backward if compiling else getattr(served.backward, "_op", served.backward)
+            found = operator(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
         if wider:
             found = [t if t is None or i >= moving else t.to(dtype) for i, t in enumerate(found)]
-        return *(
-            None if at is None or not need else found[at] if at >= 0 else grads[0]
-            for at, need in zip(found_at, asked, strict=True)
-        ), *none
+        results = [
+            None if at is None or not asked[i] else found[at] if at >= 0 else grads[0] for i, at in enumerate(found_at)
+        ]
+        return *results, *(None,) * len(given)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn
