@@ -45,16 +45,21 @@ struct Turned {
   // A CPU foresees neither: heads are read a part at a time, and written in as many places. And a load waits for all
   // stores under way whose addresses end in the same twelve bits, as those of all heads do.
   RMSNORM_INLINE void ask(int64_t r, int64_t byte) const {
+    if constexpr (!kStreams) return;
     __builtin_prefetch((const char*)from[r] + byte + next, 0, 3);
     __builtin_prefetch((const char*)to[r] + byte + next_output, 1, 3);
   }
 };
 
+// What has nothing to convert is read row by row (16 tokens fp32: 0.8 of the time), and what has no registers for it.
+template <class T>
+constexpr bool kTurnsTogether = kStreams && sizeof(T) == 2;
+
 // Each vector of angles is made wide once; then the rows are walked down, column by column.
 template <class T, class Angle, bool Interleaved, bool Back, class Out>
 RMSNORM_INLINE void turn(const Forward& f, const Turned& rows) {
   const Angle *cos = (const Angle*)rows.cos, *sin = (const Angle*)rows.sin;
-  const int64_t count = rows.count;
+  const int64_t count = kTurnsTogether<T> ? rows.count : 1;
   const void* const* const from = rows.from;
   void* const* const to = rows.to;
   const auto times = [](const Vector<T>& y, const Vector<T>& angle) __attribute__((always_inline)) {
@@ -189,15 +194,16 @@ __attribute__((noinline)) void turn_alike(const Forward& f, const Turned& rows) 
   else turn<T, T, false, Back, Out>(f, rows);
 }
 
-// Rows from `begin` on, turned on their way from one place to another; in half types each run of those that share their
-// angles in one go. What has nothing to convert is read row by row (16 tokens fp32: 0.8 of the time).
+// Rows from `begin` on, turned on their way from one place to another: each run of those that share their angles in one
+// go, or each alone.
 template <class T, bool Back, class Out>
 RMSNORM_INLINE void turn_to(const Forward& f, const ForwardRows& rows, int64_t begin, int64_t count,
                             const void* const* from, void* const* to) {
   const void *const *cos = rows.gate + begin, *const *sin = rows.residual + begin;
   for (int64_t done = 0, alike; done < count; done += alike) {
     alike = 1;
-    while (sizeof(T) == 2 && done + alike < count && cos[done + alike] == cos[done] && sin[done + alike] == sin[done])
+    while (kTurnsTogether<T> && done + alike < count && cos[done + alike] == cos[done] &&
+           sin[done + alike] == sin[done])
       ++alike;
     turn_alike<T, Back, Out>(
         f, {cos[done], sin[done], alike, from + done, to + done, rows.next * alike, f.columns * (int64_t)sizeof(Out)});

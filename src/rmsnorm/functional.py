@@ -30,7 +30,7 @@ ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _argume
 _resolve = _arguments.resolve
 _weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
 _rounded: Callable[..., Any] = _ops.rms_norm_rounded._op
-_lean = lean.everyday
+_lean, _short_way = lean.everyday, _everyday.short_way
 _into, _weighted_into, _as_shape = _everyday.into, _everyday.weighted_into, _arguments.as_shape
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 further: dict[str, Callable[..., Any]] = {}
@@ -99,7 +99,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             **{"offset": offset, "casting_mode": casting_mode, "out": out, "memory": memory, **more},
         )
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if way := _everyday.short_way(input, weight, out):
+        if way := _short_way(input, weight, out):
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
