@@ -1,0 +1,153 @@
+"""The only file that plans a fold: whose gain goes into which weights, and why some stay.
+
+    W · (g ⊙ x̂ + b) + c  =  (W · diag(g)) · x̂ + (W · b + c)
+
+A weight that somebody else reads, too, has to stay what it is for them, so its norm keeps its gain; unless it is a head
+that shares its weight with the embeddings, and the caller wants it untied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from . import norms as table
+from .edits import Add, Fill, Plan, Scale
+from .norms import Norm
+from .readers import Followed, Read, Untraceable, follow, terminals
+from .trace import Graph, Node
+
+
+class Kept(Exception):
+    """Why a norm stays as it is, in one sentence."""
+
+
+def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool, bias_only: bool = False) -> str:
+    """Adds to the plan what a norm needs to lose its gain and its bias, or its bias alone; returns what that is.
+
+    Raises:
+        Kept: it has to stay.
+    """
+    gain = None if bias_only else table.gain(model, norm)
+    shift = table.bias(model, norm)
+    if gain is None and shift is None:
+        if bias_only:
+            return ""
+        raise Kept("it has no gain and no bias" if norm.weight is None else "its gain is 1 already")
+    if norm.refused:
+        raise Kept(norm.refused)
+    try:
+        followed = follow(model, graph, norm)
+    except Untraceable as reason:
+        raise Kept(f"its output {reason}") from reason
+    if shift is not None and followed.scaled:
+        raise Kept("its output is multiplied on its way to the linear layers, and its bias isn't what arrives there")
+    _refuse_unseen(model, graph, followed)
+    steps: list[Scale | Add | Fill] = []
+    biases: list[str] = []
+    untied: list[tuple[str, str]] = []
+    for read in followed.reads:
+        name = read.weight
+        if gain is not None and (split := _split(model, graph, read, followed.products, untie)):
+            untied += split
+            name = ".".join(filter(None, split[0]))
+        if gain is not None:
+            steps.append(Scale(name, read.axis, _columns(gain, read, 1.0)))
+        if shift is not None:
+            target, made = _bias_of(model, read)
+            biases += [made] if made else []
+            steps.append(Add(target, read.weight, read.axis, _columns(shift, read, 0.0)))
+    already = {one.weight for one in plan.steps if isinstance(one, Scale)}
+    if twice := already & {one.weight for one in steps if isinstance(one, Scale)}:
+        raise Kept(f"its output and another norm's go into {min(twice)}")
+    if norm.weight and not bias_only:
+        steps.append(Fill(f"{norm.name}.{norm.weight}".lstrip("."), 1.0 - norm.offset))
+    if norm.bias:
+        steps.append(Fill(f"{norm.name}.{norm.bias}".lstrip("."), 0.0))
+    plan.steps += steps
+    plan.biases += [one for one in biases if one not in plan.biases]
+    plan.untie += [one for one in untied if one not in plan.untie]
+    return _words(followed, biases, untied)
+
+
+def _words(followed: Followed, biases: list[str], untied: list[tuple[str, str]]) -> str:
+    words = "into " + ", ".join(dict.fromkeys(read.weight for read in followed.reads))
+    words += f"; {', '.join(dict.fromkeys(biases))} got a bias" if biases else ""
+    return words + (f"; {'.'.join(untied[0])} was tied and isn't any more" if untied else "")
+
+
+def _columns(values: Tensor, read: Read, other: float) -> Tensor:
+    """The values in the order of a weight's columns."""
+    columns = torch.tensor(read.columns, device=values.device)
+    return torch.where(columns >= 0, values.flatten()[columns.clamp(min=0)], other)
+
+
+def owners(model: nn.Module, weight: str) -> list[tuple[str, str]]:
+    """The modules that have this parameter, and what they call it."""
+    shared = model.get_parameter(weight)
+    return [
+        (name, attribute)
+        for name, module in model.named_modules(remove_duplicate=False)
+        for attribute, one in module._parameters.items()
+        if one is shared
+    ]
+
+
+def _split(
+    model: nn.Module, graph: Graph, read: Read, mine: Collection[Node], untie: bool
+) -> list[tuple[str, str]]:
+    """Modules whose weight becomes one of its own, as others read it, too: none where nobody does."""
+    others = [node for node in terminals(graph, read.weight) if node not in mine]
+    if not others:
+        return []
+    return separate(model, read.weight, {read.module}, {node.module for node in others}, untie)
+
+
+def separate(
+    model: nn.Module, weight: str, mine: Collection[str], others: Collection[str], untie: bool
+) -> list[tuple[str, str]]:
+    """Of the modules that share a weight those in ``mine``, if they can be told from the others.
+
+    Raises:
+        Kept: they can't, or aren't to be.
+    """
+    held = owners(model, weight)
+    leaving = [one for one in held if one[0] in mine]
+    if not leaving or {one[0] for one in leaving} & set(others) or len(leaving) == len(held):
+        raise Kept(f"{weight} is read by {', '.join(sorted(others))}, too")
+    if not untie:
+        raise Kept(f"{weight} is tied: {', '.join(sorted(others))} has it, too; untie=True gives each its own")
+    return leaving
+
+
+def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
+    """The bias that a linear layer adds, and its module, if that has none yet."""
+    if read.bias:
+        return read.bias, ""
+    owner, _, attribute = read.weight.rpartition(".")
+    module = model.get_submodule(read.module if any(o == (read.module, "weight") for o in owners(model, read.weight)) else owner)
+    path = read.module if module is not model.get_submodule(owner) else owner
+    if type(module).forward is nn.Linear.forward and attribute == "weight":
+        return f"{path}.bias".lstrip("."), path if module.bias is None else ""
+    raise Kept(f"its bias has nowhere to go: {read.weight} has no bias, and {type(module).__name__} can't hold one")
+
+
+def _refuse_unseen(model: nn.Module, graph: Graph, followed: Followed) -> None:
+    """Where the readers are some of several, and others never ran (experts that no token chose), nobody knows what
+    those would read."""
+    paths = [read.module.split(".") for read in followed.reads]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    parent = model.get_submodule(".".join(common))
+    prefix = ".".join(common)
+    names = [f"{prefix}.{name}".lstrip(".") for name, _ in parent.named_parameters()]
+    unseen = [name for name in names if name not in graph.used and name.rpartition(".")[2] != "bias"]
+    canonical = {id(one) for name, one in model.named_parameters() if name in graph.used}
+    unseen = [name for name in unseen if id(model.get_parameter(name)) not in canonical]
+    if unseen:
+        raise Kept(f"{unseen[0]} never ran on these inputs, and may read its output, too; give inputs= that reach it")

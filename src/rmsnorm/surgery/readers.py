@@ -1,0 +1,236 @@
+"""The only file that finds who reads a norm's output: it follows each element from operator to operator.
+
+Beside the output runs a shadow, a tensor of the same shape that holds of each element the index of its gain. What only
+moves elements (views, slices, gathers, concatenations) moves the shadow. Where it arrives at a matrix product with a
+weight, each column of the weight meets one index, or this isn't a linear layer behind a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .norms import Norm, channels
+from .trace import NORM, Graph, Node, Value, mapped
+
+MOVES = frozenset(
+    """view unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind
+    chunk clone contiguous detach alias to_copy index index_select gather repeat narrow reshape_alias unsafe_split
+    flatten unflatten movedim cat stack unsafe_chunk lift_fresh""".split()
+)
+"""Operators that move elements and change none but by rounding."""
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, "grouped_mm": 0, "grouped_mm_fallback": 0}
+"""Matrix products, and which argument is the rows; the next is the weight."""
+SCALES = frozenset({"mul", "div"})
+WHAT = {
+    "add": "an addition",
+    "mul": "a multiplication",
+    NORM: "another norm",
+    "native_layer_norm": "another norm",
+    "scaled_dot_product_attention": "attention itself",
+    "convolution": "a convolution",
+}
+
+
+class Untraceable(Exception):
+    """Why a value can't be followed, in words that complete a sentence about it."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A weight that multiplies a norm's output."""
+
+    weight: str
+    """The parameter's name."""
+    axis: int
+    """Its axis that the output runs along."""
+    columns: tuple[int, ...]
+    """Of each index of that axis the channel of the norm; -1 where something else comes in."""
+    bias: str | None
+    """The parameter that is added to the product, if one was seen."""
+    module: str
+    """The module that ran."""
+
+
+@dataclass
+class Followed:
+    """Where a norm's output goes."""
+
+    reads: list[Read] = field(default_factory=list)
+    products: set[Node] = field(default_factory=set)
+    """The operators that do."""
+    scaled: bool = False
+    """Whether it is multiplied by a number on the way: a bias is no longer what it was."""
+
+
+def follow(model: nn.Module, graph: Graph, norm: Norm) -> Followed:
+    """Every linear layer that reads the norm.
+
+    Raises:
+        Untraceable: something else reads it, too.
+    """
+    shadows: dict[Value, Tensor] = {}
+    found: dict[Read, None] = {}
+    products: set[Node] = set()
+    scaled = False
+    results = {value: name for name, value in graph.results.items()}
+    for node in graph.nodes:
+        if node.op == NORM and node.module == norm.name:
+            shadows[node.outputs[0]] = channels(norm, model, node.outputs[0].tensor)
+            continue
+        shadowed = [value for value in node.inputs() if value in shadows]
+        if not shadowed:
+            continue
+        if node.name in MOVES or (node.name == "mean" and len(shadowed) == 1):
+            for value, shadow in zip(node.outputs, _moved(node, shadows), strict=True):
+                shadows[value] = shadow
+        elif node.name in SCALES and (shadow := _scaled(node, shadows)) is not None:
+            shadows[node.outputs[0]], scaled = shadow, True
+        elif node.name in PRODUCTS:
+            found[_product(model, node, shadows)] = None
+            products.add(node)
+        else:
+            where = f" in {node.module}" if node.module else ""
+            raise Untraceable(f"goes into {WHAT.get(node.name, node.name)}{where}, not only into linear layers")
+    if returned := [name for value, name in results.items() if value in shadows]:
+        raise Untraceable(f"is what the model returns as {returned[0]}")
+    if not found:
+        raise Untraceable("goes into no linear layer on these inputs")
+    return Followed(list(found), products, scaled)
+
+
+def _moved(node: Node, shadows: dict[Value, Tensor]) -> Iterable[Tensor]:
+    """The shadows of what an operator that moves elements returns."""
+    if node.name == "mean":
+        return [_averaged(node, shadows)]
+
+    def shadow(value: Value) -> Tensor:
+        found = shadows.get(value)
+        if found is not None:
+            return found
+        return torch.full_like(value.tensor, -1, dtype=torch.int64) if node.name in ("cat", "stack") else value.tensor
+
+    if node.name in ("to_copy", "clone", "contiguous"):
+        return [shadows[node.inputs()[0]]]
+    if node.name in ("view", "unsafe_view", "reshape_alias"):
+        return [shadows[node.inputs()[0]].reshape(node.outputs[0].tensor.shape)]
+    with torch.no_grad():
+        moved = node.function(*mapped(node.args, Value, shadow), **mapped(node.kwargs, Value, shadow))
+    return [moved] if isinstance(moved, Tensor) else moved
+
+
+def _averaged(node: Node, shadows: dict[Value, Tensor]) -> Tensor:
+    """A mean over rows keeps channels apart: it is a linear layer of its own."""
+    (value,) = node.inputs()
+    shadow, dims = shadows[value], node.args[1] if len(node.args) > 1 and node.args[1] else None
+    keep = node.outputs[0].tensor.dim() == value.tensor.dim()
+    dims = list(range(shadow.dim())) if dims is None else list(dims)
+    least, most = shadow.amin(dims, keepdim=keep), shadow.amax(dims, keepdim=keep)
+    if not torch.equal(least, most):
+        raise Untraceable(f"is averaged over its channels in {node.module}")
+    return least
+
+
+def _scaled(node: Node, shadows: dict[Value, Tensor]) -> Tensor | None:
+    """The shadow of a product with what is the same for all channels; None if it isn't."""
+    values = node.inputs()
+    shadowed = [value for value in values if value in shadows]
+    if len(shadowed) != 1 or (node.name == "div" and node.args[0] is not shadowed[0]):
+        return None
+    shadow = shadows[shadowed[0]]
+    for other in values:
+        if other is shadowed[0]:
+            continue
+        factor = other.tensor
+        size = factor.shape[-1] if factor.dim() else 1
+        if size != 1 or factor.dim() > shadow.dim() or not _along_last(shadow):
+            return None
+    return shadow
+
+
+def _along_last(shadow: Tensor) -> bool:
+    """Whether channels run along the last dimension alone."""
+    return shadow.numel() == 0 or torch.equal(shadow, shadow.reshape(-1, shadow.shape[-1])[0].expand(shadow.shape))
+
+
+def _product(model: nn.Module, node: Node, shadows: dict[Value, Tensor]) -> Read:
+    at = PRODUCTS[node.name]
+    rows, weight = node.args[at], node.args[at + 1]
+    where = f"in {node.module}"
+    if rows not in shadows or weight in shadows:
+        raise Untraceable(f"is multiplied with something else than a weight {where}")
+    shadow = shadows[rows]
+    if not shadow.numel() or not _along_last(shadow):
+        raise Untraceable(f"is not one row of channels for each row of a product {where}")
+    name, axis = located(model, weight, -1 if node.name == "linear" else -2)
+    columns = tuple(shadow.reshape(-1, shadow.shape[-1])[0].tolist())
+    bias: Value | None = node.args[0] if at else node.args[2] if node.name == "linear" and len(node.args) > 2 else None
+    return Read(name, axis, columns, origin(bias).weight or None if bias else None, node.module)
+
+
+def origin(value: Value) -> Value:
+    """What a value is a view or a copy of."""
+    while not value.weight and value.producer and value.producer.name in MOVES - {"cat", "stack", "index", "gather"}:
+        value = value.producer.inputs()[0]
+    return value
+
+
+def located(model: nn.Module, value: Value, dim: int) -> tuple[str, int]:
+    """The parameter that a value is a view of, or rows of, and which of its axes the value's dimension ``dim`` is: the
+    one along which one step is as long in memory.
+
+    Raises:
+        Untraceable: it is none.
+    """
+    dim %= value.tensor.dim()
+    size = value.tensor.shape[dim]
+    while not value.weight:
+        node = value.producer
+        if node is None or node.name not in MOVES - {"cat", "stack", "gather"}:
+            raise Untraceable("is multiplied with what is computed, not with a weight")
+        before = node.inputs()[0]
+        dim = back(node, before.tensor, value.tensor, dim)
+        value = before
+    weight = value.tensor
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise Untraceable(f"is read by {value.weight}, which is quantised ({type(weight.data).__name__}, {weight.dtype})")
+    if weight.shape[dim] != size:
+        raise Untraceable(f"is read by a part of {value.weight}")
+    return value.weight, dim
+
+
+def back(node: Node, before: Tensor, after: Tensor, dim: int) -> int:
+    """Which dimension of an operator's input the dimension of its output was."""
+    if node.name in ("index", "index_select") or before.shape == after.shape and node.name not in ("t", "transpose", "permute"):
+        return dim - after.dim() + before.dim()
+    index = torch.arange(before.dim())
+    sizes = [i + 2 for i in range(before.dim())]  # a small tensor of which each dimension has another size
+    if node.name in ("t", "transpose", "permute"):
+        moved = node.function(torch.empty(sizes, device="meta"), *node.args[1:], **node.kwargs)
+        return moved.shape[dim] - 2
+    if node.name in ("select", "squeeze", "unsqueeze", "slice", "split", "expand", "view", "unsafe_view", "chunk"):
+        matches = [int(i) for i in index if before.stride(i) == after.stride(dim) and before.shape[i] >= after.shape[dim]]
+        if len(matches) == 1 and before.stride(matches[0]) == after.stride(dim):
+            return matches[0]
+    raise Untraceable(f"is read by a weight that {node.name} has rearranged in {node.module}")
+
+
+def terminals(graph: Graph, weight: str) -> list[Node]:
+    """The operators that compute with a weight, or with a view or with rows of it."""
+    found: dict[Node, None] = {}
+    seen: set[Value] = set()
+    ahead = [value for node in graph.nodes for value in node.inputs() if value.weight == weight]
+    while ahead:
+        value = ahead.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node in value.readers:
+            if node.name in MOVES - {"cat", "stack"}:
+                ahead += node.outputs
+            else:
+                found[node] = None
+    return list(found)
