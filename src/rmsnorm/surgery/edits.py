@@ -1,4 +1,4 @@
-"""The only file that changes weights: each step of an operation on a parameter in fp64, rounded once, and all taken back.
+"""The only file that changes weights: step by step in fp64, rounded once; and takes all back.
 
 A plan is made of names, so it can be carried out on any copy of the model, in any type. What was there before is kept
 with the model (or not, if the caller wants the memory), and comes back bit by bit.
@@ -105,12 +105,18 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.steps or self.swaps)
 
+    def notes(self) -> list[str]:
+        """What the model is beside, in words."""
+        notes = [f"{'.'.join(one)} was tied, and has a weight of its own now" for one in self.untie]
+        notes += [f"{name} got a bias" for name in self.biases]
+        return notes + [f"{name} centres what it is called with" for name, _ in self.hooks]
+
 
 _done: weakref.WeakKeyDictionary[nn.Module, list[list[Callable[[], None]]]] = weakref.WeakKeyDictionary()
 
 
-def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> None:
-    """Does all of it; where anything raises, what was done is taken back first.
+def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> int:
+    """Does all of it, and returns how many bytes of what was are kept. If anything raises, all is taken back first.
 
     Raises:
         OverflowError: a weight outgrows its type.
@@ -131,11 +137,17 @@ def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> None:
     except BaseException:
         _take_back(undo)
         raise
-    history = _done.setdefault(model, [])
-    if keep:
-        history.append(undo)
-    else:
-        history.append([])
+    _done.setdefault(model, []).append(undo)
+    if not keep:
+        return drop_last(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return sum(tensors[name].nbytes for name in {one.weight for one in plan.steps} if name in tensors)
+
+
+def drop_last(model: nn.Module) -> int:
+    """Forgets how the last operation is undone: 0 bytes are kept."""
+    _done[model][-1] = []
+    return 0
 
 
 def take_back(model: nn.Module) -> int:
@@ -146,7 +158,9 @@ def take_back(model: nn.Module) -> int:
     """
     history = _done.get(model, [])
     if any(not undo for undo in history):
-        raise ValueError("unfold: a change of this model was made with keep=False, so nothing of it was kept; load it anew")
+        raise ValueError(
+            "unfold: a change of this model was made with keep=False, so nothing of it was kept; load it anew"
+        )
     for undo in reversed(history):
         _take_back(undo)
     return len(_done.pop(model, []))

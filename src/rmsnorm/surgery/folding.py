@@ -15,13 +15,28 @@ from torch import Tensor, nn
 
 from . import norms as table
 from .edits import Add, Fill, Plan, Scale
+from .graph import Graph, Node
 from .norms import Norm
-from .readers import Followed, Read, Untraceable, follow, terminals
-from .trace import Graph, Node
+from .readers import Followed, Read, follow
+from .views import Untraceable, terminals
+
+Fates = dict[str, tuple[str, str]]
+"""Of each norm what was done, and why nothing was: one of both is empty."""
 
 
 class Kept(Exception):
     """Why a norm stays as it is, in one sentence."""
+
+
+def planned(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, *, untie: bool) -> Fates:
+    """Plans the fold of every norm."""
+    fates: Fates = {}
+    for name, norm in found.items():
+        try:
+            fates[name] = fold(model, graph, norm, plan, untie=untie), ""
+        except Kept as reason:
+            fates[name] = "", str(reason)
+    return fates
 
 
 def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool, bias_only: bool = False) -> str:
@@ -69,13 +84,19 @@ def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool,
     plan.steps += steps
     plan.biases += [one for one in biases if one not in plan.biases]
     plan.untie += [one for one in untied if one not in plan.untie]
-    return _words(followed, biases, untied)
+    return _words(model, followed, biases, untied)
 
 
-def _words(followed: Followed, biases: list[str], untied: list[tuple[str, str]]) -> str:
-    words = "into " + ", ".join(dict.fromkeys(read.weight for read in followed.reads))
+def _words(model: nn.Module, followed: Followed, biases: list[str], untied: list[tuple[str, str]]) -> str:
+    words = "into " + ", ".join(dict.fromkeys(_shown(model, read) for read in followed.reads))
     words += f"; {', '.join(dict.fromkeys(biases))} got a bias" if biases else ""
     return words + (f"; {'.'.join(untied[0])} was tied and isn't any more" if untied else "")
+
+
+def _shown(model: nn.Module, read: Read) -> str:
+    """The weight by the name that its reader has for it."""
+    names = (".".join(filter(None, one)) for one in owners(model, read.weight) if one[0] == read.module)
+    return next(names, read.weight)
 
 
 def _columns(values: Tensor, read: Read, other: float) -> Tensor:
@@ -95,9 +116,7 @@ def owners(model: nn.Module, weight: str) -> list[tuple[str, str]]:
     ]
 
 
-def _split(
-    model: nn.Module, graph: Graph, read: Read, mine: Collection[Node], untie: bool
-) -> list[tuple[str, str]]:
+def _split(model: nn.Module, graph: Graph, read: Read, mine: Collection[Node], untie: bool) -> list[tuple[str, str]]:
     """Modules whose weight becomes one of its own, as others read it, too: none where nobody does."""
     others = [node for node in terminals(graph, read.weight) if node not in mine]
     if not others:
@@ -127,7 +146,9 @@ def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
     if read.bias:
         return read.bias, ""
     owner, _, attribute = read.weight.rpartition(".")
-    module = model.get_submodule(read.module if any(o == (read.module, "weight") for o in owners(model, read.weight)) else owner)
+    module = model.get_submodule(
+        read.module if any(o == (read.module, "weight") for o in owners(model, read.weight)) else owner
+    )
     path = read.module if module is not model.get_submodule(owner) else owner
     if type(module).forward is nn.Linear.forward and attribute == "weight":
         return f"{path}.bias".lstrip("."), path if module.bias is None else ""

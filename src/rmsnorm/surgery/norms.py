@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,13 @@ def _from(name: str, module: nn.Module, binding: Binding) -> Norm:
     return Norm(name, cls, weight, bias, eps, offset, recipe.centred, layout, plain, refused)
 
 
-def _ours(name: str, module: nn.Module) -> Norm | None:
+def _ours(name: str, module: Any) -> Norm | None:
     """Of rmsnorm's own layers, as they say themselves."""
     cls = type(module)
     if cls is LayerNorm:
-        weight, bias = (attribute if getattr(module, attribute) is not None else None for attribute in ("weight", "bias"))
+        weight, bias = (
+            attribute if getattr(module, attribute) is not None else None for attribute in ("weight", "bias")
+        )
         return Norm(name, cls.__name__, weight, bias, module.eps, centred=True)
     if cls is RMSNorm or cls is GatedRMSNorm:
         weight = "weight" if module.weight is not None else None

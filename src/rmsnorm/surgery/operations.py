@@ -12,13 +12,17 @@ from torch import nn
 from .._arguments import check_one_of, described
 from . import edits, folding, norms, proof, streams
 from .edits import Plan
+from .graph import Graph
 from .norms import Norm
 from .report import BAR, Fate, SurgeryReport
 from .rotation import KINDS
 from .samples import trial_of
-from .trace import Graph, trace
+from .trace import trace
 
-Planner = Callable[[nn.Module, Graph, dict[str, Norm], Plan], "streams.Fates"]
+COARSE = 100.0
+"""What a change may cost in the model's own type, in units of what that type costs the unchanged model."""
+UNPROVEN = 0.1
+"""The same, relative to the largest output, where that isn't known."""
 
 
 class SurgeryError(RuntimeError):
@@ -29,135 +33,124 @@ class SurgeryError(RuntimeError):
         self.report = report
 
 
-def fold(
-    model: nn.Module,
-    *,
-    keep: bool = True,
-    inputs: Any = None,
-    verify: bool = True,
-    untie: bool = False,
-    tokenizer: Any = None,
-    tokens: int = 16,
-) -> SurgeryReport:
-    """Multiplies the gain of each norm into the linear layers that read it."""
-
-    def plan(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan) -> streams.Fates:
-        fates = {}
-        for name, norm in found.items():
-            try:
-                fates[name] = folding.fold(model, graph, norm, plan, untie=untie), ""
-            except folding.Kept as reason:
-                fates[name] = "", str(reason)
-        return fates
-
-    return _operate("fold", model, plan, keep, inputs, verify, tokenizer, tokens)
+PLANNERS: dict[str, Callable[..., folding.Fates]] = {
+    "fold": folding.planned,
+    "to_rms": streams.centred,
+    "rotate": streams.rotated,
+}
+"""Each takes the model, its graph, its norms and an empty plan, and returns what becomes of each norm."""
 
 
-def to_rms(
-    model: nn.Module,
-    *,
-    keep: bool = True,
-    inputs: Any = None,
-    verify: bool = True,
-    untie: bool = True,
-    tokenizer: Any = None,
-    tokens: int = 16,
-) -> SurgeryReport:
-    """Makes RMSNorms of the LayerNorms of a pre-norm model."""
-    return _operate(
-        "to_rms", model, partial(streams.centred, untie=untie), keep, inputs, verify, tokenizer, tokens
-    )
-
-
-def rotate(
-    model: nn.Module,
-    *,
-    kind: str = "hadamard",
-    seed: int = 0,
-    keep: bool = True,
-    inputs: Any = None,
-    verify: bool = True,
-    tokenizer: Any = None,
-    tokens: int = 16,
-) -> SurgeryReport:
-    """Puts an orthogonal matrix through each residual stream."""
-    check_one_of("rotate", "kind", kind, KINDS)
-    return _operate(
-        "rotate", model, partial(streams.rotated, kind=kind, seed=seed), keep, inputs, verify, tokenizer, tokens
-    )
-
-
-def unfold(model: nn.Module) -> None:
-    """Takes back what fold, to_rms and rotate did, the last first, to the bit."""
+def take_back(model: nn.Module) -> None:
+    """Undoes all of it; see :func:`rmsnorm.unfold`."""
     _check(model, "unfold")
     edits.take_back(model)
 
 
 def _check(model: object, name: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model must be a torch.nn.Module, but is {described(model)}")
+        raise TypeError(
+            f"{name}: model must be a torch.nn.Module, but is {described(model)}; pass the model itself, as a "
+            "constructor or from_pretrained() returns it"
+        )
 
 
-def _operate(
-    operation: str, model: nn.Module, planner: Planner, keep: bool, inputs: Any, verify: bool, tokenizer: Any, tokens: int
+def operate(
+    operation: str,
+    model: nn.Module,
+    *,
+    keep: bool,
+    inputs: Any,
+    verify: bool,
+    tokenizer: Any,
+    tokens: int,
+    **options: Any,
 ) -> SurgeryReport:
+    """One of ``PLANNERS`` with its options, from the trace to the proof; ``_surgery.py`` explains the arguments."""
     _check(model, operation)
+    if "kind" in options:
+        check_one_of(operation, "kind", options["kind"], KINDS)
     report = SurgeryReport(operation)
     found, unknown = norms.find(model)
-    trial = trial_of(model, inputs, tokenizer, tokens)
+    trial = trial_of(model, inputs, tokenizer, tokens, operation)
     graph = trace(model, found, trial.inputs)
     plan = Plan()
-    fates = planner(model, graph, found, plan)
-    for name, (cls, reason) in unknown.items():
-        report.left.append(Fate(name, cls, reason=reason))
-    for name in found:
-        done, reason = fates[name]
-        fate = Fate(name, found[name].cls, done, reason, _eps_share(graph, found[name]), graph.largest.get(name))
-        (report.done if done else report.left).append(fate)
+    fates = PLANNERS[operation](model, graph, found, plan, **options)
+    report.left = [Fate(name, cls, reason=reason) for name, (cls, reason) in unknown.items()]
     report.unused = [name for name, _ in model.named_parameters() if name not in graph.used]
-    report.notes = _notes(plan)
-    if not plan:
-        return report
-    own = next(model.parameters()).dtype
-    exact = None
-    operate = partial(edits.carry_out, plan=plan, keep=False)
-    if verify:
-        exact = _prove(report, model, trial, operate)
-        if own is not torch.bfloat16:
-            _measure(report, model, trial, operate, torch.bfloat16, exact)
-        before = proof.said(model, trial, own, write=True)
-    edits.carry_out(model, plan, keep=keep)
-    if verify:
-        after = proof.said(model, trial, own, write=True)
-        if own is not torch.float64:
-            report.differences[str(own).removeprefix("torch.")] = proof.compared(own, before, after, exact)
+    if plan:
+        report.notes = plan.notes()
+        _carry_out(report, model, trial, plan, keep=keep, verify=verify)
+    after = _largest_after(model, found, trial) if plan and verify and operation != "fold" else {}
+    for name, norm in found.items():
+        done, reason = fates[name]
+        largest = graph.largest.get(name), after.get(name)
+        fate = Fate(name, norm.cls, done, reason, _eps_share(graph, norm), *largest)
+        (report.done if done else report.left).append(fate)
     return report
 
 
-def _prove(report: SurgeryReport, model: nn.Module, trial: proof.Trial, operate: Any) -> proof.Said | None:
+def _carry_out(
+    report: SurgeryReport, model: nn.Module, trial: proof.Trial, plan: Plan, *, keep: bool, verify: bool
+) -> None:
+    """On copies first, in float64 and in bfloat16; then on the model, which gets back what it was if that fails."""
+    own = next(model.parameters()).dtype
+    if not verify:
+        report.kept = edits.carry_out(model, plan, keep=keep)
+        return
+    operate = partial(edits.carry_out, plan=plan, keep=False)
+    exact = _on_copy(report, model, trial, operate, torch.float64, None)
+    proven = report.differences.get("float64")
+    if proven and not proven.worst <= BAR:
+        _fail(report, "float64", proven.worst, BAR)
+    if own is not torch.bfloat16:
+        _on_copy(report, model, trial, operate, torch.bfloat16, exact)
+    if own is torch.float64:
+        report.kept = edits.carry_out(model, plan, keep=keep)
+        return
+    before = proof.said(model, trial, own, write=True)
+    report.kept = edits.carry_out(model, plan, keep=True)
     try:
-        difference, before = proof.on_copy(model, torch.float64, trial, operate)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        report.not_measured["float64"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found = proof.compared(own, before, proof.said(model, trial, own, write=True), exact)
+        bar = COARSE * max(*found.own.values(), torch.finfo(own).eps) if found.own else UNPROVEN
+        report.differences[found.dtype] = found
+        if not found.worst <= bar:
+            _fail(report, found.dtype, found.worst, bar)
+    except BaseException:
+        edits.forget_last(model)
+        raise
+    if not keep:
+        report.kept = edits.drop_last(model)
+
+
+def _fail(report: SurgeryReport, dtype: str, worst: float, bar: float) -> None:
+    raise SurgeryError(
+        f"{report.operation}: in {dtype} the outputs differ by {worst:.1e} of the largest, more than {bar:.1e}; "
+        "the model was left as it was",
+        report,
+    )
+
+
+def _on_copy(
+    report: SurgeryReport,
+    model: nn.Module,
+    trial: proof.Trial,
+    operate: Callable[[nn.Module], object],
+    dtype: torch.dtype,
+    exact: proof.Said | None,
+) -> proof.Said | None:
+    """Adds a difference to the report, or the reason why there is none; returns what the model said before."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        report.differences[name], before = proof.on_copy(model, dtype, trial, operate, exact)
+    except Exception as error:  # of a stranger's forward, of a weight that has no such type
+        report.not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return None
-    report.differences["float64"] = difference
-    if not difference.worst <= BAR:
-        raise SurgeryError(
-            f"{report.operation}: in float64 the outputs differ by {difference.worst:.1e} relative, more than {BAR:g}; "
-            "the model was left as it is",
-            report,
-        )
     return before
 
 
-def _measure(
-    report: SurgeryReport, model: nn.Module, trial: proof.Trial, operate: Any, dtype: torch.dtype, exact: Any
-) -> None:
-    try:
-        difference, _ = proof.on_copy(model, dtype, trial, operate, exact)
-        report.differences[str(dtype).removeprefix("torch.")] = difference
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        report.not_measured[str(dtype).removeprefix("torch.")] = f"{type(error).__name__}: {str(error)[:200]}"
+def _largest_after(model: nn.Module, found: dict[str, Norm], trial: proof.Trial) -> dict[str, float]:
+    return trace(model, found, trial.inputs).largest
 
 
 def _eps_share(graph: Graph, norm: Norm) -> float | None:
@@ -166,9 +159,3 @@ def _eps_share(graph: Graph, norm: Norm) -> float | None:
         return None
     eps = norms.eps_value(norm, torch.float32)
     return eps / (least + eps) if least + eps else None
-
-
-def _notes(plan: Plan) -> list[str]:
-    notes = [f"{'.'.join(one)} has a weight of its own now; it was tied" for one in plan.untie]
-    notes += [f"{name} got a bias" for name in plan.biases]
-    return notes + [f"{name} centres what it is called with" for name, _ in plan.hooks]

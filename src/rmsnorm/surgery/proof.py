@@ -24,14 +24,24 @@ SMALL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Wide(TorchDispatchMode):
-    """Casts to smaller types are casts to fp64; new tensors of smaller types are fp64."""
+    """Casts to smaller types are casts to fp64; new tensors of smaller types are fp64. The product of experts has no
+    kernel for fp64: group by group it is a plain one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {n: torch.float64 if v in SMALL else v for n, v in (kwargs or {}).items() if not isinstance(v, Tensor)} | {
-            n: v for n, v in (kwargs or {}).items() if isinstance(v, Tensor)
-        }
+        kwargs = {
+            n: torch.float64 if v in SMALL else v for n, v in (kwargs or {}).items() if not isinstance(v, Tensor)
+        } | {n: v for n, v in (kwargs or {}).items() if isinstance(v, Tensor)}
         args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in SMALL else a for a in args)
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
+    """``[rows, k] × [experts, k, n]``: each expert takes its rows, which end at its offset."""
+    ends = offs.tolist()
+    parts = [rows[start:end] @ weight for start, end, weight in zip([0, *ends], ends, weights, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weights.shape[-1])])
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Said:
 def said(model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False) -> Said:
     """The model's answers; it has the type already."""
     found = Said()
-    wide = Wide() if dtype is torch.float64 else nullcontext()
+    wide: Any = Wide() if dtype is torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
     with evaluating(model), torch.random.fork_rng(devices=[]), wide:
         for number, given in enumerate(trial.inputs):
             torch.manual_seed(0)
@@ -133,7 +143,11 @@ def copied(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
 
 
 def on_copy(
-    model: nn.Module, dtype: torch.dtype, trial: Trial, operate: Callable[[nn.Module], None], exact: Said | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    trial: Trial,
+    operate: Callable[[nn.Module], object],
+    exact: Said | None = None,
 ) -> tuple[Difference, Said]:
     """The operation on a copy of the model in a type: how far apart what it says is, and what it said before."""
     with copied(model, dtype) as twin:

@@ -13,15 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .graph import NORM, Graph, Node, Value, mapped
 from .norms import Norm, channels
-from .trace import NORM, Graph, Node, Value, mapped
+from .views import MOVES, Untraceable, located, origin
 
-MOVES = frozenset(
-    """view unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind
-    chunk clone contiguous detach alias to_copy index index_select gather repeat narrow reshape_alias unsafe_split
-    flatten unflatten movedim cat stack unsafe_chunk lift_fresh""".split()
-)
-"""Operators that move elements and change none but by rounding."""
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, "grouped_mm": 0, "grouped_mm_fallback": 0}
 """Matrix products, and which argument is the rows; the next is the weight."""
 SCALES = frozenset({"mul", "div"})
@@ -33,10 +28,6 @@ WHAT = {
     "scaled_dot_product_attention": "attention itself",
     "convolution": "a convolution",
 }
-
-
-class Untraceable(Exception):
-    """Why a value can't be followed, in words that complete a sentence about it."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +78,8 @@ def follow(model: nn.Module, graph: Graph, norm: Norm) -> Followed:
         if node.name in MOVES or (node.name == "mean" and len(shadowed) == 1):
             for value, shadow in zip(node.outputs, _moved(node, shadows), strict=True):
                 shadows[value] = shadow
-        elif node.name in SCALES and (shadow := _scaled(node, shadows)) is not None:
-            shadows[node.outputs[0]], scaled = shadow, True
+        elif node.name in SCALES and (same := _scaled(node, shadows)) is not None:
+            shadows[node.outputs[0]], scaled = same, True
         elif node.name in PRODUCTS:
             found[_product(model, node, shadows)] = None
             products.add(node)
@@ -169,68 +160,3 @@ def _product(model: nn.Module, node: Node, shadows: dict[Value, Tensor]) -> Read
     columns = tuple(shadow.reshape(-1, shadow.shape[-1])[0].tolist())
     bias: Value | None = node.args[0] if at else node.args[2] if node.name == "linear" and len(node.args) > 2 else None
     return Read(name, axis, columns, origin(bias).weight or None if bias else None, node.module)
-
-
-def origin(value: Value) -> Value:
-    """What a value is a view or a copy of."""
-    while not value.weight and value.producer and value.producer.name in MOVES - {"cat", "stack", "index", "gather"}:
-        value = value.producer.inputs()[0]
-    return value
-
-
-def located(model: nn.Module, value: Value, dim: int) -> tuple[str, int]:
-    """The parameter that a value is a view of, or rows of, and which of its axes the value's dimension ``dim`` is: the
-    one along which one step is as long in memory.
-
-    Raises:
-        Untraceable: it is none.
-    """
-    dim %= value.tensor.dim()
-    size = value.tensor.shape[dim]
-    while not value.weight:
-        node = value.producer
-        if node is None or node.name not in MOVES - {"cat", "stack", "gather"}:
-            raise Untraceable("is multiplied with what is computed, not with a weight")
-        before = node.inputs()[0]
-        dim = back(node, before.tensor, value.tensor, dim)
-        value = before
-    weight = value.tensor
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        raise Untraceable(f"is read by {value.weight}, which is quantised ({type(weight.data).__name__}, {weight.dtype})")
-    if weight.shape[dim] != size:
-        raise Untraceable(f"is read by a part of {value.weight}")
-    return value.weight, dim
-
-
-def back(node: Node, before: Tensor, after: Tensor, dim: int) -> int:
-    """Which dimension of an operator's input the dimension of its output was."""
-    if node.name in ("index", "index_select") or before.shape == after.shape and node.name not in ("t", "transpose", "permute"):
-        return dim - after.dim() + before.dim()
-    index = torch.arange(before.dim())
-    sizes = [i + 2 for i in range(before.dim())]  # a small tensor of which each dimension has another size
-    if node.name in ("t", "transpose", "permute"):
-        moved = node.function(torch.empty(sizes, device="meta"), *node.args[1:], **node.kwargs)
-        return moved.shape[dim] - 2
-    if node.name in ("select", "squeeze", "unsqueeze", "slice", "split", "expand", "view", "unsafe_view", "chunk"):
-        matches = [int(i) for i in index if before.stride(i) == after.stride(dim) and before.shape[i] >= after.shape[dim]]
-        if len(matches) == 1 and before.stride(matches[0]) == after.stride(dim):
-            return matches[0]
-    raise Untraceable(f"is read by a weight that {node.name} has rearranged in {node.module}")
-
-
-def terminals(graph: Graph, weight: str) -> list[Node]:
-    """The operators that compute with a weight, or with a view or with rows of it."""
-    found: dict[Node, None] = {}
-    seen: set[Value] = set()
-    ahead = [value for node in graph.nodes for value in node.inputs() if value.weight == weight]
-    while ahead:
-        value = ahead.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        for node in value.readers:
-            if node.name in MOVES - {"cat", "stack"}:
-                ahead += node.outputs
-            else:
-                found[node] = None
-    return list(found)

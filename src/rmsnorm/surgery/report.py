@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..models.report import _names as places
+from ..models.report import MOST_NAMES, shortened
 
 BAR = 1e-12
 """What outputs may differ by in fp64, relative to the largest: the algebra is right, or it isn't."""
@@ -105,7 +106,7 @@ class SurgeryReport:
         for fate in [*self.done, *self.left]:
             words = _pattern(fate.done) if fate.done else f"left: {_pattern(fate.reason)}"
             groups.setdefault((fate.cls, words), []).append(fate)
-        return [[str(len(group)), cls, ", ".join(places(group)), words] for (cls, words), group in groups.items()]
+        return [[str(len(group)), cls, ", ".join(_places(group)), words] for (cls, words), group in groups.items()]
 
     def proofs(self) -> list[list[str]]:
         """One row a type: the largest differences, beside what the type itself costs the unchanged model."""
@@ -132,13 +133,20 @@ class SurgeryReport:
 PROOF = ("type", "outputs", "the type itself", "loss", "its own", "same tokens")
 
 
-def _pattern(text: str) -> str:
-    import re
+def _places(fates: list[Fate]) -> list[str]:
+    """With stars for layer numbers, each once."""
+    names = list(dict.fromkeys(shortened(re.sub(r"\b\d+\b", "*", one.name) or "(the model)") for one in fates))
+    more = len(names) - MOST_NAMES
+    return [*names[:MOST_NAMES], f"and {more} more"] if more > 0 else names
 
+
+def _pattern(text: str) -> str:
     return re.sub(r"\b\d+(?=\.)", "*", text)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in zip(*columns, strict=True)]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in zip(*columns, strict=True)
+    ]

@@ -17,7 +17,7 @@ TRACED, SCORED, PROMPT = 48, 256, 24
 """Tokens of each kind."""
 
 
-def trial_of(model: Any, inputs: Any, tokenizer: Any, tokens: int) -> Trial:
+def trial_of(model: Any, inputs: Any, tokenizer: Any, tokens: int, name: str) -> Trial:
     """What to call it with, and for a language model a text and a prompt.
 
     Raises:
@@ -26,7 +26,7 @@ def trial_of(model: Any, inputs: Any, tokenizer: Any, tokens: int) -> Trial:
     language = hasattr(model, "config") and hasattr(model, "main_input_name") and writes(model)
     ids = _text(model, tokenizer, SCORED + 1) if hasattr(model, "config") else torch.empty(0, dtype=torch.long)
     if inputs is None:
-        inputs = [_made(model, ids[:TRACED])]
+        inputs = [_made(model, ids[:TRACED], name)]
     given = list(inputs) if isinstance(inputs, list) else [inputs]
     given = [(one,) if isinstance(one, Tensor) else dict(one) if isinstance(one, Mapping) else one for one in given]
     if not language:
@@ -34,16 +34,16 @@ def trial_of(model: Any, inputs: Any, tokenizer: Any, tokens: int) -> Trial:
     return Trial(given, ids, ids[:PROMPT], max(0, min(tokens, positions(model) - PROMPT)))
 
 
-def _made(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def _made(model: nn.Module, ids: Tensor, name: str) -> dict[str, Tensor]:
     if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
         raise ValueError(
-            "surgery: this model is none of transformers, so what it is called with isn't known; give inputs=, a tensor, "
-            "a tuple of arguments or a dict of keyword arguments"
+            f"{name}: this model is none of transformers, so what it is called with isn't known; give inputs=, a "
+            "tensor, a tuple of arguments or a dict of keyword arguments"
         )
     try:
         return inputs_of(model, ids)
     except Uncallable as reason:
-        raise ValueError(f"surgery: the model can't be called with made-up inputs ({reason}); give inputs=") from reason
+        raise ValueError(f"{name}: the model can't be called with made-up inputs ({reason}); give inputs=") from reason
 
 
 def _text(model: Any, tokenizer: Any, count: int) -> Tensor:

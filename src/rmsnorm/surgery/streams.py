@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..module import RMSNorm
 from . import norms as table
 from . import stream as streams
 from .edits import Centre, Fill, Plan, Rotate, Scale
-from .folding import Kept, fold, owners, separate
+from .folding import Fates, Kept, fold, owners, separate
+from .graph import Graph, Node
 from .norms import Norm
-from .readers import Untraceable, follow, terminals
+from .readers import follow
 from .rotation import orthogonal
-from .stream import Stream
-from .trace import Graph, Node
-
-Fates = dict[str, tuple[str, str]]
-"""Of each norm what was done, and why not: one of both is empty."""
+from .views import Untraceable, terminals
+from .walk import Stream
 
 
 def centred(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, *, untie: bool) -> Fates:
@@ -77,8 +74,10 @@ class Swap:
     def __call__(self, old: nn.Module) -> nn.Module:
         weight: Any = getattr(old, self.norm.weight) if self.norm.weight else None
         some: Tensor | None = weight if weight is not None else next(old.parameters(), None)
-        shape = weight.shape if weight is not None else old.normalized_shape
-        new = RMSNorm(shape, self.norm.eps, weight is not None, *((some.device, some.dtype) if some is not None else ()))
+        shape: Any = weight.shape if weight is not None else old.normalized_shape
+        new = RMSNorm(
+            shape, self.norm.eps, weight is not None, *((some.device, some.dtype) if some is not None else ())
+        )
         if weight is not None:
             new.weight = weight
         return new.train(old.training)
@@ -99,9 +98,7 @@ class CentredArgument:
         return (*args[:at], x - x.mean(-1, keepdim=True), *args[at + 1 :]), kwargs
 
 
-def rotated(
-    model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, *, kind: str, seed: int
-) -> Fates:
+def rotated(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, *, kind: str, seed: int) -> Fates:
     """Plans a rotation for each stream that all allows."""
     fates: Fates = {}
 
@@ -131,7 +128,7 @@ def rotated(
             fates |= {name: ("", str(reason)) for name in stream.norms}
             continue
         done = f"rotated ({kind}, {stream.width} columns)"
-        fates |= {name: (done, "") for name in stream.norms}
+        fates |= dict.fromkeys(stream.norms, (done, ""))
         _merge(plan, part)
     return fates | {name: ("", "it never ran on these inputs") for name in found if name not in fates}
 
@@ -145,7 +142,9 @@ def _refuse_still(model: nn.Module, norm: Norm) -> None:
         raise Kept(f"{norm.name} has a gain, which doesn't commute with a rotation; fold first, with untie=True")
 
 
-def _readers(model: nn.Module, graph: Graph, norms: list[Norm], width: int) -> tuple[set[Node], dict[tuple[str, int], None]]:
+def _readers(
+    model: nn.Module, graph: Graph, norms: list[Norm], width: int
+) -> tuple[set[Node], dict[tuple[str, int], None]]:
     """The products that read the norms, and the weights in them with their axes."""
     products: set[Node] = set()
     reads: dict[tuple[str, int], None] = {}
@@ -179,7 +178,11 @@ def _unshared(
         others = {n.module for n in terminals(graph, weight) if n not in stream.nodes and n not in products}
         if not others:
             continue
-        writers = {one.node.module if one.node else owners(model, weight)[0][0] for one in stream.writes if one.weight == weight}
+        writers = {
+            one.node.module if one.node else owners(model, weight)[0][0]
+            for one in stream.writes
+            if one.weight == weight
+        }
         leaving = separate(model, weight, others, writers, untie)
         plan.untie += leaving
         names[weight] = next(".".join(filter(None, one)) for one in owners(model, weight) if one not in leaving)
@@ -206,12 +209,17 @@ def _written(
             _only(graph, write.scale, stream.nodes)
             factors = model.get_parameter(write.scale).detach().double().flatten()
             plan.steps.append(Scale(step.weight, write.axis, factors))
-            plan.steps += [] if any(_alike(Fill(write.scale, 1.0), one) for one in plan.steps) else [Fill(write.scale, 1.0)]
+            plan.steps += (
+                [] if any(_alike(Fill(write.scale, 1.0), one) for one in plan.steps) else [Fill(write.scale, 1.0)]
+            )
         plan.steps.append(step)
 
 
 def _alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and (one.weight, getattr(one, "axis", 0)) == (other.weight, getattr(other, "axis", 0))
+    return type(one) is type(other) and (one.weight, getattr(one, "axis", 0)) == (
+        other.weight,
+        getattr(other, "axis", 0),
+    )
 
 
 def _merge(plan: Plan, part: Plan) -> None:

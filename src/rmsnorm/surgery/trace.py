@@ -1,4 +1,4 @@
-"""The only file that watches a model compute: which tensor flows into which operator, from which weight, in which module.
+"""The only file that watches a model compute: which tensor flows into which operator, from which weight, and where.
 
 Names prove nothing here either: an ``input_layernorm`` may feed a router, a residual may be scaled. So the model runs
 once on real inputs while a dispatch mode writes down every operator of torch. A norm is one node, whatever it is made
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,66 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NORM, STALE = "norm", "a write into a part of it"
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor at one time: what is written in place is a new value."""
-
-    tensor: Tensor
-    producer: Node | None = None
-    weight: str = ""
-    """The name of the parameter or buffer that it is."""
-    readers: list[Node] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Node:
-    """One operator, or one call of a norm."""
-
-    op: str
-    module: str
-    """The path of the innermost module that runs."""
-    function: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """The arguments with a ``Value`` for each tensor."""
-    outputs: list[Value] = field(default_factory=list)
-
-    def inputs(self) -> list[Value]:
-        return [one for one in tree_leaves((self.args, self.kwargs)) if isinstance(one, Value)]
-
-    @property
-    def name(self) -> str:
-        """The operator without its overload and its underscores."""
-        return self.op.partition(".")[0].strip("_")
-
-
-@dataclass(eq=False)
-class Call:
-    """A module was called with a value."""
-
-    module: str
-    key: int | str
-    """The place or the name of the argument."""
-    value: Value
-
-
-@dataclass(eq=False)
-class Graph:
-    """What happened in all runs."""
-
-    nodes: list[Node] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    results: dict[str, Value] = field(default_factory=dict)
-    """What the model returns, by name."""
-    least: dict[str, float] = field(default_factory=dict)
-    """Of each norm, the smallest mean square of a row that it got."""
-    largest: dict[str, float] = field(default_factory=dict)
-    """Of each norm, the largest number that it got."""
-    used: set[str] = field(default_factory=set)
-    """The weights that were read."""
+from .graph import NORM, STALE, Call, Graph, Node, Value, mapped
 
 
 def trace(model: nn.Module, norms: Mapping[str, Any], inputs: Iterable[Any]) -> Graph:
@@ -102,8 +42,8 @@ def call(model: nn.Module, given: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no fused attention of ``nn.MultiheadAttention``, which hides its linear layers; then
-    each module's own mode again."""
+    """Evaluation mode, no gradients, no fused attention of ``nn.MultiheadAttention``, which hides its linear layers;
+    then each module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -119,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 class _Tracer(TorchDispatchMode):
     def __init__(self, model: nn.Module, norms: frozenset[str], graph: Graph) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.norms, self.graph = model, norms, graph
         self.values: dict[int, Value] = {}
         self.storages: dict[int, list[Tensor]] = {}
@@ -191,7 +131,8 @@ class _Tracer(TorchDispatchMode):
                 self.inside += 1
                 return
             self.path.append(name)
-            for key, one in [*enumerate(args), *kwargs.items()]:
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            for key, one in given:
                 if isinstance(one, Tensor):
                     self.graph.calls.append(Call(name, key, self._value(one)))
             if name in self.norms:
@@ -217,6 +158,8 @@ class _Tracer(TorchDispatchMode):
         node = Node(NORM, name, args=tuple(values))
         self._add(node)
         node.outputs.append(self._new(output, node))
+        owner = self.model.get_submodule(name)
+        self.graph.used |= {f"{name}.{own}".lstrip(".") for own, _ in owner.named_parameters()}
         x = values[0].tensor.double()
         if x.numel():
             least, largest = float(x.square().mean(-1).min()), float(x.abs().max())
@@ -229,7 +172,9 @@ def results(output: Any) -> dict[str, Tensor]:
     of a model with a decoder, are states on the way, which surgery may change."""
     if isinstance(output, Tensor):
         return {"output": output}
-    named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple | list) else ())
+    named = (
+        output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple | list) else ())
+    )
     found = {str(name): one for name, one in named if isinstance(one, Tensor) and one.is_floating_point()}
     return {name: one for name, one in found.items() if not name.startswith("encoder_")}
 
@@ -239,14 +184,3 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # a subclass without memory of its own: quantised weights
         return id(tensor)
-
-
-def mapped(given: Any, kind: type, change: Any) -> Any:
-    """Nested arguments with each of one kind changed."""
-    if isinstance(given, kind):
-        return change(given)
-    if isinstance(given, tuple | list):
-        return type(given)(mapped(one, kind, change) for one in given)
-    if isinstance(given, dict):
-        return {name: mapped(one, kind, change) for name, one in given.items()}
-    return given
