@@ -50,7 +50,7 @@ def find(model: nn.Module) -> tuple[dict[str, Norm], dict[str, tuple[str, str]]]
     seen: dict[Hashable, Binding | str] = {}
     with undisturbed():
         for name, module in model.named_modules():
-            if own := _ours(name, module):
+            if own := _known(name, module):
                 norms[name] = own
             elif _may_be_one(module):
                 found = _asked(module, seen)
@@ -95,18 +95,15 @@ def _from(name: str, module: nn.Module, binding: Binding) -> Norm:
     return Norm(name, cls, weight, bias, eps, offset, recipe.centred, layout, plain, refused)
 
 
-def _ours(name: str, module: Any) -> Norm | None:
-    """Of rmsnorm's own layers, as they say themselves."""
+def _known(name: str, module: Any) -> Norm | None:
+    """Of torch's own layers and of rmsnorm's, as they say themselves."""
     cls = type(module)
-    if cls is LayerNorm:
-        weight, bias = (
-            attribute if getattr(module, attribute) is not None else None for attribute in ("weight", "bias")
-        )
-        return Norm(name, cls.__name__, weight, bias, module.eps, centred=True)
-    if cls is RMSNorm or cls is GatedRMSNorm:
-        weight = "weight" if module.weight is not None else None
-        return Norm(name, cls.__name__, weight, None, module.eps, module.offset, plain=cls is RMSNorm)
-    return None
+    if cls not in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm, GatedRMSNorm) or "forward" in vars(module):
+        return None
+    weight, bias = (key if getattr(module, key, None) is not None else None for key in ("weight", "bias"))
+    plain = cls is not GatedRMSNorm and len(module.normalized_shape) == 1
+    centred = cls in (nn.LayerNorm, LayerNorm)
+    return Norm(name, cls.__name__, weight, bias, module.eps, getattr(module, "offset", 0.0), centred, plain=plain)
 
 
 def gain(model: nn.Module, norm: Norm) -> Tensor | None:
@@ -122,7 +119,7 @@ def bias(model: nn.Module, norm: Norm) -> Tensor | None:
     """The bias in fp64; None where there is none, or all of it is 0."""
     if norm.bias is None:
         return None
-    values: Tensor = getattr(model.get_submodule(norm.name), norm.bias).detach().double()
+    values: Tensor = getattr(model.get_submodule(norm.name), norm.bias).detach().to(torch.float64, copy=True)
     return values if bool(values.any()) else None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .graph import NORM, Graph, Node, Value, mapped
 from .norms import Norm, channels
-from .views import MOVES, Untraceable, located, origin
+from .views import MOVES, SHAPES, Untraceable, located, origin
 
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0, "grouped_mm": 0, "grouped_mm_fallback": 0}
 """Matrix products, and which argument is the rows; the next is the weight."""
@@ -73,7 +73,7 @@ def follow(model: nn.Module, graph: Graph, norm: Norm) -> Followed:
             shadows[node.outputs[0]] = channels(norm, model, node.outputs[0].tensor)
             continue
         shadowed = [value for value in node.inputs() if value in shadows]
-        if not shadowed:
+        if not shadowed or node.name in SHAPES:
             continue
         if node.name in MOVES or (node.name == "mean" and len(shadowed) == 1):
             for value, shadow in zip(node.outputs, _moved(node, shadows), strict=True):

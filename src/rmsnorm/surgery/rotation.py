@@ -22,7 +22,7 @@ def orthogonal(width: int, kind: str, seed: int) -> Tensor:
     signs = torch.randint(0, 2, (width,), generator=dice).double() * 2 - 1
     matrix = _hadamard(power)
     if power < width:
-        matrix = torch.kron(matrix, _haar(width // power, dice))
+        matrix = torch.kron(matrix, _haar(width // power, dice).contiguous())
     return signs[:, None] * matrix
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from .graph import NORM, Graph, Node, Value
 from .norms import Norm
 from .readers import WHAT
-from .views import MOVES, Untraceable, back
+from .views import MOVES, SHAPES, Untraceable, back
 from .walk import Stream, Walk
 
 
@@ -98,7 +98,12 @@ def ahead(graph: Graph, stream: Stream) -> None:
         if value.weight:
             continue
         for node in value.readers:
-            if node in stream.nodes or node not in alive or (node.op == NORM and node.module in stream.norms):
+            if (
+                node in stream.nodes
+                or node not in alive
+                or node.name in SHAPES
+                or (node.op == NORM and node.module in stream.norms)
+            ):
                 continue
             if node.name in MOVES - {"cat", "stack"}:
                 stream.nodes.add(node)

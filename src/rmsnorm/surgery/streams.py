@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..module import RMSNorm
@@ -207,7 +208,7 @@ def _written(
             continue
         if write.scale:
             _only(graph, write.scale, stream.nodes)
-            factors = model.get_parameter(write.scale).detach().double().flatten()
+            factors = model.get_parameter(write.scale).detach().to(torch.float64, copy=True).flatten()
             plan.steps.append(Scale(step.weight, write.axis, factors))
             plan.steps += (
                 [] if any(_alike(Fill(write.scale, 1.0), one) for one in plan.steps) else [Fill(write.scale, 1.0)]

@@ -15,6 +15,10 @@ MOVES = frozenset(
 """Operators that move elements and change none but by rounding."""
 
 
+SHAPES = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())  # noqa: SIM905
+"""Operators that ask a tensor for nothing but its shape."""
+
+
 class Untraceable(Exception):
     """Why a value can't be followed, in words that complete a sentence about it."""
 
