@@ -64,15 +64,21 @@ def operate(
     verify: bool,
     tokenizer: Any,
     tokens: int,
+    progress: Callable[[str], None] = lambda step: None,
     **options: Any,
 ) -> SurgeryReport:
-    """One of ``PLANNERS`` with its options, from the trace to the proof; ``_surgery.py`` explains the arguments."""
+    """One of ``PLANNERS`` with its options, from the trace to the proof; ``_surgery.py`` explains the arguments.
+
+    ``progress`` hears what is being done, in a few words, before each step.
+    """
     _check(model, operation)
     if "kind" in options:
         check_one_of(operation, "kind", options["kind"], KINDS)
     report = SurgeryReport(operation)
+    progress("asking each norm what it computes")
     found, unknown = norms.find(model)
     trial = trial_of(model, inputs, tokenizer, tokens, operation)
+    progress("following every tensor through the model")
     graph = trace(model, found, trial.inputs)
     plan = Plan()
     fates = PLANNERS[operation](model, graph, found, plan, **options)
@@ -80,7 +86,7 @@ def operate(
     report.unused = [name for name, _ in model.named_parameters() if name not in graph.used]
     if plan:
         report.notes = plan.notes()
-        _carry_out(report, model, trial, plan, keep=keep, verify=verify)
+        _carry_out(report, model, trial, plan, keep=keep, verify=verify, progress=progress)
     after = _largest_after(model, found, trial) if plan and verify and operation != "fold" else {}
     for name, norm in found.items():
         done, reason = fates[name]
@@ -91,23 +97,34 @@ def operate(
 
 
 def _carry_out(
-    report: SurgeryReport, model: nn.Module, trial: proof.Trial, plan: Plan, *, keep: bool, verify: bool
+    report: SurgeryReport,
+    model: nn.Module,
+    trial: proof.Trial,
+    plan: Plan,
+    *,
+    keep: bool,
+    verify: bool,
+    progress: Callable[[str], None],
 ) -> None:
     """On copies first, in float64 and in bfloat16; then on the model, which gets back what it was if that fails."""
-    own = next(model.parameters()).dtype
+    own = next(one.dtype for one in model.parameters() if one.is_floating_point())
     if not verify:
+        progress("changing the weights")
         report.kept = edits.carry_out(model, plan, keep=keep)
         return
     operate = partial(edits.carry_out, plan=plan, keep=False)
+    progress("proving it on a copy in float64")
     exact = _on_copy(report, model, trial, operate, torch.float64, None)
     proven = report.differences.get("float64")
     if proven and not proven.worst <= BAR:
         _fail(report, "float64", proven.worst, BAR)
     if own is not torch.bfloat16:
+        progress("measuring it on a copy in bfloat16")
         _on_copy(report, model, trial, operate, torch.bfloat16, exact)
     if own is torch.float64:
         report.kept = edits.carry_out(model, plan, keep=keep)
         return
+    progress(f"changing the weights; measuring it in {str(own).removeprefix('torch.')}")
     before = proof.said(model, trial, own, write=True)
     report.kept = edits.carry_out(model, plan, keep=True)
     try:
