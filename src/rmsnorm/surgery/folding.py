@@ -158,15 +158,15 @@ def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
 def _refuse_unseen(model: nn.Module, graph: Graph, followed: Followed) -> None:
     """Where the readers are some of several, and others never ran (experts that no token chose), nobody knows what
     those would read."""
-    paths = [read.module.split(".") for read in followed.reads]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    parent = model.get_submodule(".".join(common))
+    paths = [read.weight.split(".")[:-1] for read in followed.reads]
+    common = paths[0]
+    for path in paths[1:]:
+        same = (i for i, (one, other) in enumerate(zip(common, path, strict=False)) if one != other)
+        common = common[: next(same, min(len(common), len(path)))]
+    if common and isinstance(model.get_submodule(".".join(common[:-1])), nn.ModuleList | nn.ModuleDict):
+        common = common[:-1]
     prefix = ".".join(common)
-    names = [f"{prefix}.{name}".lstrip(".") for name, _ in parent.named_parameters()]
+    names = [f"{prefix}.{name}".lstrip(".") for name, _ in model.get_submodule(prefix).named_parameters()]
     unseen = [name for name in names if name not in graph.used and name.rpartition(".")[2] != "bias"]
     canonical = {id(one) for name, one in model.named_parameters() if name in graph.used}
     unseen = [name for name in unseen if id(model.get_parameter(name)) not in canonical]

@@ -27,6 +27,7 @@ WHAT = {
     "native_layer_norm": "another norm",
     "scaled_dot_product_attention": "attention itself",
     "convolution": "a convolution",
+    **dict.fromkeys(PRODUCTS, "a linear layer"),
 }
 
 
@@ -147,6 +148,27 @@ def _along_last(shadow: Tensor) -> bool:
     return shadow.numel() == 0 or torch.equal(shadow, shadow.reshape(-1, shadow.shape[-1])[0].expand(shadow.shape))
 
 
+def _refuse_quantised(model: nn.Module, module: str) -> None:
+    """Where the weights of the module that multiplies are no plain tensors, what is multiplied was made of them."""
+    for name, one in model.get_submodule(module)._parameters.items():
+        if one is not None and type(one.data) is not Tensor:
+            raise Untraceable(f"is read by {module}.{name}, which is quantised ({type(one.data).__name__})")
+
+
+def _added(node: Node) -> str:
+    """The parameter that a sum adds to a product: a linear layer of rows that aren't contiguous is both."""
+    (value,) = node.outputs
+    while len(value.readers) == 1:
+        (reader,) = value.readers
+        if reader.name == "add":
+            others = [one for one in reader.inputs() if one is not value]
+            return origin(others[0]).weight if len(others) == 1 and others[0].tensor.dim() == 1 else ""
+        if reader.name not in MOVES - {"cat", "stack"} or len(reader.outputs) != 1:
+            break
+        value = reader.outputs[0]
+    return ""
+
+
 def _product(model: nn.Module, node: Node, shadows: dict[Value, Tensor]) -> Read:
     at = PRODUCTS[node.name]
     rows, weight = node.args[at], node.args[at + 1]
@@ -156,7 +178,9 @@ def _product(model: nn.Module, node: Node, shadows: dict[Value, Tensor]) -> Read
     shadow = shadows[rows]
     if not shadow.numel() or not _along_last(shadow):
         raise Untraceable(f"is not one row of channels for each row of a product {where}")
+    _refuse_quantised(model, node.module)
     name, axis = located(model, weight, -1 if node.name == "linear" else -2)
     columns = tuple(shadow.reshape(-1, shadow.shape[-1])[0].tolist())
     bias: Value | None = node.args[0] if at else node.args[2] if node.name == "linear" and len(node.args) > 2 else None
-    return Read(name, axis, columns, origin(bias).weight or None if bias else None, node.module)
+    added = origin(bias).weight if bias else _added(node)
+    return Read(name, axis, columns, added or None, node.module)

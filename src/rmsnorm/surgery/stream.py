@@ -71,6 +71,7 @@ def enter(graph: Graph, stream: Stream) -> None:
         stream.writes = {w: None for w in stream.writes if w.node not in made and (w.node or w.weight not in weights)}
         stream.values = {value: dim for value, dim in stream.values.items() if value not in behind - gates}
         stream.nodes -= made
+        stream.writers -= made
         return
 
 

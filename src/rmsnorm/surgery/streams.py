@@ -122,7 +122,7 @@ def rotated(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
             products, reads = _readers(model, graph, [found[name] for name in stream.norms], stream.width)
             _unshared(model, graph, stream, products, part, untie=False)
             for weight, axis in reads:
-                _only(graph, weight, products | stream.nodes)
+                _only(graph, weight, products | stream.nodes | stream.writers)
                 part.steps.append(turn(weight, axis))
             _written(model, graph, stream, {}, part, turn)
         except Kept as reason:
@@ -176,7 +176,7 @@ def _unshared(
     whose first name goes to the head."""
     names: dict[str, str] = {}
     for weight in {one.weight: None for one in stream.writes}:
-        others = {n.module for n in terminals(graph, weight) if n not in stream.nodes and n not in products}
+        others = {n.module for n in terminals(graph, weight) if n not in stream.nodes | stream.writers | products}
         if not others:
             continue
         writers = {

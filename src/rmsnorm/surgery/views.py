@@ -58,22 +58,26 @@ def located(model: nn.Module, value: Value, dim: int) -> tuple[str, int]:
 
 def back(node: Node, before: Tensor, after: Tensor, dim: int) -> int:
     """Which dimension of an operator's input the dimension of its output was."""
-    if node.name in ("index", "index_select") or (
-        before.shape == after.shape and node.name not in ("t", "transpose", "permute")
-    ):
-        return dim - after.dim() + before.dim()
-    index = torch.arange(before.dim())
+    if node.name in ("index", "index_select"):
+        own = dim - after.dim() + before.dim()
+        if node.name == "index":
+            last = max(i for i, one in enumerate(node.args[1]) if one is not None)
+        else:
+            last = node.args[1] % before.dim()
+        if own > last:  # what is chosen lies before it
+            return own
+    elif before.shape == after.shape and node.name not in ("t", "transpose", "permute"):
+        return dim
     sizes = [i + 2 for i in range(before.dim())]  # a small tensor of which each dimension has another size
     if node.name in ("t", "transpose", "permute"):
         moved = node.function(torch.empty(sizes, device="meta"), *node.args[1:], **node.kwargs)
         return moved.shape[dim] - 2
     if node.name in ("select", "squeeze", "unsqueeze", "slice", "split", "expand", "view", "unsafe_view", "chunk"):
-        matches = [
-            int(i) for i in index if before.stride(i) == after.stride(dim) and before.shape[i] >= after.shape[dim]
-        ]
-        if len(matches) == 1 and before.stride(matches[0]) == after.stride(dim):
+        step, size = after.stride(dim), after.shape[dim]
+        matches = [i for i in range(before.dim()) if before.stride(i) == step and before.shape[i] >= size]
+        if len(matches) == 1:
             return matches[0]
-    raise Untraceable(f"is read by a weight that {node.name} has rearranged in {node.module}")
+    raise Untraceable(f"meets what {node.name} has rearranged in {node.module}")
 
 
 def terminals(graph: Graph, weight: str) -> list[Node]:

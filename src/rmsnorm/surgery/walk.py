@@ -43,7 +43,9 @@ class Stream:
     values: dict[Value, int] = field(default_factory=dict)
     """What was passed, and the dimension of each that channels run along."""
     nodes: set[Node] = field(default_factory=set)
-    """The operators that only add it up."""
+    """The operators that only add it up,"""
+    writers: set[Node] = field(default_factory=set)
+    """and those that write into it: what else they read isn't in it."""
     writes: dict[Write, None] = field(default_factory=dict)
     odd: dict[Value, str] = field(default_factory=dict)
     """What comes into it otherwise, and what it is."""
@@ -57,6 +59,7 @@ class Stream:
         self.writes |= other.writes
         self.odd |= other.odd
         self.nodes |= other.nodes
+        self.writers |= other.writers
         self.refused = self.refused or other.refused
 
 
@@ -89,7 +92,8 @@ class Walk:
         if node is None:
             raise Untraceable("an input of the model itself")
         found = list(self.sources(node, value, dim))
-        self.stream.nodes.add(node)
+        if node not in self.stream.writers:
+            self.stream.nodes.add(node)
         return found
 
     def sources(self, node: Node, value: Value, dim: int) -> Iterator[tuple[Value, int]]:
@@ -202,6 +206,7 @@ class Walk:
             raise Untraceable(f"the other axis of a product in {node.module}")
         for one, along in ((weight, axis), (bias, -1)):
             if isinstance(one, Value):
+                self.stream.writers.add(node)
                 self.write(node, *located(self.model, one, along), scale)
 
     def write(self, node: Node | None, weight: str, axis: int, scale: str = "") -> None:
