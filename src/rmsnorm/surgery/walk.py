@@ -81,7 +81,8 @@ class Walk:
             try:
                 ahead += self.before(value, dim)
             except Untraceable as reason:
-                self.stream.odd[value] = str(reason)
+                verb = str(reason).startswith(("is ", "meets "))  # of views.py, said of a value
+                self.stream.odd[value] = f"something that {reason}" if verb else str(reason)
 
     def before(self, value: Value, dim: int) -> list[tuple[Value, int]]:
         """What a value of the stream is made of: values of the stream. Weights that wrote it are written down."""
