@@ -81,6 +81,21 @@ def test_rotations_of_both_kinds(name: str) -> None:
     assert len(seeds) == 2
 
 
+def test_a_token_that_never_ran() -> None:
+    """DINOv2's mask token is in no call without a mask, and is centred as the class token beside it."""
+    model = small.make("dinov2").double()
+    backbone, given = model.dinov2, small.inputs(model)
+    masked = {**given, "bool_masked_pos": torch.tensor([[True, False, False, True]] * 2)}
+    with torch.no_grad():
+        said = backbone(**masked).last_hidden_state
+    report = rmsnorm.to_rms(model, inputs=given)
+    assert report.notes == ["dinov2.embeddings.mask_token never ran, and was changed as the tokens beside it"]
+    with torch.no_grad():
+        after = backbone(**masked).last_hidden_state  # without the bias of the last norm, which is in the head
+    shift = (said - after)[0, 0]
+    assert (said - after - shift).abs().max() < BAR * said.abs().max()
+
+
 def test_post_norm_is_refused() -> None:
     """BERT's norms are its stream: nothing changes, and each says why."""
     model = small.make("bert")

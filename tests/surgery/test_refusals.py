@@ -132,7 +132,7 @@ def test_experts_that_no_row_chose() -> None:
     del model.first, model.second
     fate = only(model)
     assert fate.reason == (
-        "experts.other.weight never ran on these inputs, and may read its output, too; give inputs= that reach it"
+        "experts.other.weight never ran on these inputs, and may be one of several; give inputs= that reach it"
     )
     report = rmsnorm.fold(model, inputs=[{"x": x}, {"x": x, "name": "other"}])
     assert report.done[0].done == "into router.weight, experts.one.weight, experts.other.weight"

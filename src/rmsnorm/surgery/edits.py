@@ -59,7 +59,7 @@ class Rotate:
     def __call__(self, value: Tensor) -> Tensor:
         width = len(self.matrix)
         rows = value.movedim(self.axis, -1)
-        turned = rows.reshape(*rows.shape[:-1], -1, width) @ self.matrix
+        turned = rows.reshape(*rows.shape[:-1], -1, width) @ self.matrix.to(value.device)
         return turned.reshape(rows.shape).movedim(-1, self.axis)
 
 
@@ -101,6 +101,8 @@ class Plan:
     """Modules by name, and what makes the one that takes its place."""
     hooks: list[tuple[str, Any]] = field(default_factory=list)
     """Modules, and what centres an argument of theirs."""
+    unseen: list[str] = field(default_factory=list)
+    """Tokens that never ran, and are changed as those beside them."""
 
     def __bool__(self) -> bool:
         return bool(self.steps or self.swaps)
@@ -109,6 +111,7 @@ class Plan:
         """What the model is beside, in words."""
         notes = [f"{'.'.join(one)} was tied, and has a weight of its own now" for one in self.untie]
         notes += [f"{name} got a bias" for name in self.biases]
+        notes += [f"{name} never ran, and was changed as the tokens beside it" for name in self.unseen]
         return notes + [f"{name} centres what it is called with" for name, _ in self.hooks]
 
 
@@ -205,11 +208,22 @@ def _untie(model: nn.Module, name: str, attribute: str, undo: list[Callable[[], 
     module = model.get_submodule(name)
     shared = module._parameters[attribute]
     assert shared is not None
-    undo.append(lambda: module._parameters.__setitem__(attribute, shared))
+    undo.append(_puts_back(module, "_parameters", attribute, shared))
     module._parameters[attribute] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
     for config in {id(one): one for one in _configs(model)}.values():
         undo.append(lambda config=config: setattr(config, "tie_word_embeddings", True))  # type: ignore[misc]
         config.tie_word_embeddings = False
+
+
+def _puts_back(module: nn.Module, space: str, name: str, value: object) -> Callable[[], None]:
+    """The module by a weak reference: it may be the model, which would then keep itself alive."""
+    place = weakref.ref(module)
+
+    def put() -> None:
+        if (found := place()) is not None:
+            vars(found)[space][name] = value
+
+    return put
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -221,7 +235,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def _make_bias(module: nn.Module, undo: list[Callable[[], None]]) -> None:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    undo.append(lambda: module.register_parameter("bias", None))
+    undo.append(_puts_back(module, "_parameters", "bias", None))
     module.register_parameter("bias", nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad))
 
 
@@ -231,5 +245,5 @@ def _swap(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module], u
     new = make(old)
     for parent in list(model.modules()):
         for child in [child for child, module in parent._modules.items() if module is old]:
-            undo.append(lambda parent=parent, child=child: parent._modules.__setitem__(child, old))  # type: ignore[misc]
+            undo.append(_puts_back(parent, "_modules", child, old))
             parent._modules[child] = new

@@ -8,7 +8,7 @@ that shares its weight with the embeddings, and the caller wants it untied.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool,
         raise Kept(f"its output {reason}") from reason
     if shift is not None and followed.scaled:
         raise Kept("its output is multiplied on its way to the linear layers, and its bias isn't what arrives there")
-    _refuse_unseen(model, graph, followed)
+    refuse_unseen(model, graph, (read.weight for read in followed.reads))
     steps: list[Scale | Add | Fill] = []
     biases: list[str] = []
     untied: list[tuple[str, str]] = []
@@ -155,20 +155,48 @@ def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
     raise Kept(f"its bias has nowhere to go: {read.weight} has no bias, and {type(module).__name__} can't hold one")
 
 
-def _refuse_unseen(model: nn.Module, graph: Graph, followed: Followed) -> None:
+def refuse_unseen(model: nn.Module, graph: Graph, weights: Iterable[str]) -> None:
     """Where the readers are some of several, and others never ran (experts that no token chose), nobody knows what
-    those would read."""
-    paths = [read.weight.split(".")[:-1] for read in followed.reads]
+    those would read.
+
+    Raises:
+        Kept: there are such.
+    """
+    weights = list(weights)
+    paths = [name.split(".")[:-1] for name in weights]
     common = paths[0]
     for path in paths[1:]:
-        same = (i for i, (one, other) in enumerate(zip(common, path, strict=False)) if one != other)
-        common = common[: next(same, min(len(common), len(path)))]
-    if common and isinstance(model.get_submodule(".".join(common[:-1])), nn.ModuleList | nn.ModuleDict):
-        common = common[:-1]
+        apart = (i for i, (one, other) in enumerate(zip(common, path, strict=False)) if one != other)
+        common = common[: next(apart, min(len(common), len(path)))]
     prefix = ".".join(common)
-    names = [f"{prefix}.{name}".lstrip(".") for name, _ in model.get_submodule(prefix).named_parameters()]
-    unseen = [name for name in names if name not in graph.used and name.rpartition(".")[2] != "bias"]
-    canonical = {id(one) for name, one in model.named_parameters() if name in graph.used}
-    unseen = [name for name in unseen if id(model.get_parameter(name)) not in canonical]
-    if unseen:
-        raise Kept(f"{unseen[0]} never ran on these inputs, and may read its output, too; give inputs= that reach it")
+    beside = [f"{prefix}.{name}".lstrip(".") for name, _ in model.get_submodule(prefix).named_parameters()]
+    beside = [name for name in beside if name.rpartition(".")[2] != "bias"]
+    _refuse_unused(model, graph, [*beside, *(twin for name in weights for twin in twins(model, name))])
+
+
+def refuse_unseen_twins(model: nn.Module, graph: Graph, weights: Iterable[str]) -> None:
+    """The same for what writes: where one of a list of modules writes, the others would.
+
+    Raises:
+        Kept: some never ran.
+    """
+    _refuse_unused(model, graph, [twin for name in weights for twin in twins(model, name)])
+
+
+def _refuse_unused(model: nn.Module, graph: Graph, names: Iterable[str]) -> None:
+    used = {id(one) for name, one in model.named_parameters() if name in graph.used}
+    if unseen := [name for name in names if id(model.get_parameter(name)) not in used]:
+        raise Kept(f"{unseen[0]} never ran on these inputs, and may be one of several; give inputs= that reach it")
+
+
+def twins(model: nn.Module, weight: str) -> list[str]:
+    """The weights in the same place of the other modules of a list: those of the other experts, the other layers."""
+    parts = weight.split(".")
+    known = dict(model.named_parameters(remove_duplicate=False))
+    found = []
+    for i in range(1, len(parts)):
+        holder = model.get_submodule(".".join(parts[: i - 1])) if i > 1 else model
+        if isinstance(holder, nn.ModuleList | nn.ModuleDict):
+            others = (".".join([*parts[: i - 1], child, *parts[i:]]) for child in holder._modules)
+            found += [name for name in others if name in known]
+    return found

@@ -127,6 +127,9 @@ class SurgeryReport:
         if self.differences:
             lines += ["", *_aligned([list(PROOF), *self.proofs()])]
         lines += [f"{name}: not measured: {why}" for name, why in self.not_measured.items()]
+        if sizes := [(fate.largest, fate.largest_after) for fate in self.done if fate.largest and fate.largest_after]:
+            before, after = (max(side) for side in zip(*sizes, strict=True))
+            lines.append(f"the largest number that a norm gets: {before:.4g} before, {after:.4g} after")
         return "\n".join([*lines, *self.notes, self.summary()])
 
 

@@ -14,7 +14,7 @@ from .graph import NORM, Graph, Node, Value
 from .norms import Norm
 from .readers import WHAT
 from .views import MOVES, SHAPES, Untraceable, back
-from .walk import Stream, Walk
+from .walk import Stream, Walk, Write
 
 
 def find(model: nn.Module, graph: Graph, norms: Mapping[str, Norm], through: Callable[[Norm], bool]) -> list[Stream]:
@@ -46,6 +46,19 @@ def _joined(walks: list[Stream]) -> list[Stream]:
 
 def _keys(stream: Stream) -> set[object]:
     return {*stream.norms, *stream.values, *((one.weight, one.axis) for one in stream.writes)}
+
+
+def tokens(model: nn.Module, graph: Graph, stream: Stream) -> list[str]:
+    """Adds tokens that never ran, beside others that did: a mask's, which only some calls ask for. They write into the
+    stream, too, where they do. Returns their names."""
+    beside = {one.weight.rpartition(".")[0] for one in stream.writes if one.node is None}
+    found = []
+    for name, one in model.named_parameters():
+        token = one.dim() and one.numel() == one.shape[-1] == stream.width
+        if token and name not in graph.used and name.rpartition(".")[0] in beside:
+            stream.writes[Write(None, name, one.dim() - 1)] = None
+            found.append(name)
+    return found
 
 
 def enter(graph: Graph, stream: Stream) -> None:

@@ -17,7 +17,7 @@ from ..module import RMSNorm
 from . import norms as table
 from . import stream as streams
 from .edits import Centre, Fill, Plan, Rotate, Scale
-from .folding import Fates, Kept, fold, owners, separate
+from .folding import Fates, Kept, fold, owners, refuse_unseen, refuse_unseen_twins, separate
 from .graph import Graph, Node
 from .norms import Norm
 from .readers import follow
@@ -39,6 +39,7 @@ def centred(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
             streams.enter(graph, stream)
             streams.ahead(graph, stream)
             _refuse(stream)
+            part.unseen += streams.tokens(model, graph, stream)
             names = _unshared(model, graph, stream, set(), part, untie=untie)
             _written(model, graph, stream, names, part, Centre)
         except Kept as reason:
@@ -119,6 +120,7 @@ def rotated(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
                 _refuse_still(model, found[name])
             streams.ahead(graph, stream)
             _refuse(stream)
+            part.unseen += streams.tokens(model, graph, stream)
             products, reads = _readers(model, graph, [found[name] for name in stream.norms], stream.width)
             _unshared(model, graph, stream, products, part, untie=False)
             for weight, axis in reads:
@@ -154,6 +156,7 @@ def _readers(
             followed = follow(model, graph, norm)
         except Untraceable as reason:
             raise Kept(f"the output of {norm.name} {reason}") from reason
+        refuse_unseen(model, graph, (read.weight for read in followed.reads))
         products |= followed.products
         for read in followed.reads:
             if read.columns != (*range(width),) * (len(read.columns) // width):
@@ -199,6 +202,7 @@ def _written(
     model: nn.Module, graph: Graph, stream: Stream, names: dict[str, str], plan: Plan, change: Callable[[str, int], Any]
 ) -> None:
     """The steps for what writes: layer scales go into the weights before them."""
+    refuse_unseen_twins(model, graph, (one.weight for one in stream.writes))
     scales: dict[str, str] = {}
     for write in stream.writes:
         step = change(names.get(write.weight, write.weight), write.axis)
@@ -229,3 +233,4 @@ def _merge(plan: Plan, part: Plan) -> None:
     plan.biases += [one for one in part.biases if one not in plan.biases]
     plan.swaps |= part.swaps
     plan.hooks += part.hooks
+    plan.unseen += part.unseen
