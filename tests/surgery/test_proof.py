@@ -162,3 +162,18 @@ def test_experts_in_float64() -> None:
     found = proof._grouped(rows, weights, torch.tensor([2, 2, 6]))
     expected = torch.cat([rows[:2] @ weights[0], rows[2:6] @ weights[2], torch.zeros(1, 5, dtype=torch.float64)])
     assert torch.equal(found, expected)
+
+
+def test_a_report_on_a_narrow_screen(capsys) -> None:
+    """Numbers aren't cut, names wrap, and brackets are no markup."""
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    report = rmsnorm.fold(small.make("llama"), inputs=small.inputs(small.make("llama")), tokens=0)
+    report.notes.append("[bold]")
+    Console(width=70).print(report)
+    shown = capsys.readouterr().out
+    assert f"{report.differences['float64'].worst:.1e}" in shown
+    assert "[bold]" in shown
+    assert max(map(len, shown.splitlines())) <= 70
+    assert "".join(report.summary().split()) in "".join(shown.split())

@@ -180,6 +180,11 @@ STREAMS = {
     "the model's input": (lambda m, s: m.x + m.write(m.norm(s)), "channels side by side, joined in"),
     "a number": (lambda m, s: s + 1.0 + m.write(m.norm(s)), "the number 1.0, added in"),
     "a reader without a norm": (lambda m, s: s + m.write(s), "a linear layer in write reads it"),
+    "tokens that are mixed": (lambda m, s: s + m.write(m.norm(s).mT).mT, "the other axis of a product in write"),
+    "a view that is written into": (
+        lambda m, s: (s.view(-1).mul_(2), s + m.write(m.norm(s)))[1],
+        "a write into a part",
+    ),
     "another reader": (lambda m, s: s + m.write(m.norm(s) + s.relu()), "relu in the model reads it"),
 }
 
@@ -202,7 +207,7 @@ class Residual(nn.Module):
 def test_streams_that_cannot_be_centred(case: str) -> None:
     step, reason = STREAMS[case]
     model = Residual(step)
-    report = rmsnorm.to_rms(model, inputs=torch.randn(3, 4))
+    report = rmsnorm.to_rms(model, inputs=torch.randn(8, 4))
     assert reason in next(fate.reason for fate in report.left if fate.name == "last"), report
 
 

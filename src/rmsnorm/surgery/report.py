@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..models.report import MOST_NAMES, shortened
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 BAR = 1e-12
 """What outputs may differ by in fp64, relative to the largest: the algebra is right, or it isn't."""
@@ -122,18 +126,49 @@ class SurgeryReport:
             for one in self.differences.values()
         ]
 
-    def __str__(self) -> str:
-        lines = _aligned([["norms", "class", "modules", "what"], *self.rows()]) if self.rows() else []
-        if self.differences:
-            lines += ["", *_aligned([list(PROOF), *self.proofs()])]
-        lines += [f"{name}: not measured: {why}" for name, why in self.not_measured.items()]
+    def remarks(self) -> list[str]:
+        """What the tables don't say, a line each; the last is the summary."""
+        lines = [f"{name}: not measured: {why}" for name, why in self.not_measured.items()]
         if sizes := [(fate.largest, fate.largest_after) for fate in self.done if fate.largest and fate.largest_after]:
             before, after = (max(side) for side in zip(*sizes, strict=True))
             lines.append(f"the largest number that a norm gets: {before:.4g} before, {after:.4g} after")
-        return "\n".join([*lines, *self.notes, self.summary()])
+        return [*lines, *self.notes, self.summary()]
+
+    def __str__(self) -> str:
+        lines = _aligned([list(TITLES), *self.rows()]) if self.rows() else []
+        if self.differences:
+            lines += ["", *_aligned([list(PROOF), *self.proofs()]), ""]
+        return "\n".join([*lines, *self.remarks()])
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        tables = [(TITLES, self.rows()), (PROOF, self.proofs())]
+        return Group(
+            *(_table(titles, rows) for titles, rows in tables if rows), *(Text(line) for line in self.remarks())
+        )
 
 
+TITLES = ("norms", "class", "modules", "what")
 PROOF = ("type", "outputs", "the type itself", "loss", "its own", "same tokens")
+"""Differences are relative: of the outputs to the largest, of the loss to itself; "the type itself" and "its own" are
+what the type costs the unchanged model."""
+
+
+def _table(titles: tuple[str, ...], rows: list[list[str]]) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    columns = zip(titles, *rows, strict=True)
+    kept = [i for i, column in enumerate(columns) if any(column[1:])]
+    for i in kept:
+        table.add_column(titles[i], overflow="fold", no_wrap=titles[i] in ("norms", "class", "type", "outputs"))
+    for row in rows:
+        table.add_row(*(escape(row[i]) for i in kept))
+    return table
 
 
 def _places(fates: list[Fate]) -> list[str]:

@@ -124,7 +124,7 @@ class Walk:
                 raise Untraceable(f"a number that masked_fill writes in {node.module}")
             yield from self.aligned(node, value, dim, rest)
         else:
-            raise Untraceable(f"what {WHAT.get(name, name)} makes in {node.module}")
+            raise Untraceable(f"what {WHAT.get(name, name)} makes in {node.module or 'the model'}")
 
     def moved(self, node: Node, value: Value, dim: int) -> Iterator[tuple[Value, int]]:
         name = node.name
