@@ -78,11 +78,12 @@ def to_rms(
         LayerNorm(s) = RMSNorm(C s) ⊙ g + b,   C = I - 11ᵀ/n
 
     Everything that writes into the residual stream is centred: the rows of embeddings, the outputs of linear layers,
-    their biases, tokens that are parameters. The stream's mean is 0 then, and its variance is its mean square, with the
-    same eps. The bias of each norm goes into the linear layers behind it, as in :func:`rmsnorm.fold`; the gain stays. A
-    scale of each channel behind a linear layer (layer scale) goes into that layer. Where the stream begins behind
-    something that no weight writes, such as a GELU or a norm of the embeddings, it is centred there once, by a hook of
-    the module that it enters. A norm that can't be changed stays a LayerNorm, which a centred stream doesn't disturb.
+    their biases, adapters (LoRA), tokens that are parameters. The stream's mean is 0 then, and its variance is its mean
+    square, with the same eps. The bias of each norm goes into the linear layers behind it, as in :func:`rmsnorm.fold`;
+    the gain stays. A scale of each channel behind a linear layer (layer scale) goes into that layer. Where the stream
+    begins behind something that no weight writes, such as a GELU or a norm of the embeddings, it is centred there once,
+    by a hook of the module that it enters. A norm that can't be changed stays a LayerNorm, which a centred stream
+    doesn't disturb.
     Dropout in the residual stream is no part of this: it is exact in evaluation mode, and where dropout is 0.
     Source: Jiang et al., Pre-RMSNorm (arXiv 2305.14858).
 
