@@ -219,6 +219,40 @@ def test_layer_scale_goes_into_the_writer() -> None:
     assert torch.equal(model.gain, torch.ones(8))
 
 
+def test_a_head_that_cannot_be_untied() -> None:
+    """Switch Transformers divides by √n where the configuration says that the head is tied."""
+    import transformers
+
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=small.VOCABULARY, decoder_start_token_id=0, num_sparse_encoder_layers=0, **sizes
+    )
+    model = small.randomised(transformers.SwitchTransformersForConditionalGeneration(config))
+    ids = torch.arange(2, 13)[None]
+    report = rmsnorm.fold(model, untie=True, inputs={"input_ids": ids, "decoder_input_ids": ids}, tokens=0)
+    assert "untie" in next(fate.reason for fate in report.left if fate.name == "decoder.final_layer_norm")
+    assert report.notes[0].startswith("nothing was untied: this model computes something else")
+    assert model.config.tie_word_embeddings
+
+
+def test_a_linear_layer_with_a_forward_of_its_own() -> None:
+    """Falcon's adds a bias in a line of its own; another forgets to."""
+
+    class Adds(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    class Forgets(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    for cls, done in ((Adds, "into 1.weight; 1 got a bias"), (Forgets, "")):
+        model = small.randomised(nn.Sequential(nn.LayerNorm(8), cls(8, 4, bias=False)))
+        assert only(model).done == done
+        assert (model[1].bias is None) == (not done)
+
+
 def test_arguments() -> None:
     for operation in (rmsnorm.fold, rmsnorm.to_rms, rmsnorm.rotate, rmsnorm.unfold):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but is a str;"):

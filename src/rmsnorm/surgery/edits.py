@@ -210,7 +210,7 @@ def _untie(model: nn.Module, name: str, attribute: str, undo: list[Callable[[], 
     assert shared is not None
     undo.append(_puts_back(module, "_parameters", attribute, shared))
     module._parameters[attribute] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
-    for config in {id(one): one for one in _configs(model)}.values():
+    for config in configs(model):
         undo.append(lambda config=config: setattr(config, "tie_word_embeddings", True))  # type: ignore[misc]
         config.tie_word_embeddings = False
 
@@ -226,11 +226,11 @@ def _puts_back(module: nn.Module, space: str, name: str, value: object) -> Calla
     return put
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def configs(model: nn.Module) -> list[Any]:
     """Those that say that embeddings and head are one weight: else transformers ties them again when it loads them."""
     config: Any = getattr(model, "config", None)
     parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-    return [one for one in parts if getattr(one, "tie_word_embeddings", False)]
+    return list({id(one): one for one in parts if getattr(one, "tie_word_embeddings", False)}.values())
 
 
 def _make_bias(module: nn.Module, undo: list[Callable[[], None]]) -> None:

@@ -9,6 +9,7 @@ that shares its weight with the embeddings, and the caller wants it untied.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,9 +151,27 @@ def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
         read.module if any(o == (read.module, "weight") for o in owners(model, read.weight)) else owner
     )
     path = read.module if module is not model.get_submodule(owner) else owner
-    if type(module).forward is nn.Linear.forward and attribute == "weight":
+    if attribute == "weight" and _takes_a_bias(module):
         return f"{path}.bias".lstrip("."), path if module.bias is None else ""
     raise Kept(f"its bias has nowhere to go: {read.weight} has no bias, and {type(module).__name__} can't hold one")
+
+
+def _takes_a_bias(module: Any) -> bool:
+    """Whether it adds one. ``nn.Linear`` does; another forward is asked, with a bias for the time being."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    before, weight = module.bias, module.weight
+    x, bias = weight.new_ones(1, module.in_features), weight.new_ones(module.out_features)
+    try:
+        with torch.no_grad():
+            module.bias = None
+            without = module(x)
+            module.bias = nn.Parameter(bias)
+            return torch.equal(module(x), without + bias)
+    except Exception:  # of a stranger's forward
+        return False
+    finally:
+        module.bias = before
 
 
 def refuse_unseen(model: nn.Module, graph: Graph, weights: Iterable[str]) -> None:

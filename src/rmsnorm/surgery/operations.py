@@ -80,12 +80,15 @@ def operate(
     trial = trial_of(model, inputs, tokenizer, tokens, operation)
     progress("following every tensor through the model")
     graph = trace(model, found, trial.inputs)
+    if options.get("untie") and not proof.untied_alike(model, trial):
+        options["untie"] = False
+        report.notes.append("nothing was untied: this model computes something else where its configuration says so")
     plan = Plan()
     fates = PLANNERS[operation](model, graph, found, plan, **options)
     report.left = [Fate(name, cls, reason=reason) for name, (cls, reason) in unknown.items()]
     report.unused = [name for name, _ in model.named_parameters() if name not in graph.used]
     if plan:
-        report.notes = plan.notes()
+        report.notes += plan.notes()
         _carry_out(report, model, trial, plan, keep=keep, verify=verify, progress=progress)
     after = _largest_after(model, found, trial) if plan and verify and operation != "fold" else {}
     for name, norm in found.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .edits import configs
 from .report import Difference
 from .trace import call, evaluating, results
 
@@ -67,11 +68,22 @@ class Said:
     written: list[int] | None = None
 
 
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """In fp64 new tensors are, too: the least number of fp64, which masks are filled with, is none of fp32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype is torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def said(model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False) -> Said:
     """The model's answers; it has the type already."""
     found = Said()
     wide: Any = Wide() if dtype is torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
-    with evaluating(model), torch.random.fork_rng(devices=[]), wide:
+    with evaluating(model), torch.random.fork_rng(devices=[]), wide, _default(dtype):
         for number, given in enumerate(trial.inputs):
             torch.manual_seed(0)
             for name, one in results(call(model, _cast(given, dtype))).items():
@@ -82,6 +94,27 @@ def said(model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False) -
         if write and trial.prompt is not None and trial.tokens:
             found.written = _written(model, trial.prompt, trial.tokens)
     return found
+
+
+def untied_alike(model: nn.Module, trial: Trial) -> bool:
+    """Whether the model computes the same when its configuration says that its head isn't tied: some then leave out a
+    factor, and can't be untied."""
+    tied = configs(model)
+    if not tied:
+        return True
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        answers = []
+        for flag in (True, False):
+            torch.manual_seed(0)
+            for config in tied:
+                config.tie_word_embeddings = flag
+            try:
+                answers.append([results(call(model, given)) for given in trial.inputs])
+            finally:
+                for config in tied:
+                    config.tie_word_embeddings = True
+    pairs = zip(*answers, strict=True)
+    return all(torch.equal(one[name], other[name]) for one, other in pairs for name in one)
 
 
 def _written(model: Any, prompt: Tensor, tokens: int) -> list[int]:

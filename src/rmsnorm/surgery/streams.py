@@ -116,11 +116,12 @@ def rotated(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
             return Rotate(weight, axis, matrix)
 
         try:
-            for name in stream.norms:
-                _refuse_still(model, found[name])
+            _refuse_layer_norms([found[name] for name in stream.norms])
             streams.ahead(graph, stream)
             _refuse(stream)
             part.unseen += streams.tokens(model, graph, stream)
+            for name in stream.norms:
+                _refuse_gains(model, found[name])
             products, reads = _readers(model, graph, [found[name] for name in stream.norms], stream.width)
             _unshared(model, graph, stream, products, part, untie=False)
             for weight, axis in reads:
@@ -136,9 +137,13 @@ def rotated(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
     return fates | {name: ("", "it never ran on these inputs") for name in found if name not in fates}
 
 
-def _refuse_still(model: nn.Module, norm: Norm) -> None:
-    if norm.centred:
-        raise Kept(f"{norm.name} is a LayerNorm, which doesn't commute with a rotation; to_rms first")
+def _refuse_layer_norms(norms: list[Norm]) -> None:
+    for norm in norms:
+        if norm.centred:
+            raise Kept(f"{norm.name} is a LayerNorm, which doesn't commute with a rotation; to_rms first")
+
+
+def _refuse_gains(model: nn.Module, norm: Norm) -> None:
     if not norm.plain or norm.layout != "last":
         raise Kept(f"{norm.name} doesn't normalise whole rows")
     if table.gain(model, norm) is not None or table.bias(model, norm) is not None:
@@ -167,7 +172,7 @@ def _readers(
 
 def _refuse(stream: Stream) -> None:
     if stream.odd:
-        raise Kept(f"its stream has {next(iter(stream.odd.values()))} in it, which no weight writes")
+        raise Kept(f"its stream has {next(iter(stream.odd.values()))} in it, which can't be changed alone")
     if stream.refused:
         raise Kept(f"{stream.refused}, and would see another stream")
 

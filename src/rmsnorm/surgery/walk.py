@@ -215,7 +215,7 @@ class Walk:
         if not size:
             raise Untraceable(f"the buffer {weight}")
         if size != self.stream.width:
-            raise Untraceable(f"a part of {weight}")
+            raise Untraceable(f"a part of what {weight} makes")
         self.stream.writes[Write(node, weight, axis, scale)] = None
 
 
