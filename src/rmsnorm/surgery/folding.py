@@ -9,7 +9,6 @@ that shares its weight with the embeddings, and the caller wants it untied.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,22 +155,23 @@ def _bias_of(model: nn.Module, read: Read) -> tuple[str, str]:
     raise Kept(f"its bias has nowhere to go: {read.weight} has no bias, and {type(module).__name__} can't hold one")
 
 
-def _takes_a_bias(module: Any) -> bool:
+def _takes_a_bias(module: nn.Module) -> bool:
     """Whether it adds one. ``nn.Linear`` does; another forward is asked, with a bias for the time being."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
-    before, weight = module.bias, module.weight
+    own = module._parameters
+    before, weight = own["bias"], module.weight
     x, bias = weight.new_ones(1, module.in_features), weight.new_ones(module.out_features)
     try:
         with torch.no_grad():
-            module.bias = None
+            own["bias"] = None
             without = module(x)
-            module.bias = nn.Parameter(bias)
+            own["bias"] = nn.Parameter(bias)
             return torch.equal(module(x), without + bias)
     except Exception:  # of a stranger's forward
         return False
     finally:
-        module.bias = before
+        own["bias"] = before
 
 
 def refuse_unseen(model: nn.Module, graph: Graph, weights: Iterable[str]) -> None:
