@@ -215,6 +215,9 @@ def test_arguments() -> None:
     model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match=r"fold: this model is none of transformers, .*give inputs="):
         rmsnorm.fold(model)
+    model.config = {"mine": 1}  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"fold: this model is none of transformers, .*give inputs="):
+        rmsnorm.fold(model)
     with pytest.raises(ValueError, match="rotate: unknown kind"):
         rmsnorm.rotate(model, kind="hadamar", inputs=torch.randn(3, 8))
     report = rmsnorm.fold(nn.Linear(8, 8), inputs=torch.randn(3, 8))

@@ -141,6 +141,7 @@ def test_the_report_of_a_proof() -> None:
         "into model.layers.0.self_attn.q_proj.weight, model.layers.0.self_attn.k"
     )
     assert plain["differences"]["float64"]["outputs"].keys() == {"logits"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     text = str(report)
     assert "model.layers.*.input_layernorm" in text
     assert "16 of 16" in text

@@ -7,6 +7,7 @@ which would hide an error of 1e-8. While fp64 is measured, a mode turns each suc
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -158,7 +159,10 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _relative(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else (other - one) / abs(one)
+    if one is None or other is None:
+        return None
+    apart = (other - one) / abs(one) if one else other - one
+    return apart if math.isfinite(apart) or not math.isfinite(one) else math.inf
 
 
 def _cast(given: Any, dtype: torch.dtype) -> Any:

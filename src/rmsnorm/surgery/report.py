@@ -56,7 +56,8 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        return max(self.outputs.values(), default=0.0)
+        """The largest difference, of an output or of the loss."""
+        return max([*self.outputs.values(), abs(self.loss or 0.0)])
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.comparison import writes
-from ..models.inputs import Uncallable, inputs_of, positions, vocabulary
+from ..models.inputs import Uncallable, inputs_of, positions, tokens_of, vocabulary
 from ..study.corpus import documentation
 from .proof import Trial
 
@@ -23,19 +23,24 @@ def trial_of(model: Any, inputs: Any, tokenizer: Any, tokens: int, name: str) ->
     Raises:
         ValueError: no inputs were given, and none can be made.
     """
-    language = hasattr(model, "config") and hasattr(model, "main_input_name") and writes(model)
-    ids = _text(model, tokenizer, SCORED + 1) if hasattr(model, "config") else torch.empty(0, dtype=torch.long)
+    known = _of_transformers(model)
+    ids = _text(model, tokenizer, SCORED + 1) if known else torch.empty(0, dtype=torch.long)
     if inputs is None:
         inputs = [_made(model, ids[:TRACED], name)]
     given = list(inputs) if isinstance(inputs, list) else [inputs]
     given = [(one,) if isinstance(one, Tensor) else dict(one) if isinstance(one, Mapping) else one for one in given]
-    if not language:
+    if not (known and writes(model)):
         return Trial(given)
     return Trial(given, ids, ids[:PROMPT], max(0, min(tokens, positions(model) - PROMPT)))
 
 
+def _of_transformers(model: Any) -> bool:
+    """Whether it says of itself what models of transformers do: others have a ``config``, too."""
+    return hasattr(getattr(model, "config", None), "get_text_config") and hasattr(model, "main_input_name")
+
+
 def _made(model: nn.Module, ids: Tensor, name: str) -> dict[str, Tensor]:
-    if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
+    if not _of_transformers(model):
         raise ValueError(
             f"{name}: this model is none of transformers, so what it is called with isn't known; give inputs=, a "
             "tensor, a tuple of arguments or a dict of keyword arguments"
@@ -49,9 +54,4 @@ def _made(model: nn.Module, ids: Tensor, name: str) -> dict[str, Tensor]:
 def _text(model: Any, tokenizer: Any, count: int) -> Tensor:
     known = vocabulary(model)
     count = min(count, positions(model) - 1)
-    text = documentation().decode()[: 12 * count]
-    if tokenizer is not None:
-        ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0].long()[:count]
-        if ids.max() < known:
-            return ids
-    return torch.tensor([byte % known for byte in text.encode()], dtype=torch.long)[:count]
+    return tokens_of(tokenizer, documentation().decode()[: 12 * count], known)[:count]
