@@ -69,6 +69,10 @@ REFERENCE = {
     ],
     ("Layers", "层"): ["RMSNorm", "GatedRMSNorm", "LayerNorm"],
     ("Models", "模型"): ["patch", "patched", "unpatch", "PatchReport", "models.report.Entry"],
+    ("Exact surgery", "精确改造"): [
+        *("fold", "to_rms", "rotate", "unfold"),
+        *("surgery.SurgeryReport", "surgery.report.Fate", "surgery.report.Difference", "surgery.SurgeryError"),
+    ],
     ("torch's own operator", "torch 自己的算子"): ["install", "installed", "uninstall"],
     ("What runs here", "运行环境"): ["info", "_info.Info"],
     ("Hugging Face's kernels hub", "Hugging Face kernels"): ["hub.register", "hub.unregister", "hub.mapping"],

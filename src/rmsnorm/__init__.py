@@ -9,6 +9,10 @@ from ._info import version as _version
 from ._install import install as install
 from ._install import installed as installed
 from ._install import uninstall as uninstall
+from ._surgery import fold as fold
+from ._surgery import rotate as rotate
+from ._surgery import to_rms as to_rms
+from ._surgery import unfold as unfold
 from .forms.gated import GatedRMSNorm as GatedRMSNorm
 from .forms.gated import gated_rms_norm as gated_rms_norm
 from .forms.general import inverse_rms as inverse_rms
@@ -41,6 +45,7 @@ __all__ = [
     "RMSNorm",
     "add_rms_norm",
     "add_rms_norm_",
+    "fold",
     "gated_add",
     "gated_rms_norm",
     "heads_rms_norm_rope",
@@ -57,7 +62,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rope",
+    "rotate",
     "sandwich_rms_norm",
+    "to_rms",
+    "unfold",
     "uninstall",
     "unpatch",
 ]

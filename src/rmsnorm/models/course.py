@@ -18,7 +18,7 @@ from ..bench import console as machines
 from ..study.corpus import documentation
 from . import comparison, loading, screen, workload
 from .classes import switch
-from .inputs import Uncallable, inputs_of, positions, text_config, vocabulary
+from .inputs import Uncallable, inputs_of, positions, text_config, tokens_of, vocabulary
 from .patching import patch, unpatch
 
 T = TypeVar("T")
@@ -180,15 +180,6 @@ def layer_norms(model: Any) -> int:
         return len(patch(model, layer_norm=True).patched)
     finally:
         unpatch(model)
-
-
-def tokens_of(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
-    """The text's tokens; without a tokenizer, or with one for another model, its bytes in the vocabulary."""
-    if tokenizer is not None:
-        ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0].long()
-        if not ids.numel() or ids.max() < vocabulary:
-            return ids
-    return torch.tensor([byte % vocabulary for byte in text.encode()], dtype=torch.long)
 
 
 def some_tokens(tokenizer: Any, model: Any, count: int) -> Tensor:

@@ -62,6 +62,15 @@ def vocabulary(model: Any) -> int:
         return 1
 
 
+def tokens_of(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
+    """The text's tokens; without a tokenizer, or with one for another model, its bytes in the vocabulary."""
+    if tokenizer is not None:
+        ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0].long()
+        if not ids.numel() or ids.max() < vocabulary:
+            return ids
+    return torch.tensor([byte % vocabulary for byte in text.encode()], dtype=torch.long)
+
+
 def _guesses(model: Any, ids: Tensor) -> Iterator[dict[str, Tensor]]:
     """The main input alone; all that the forward names; the dummies of the class."""
     takes = inspect.signature(model.forward).parameters
