@@ -7,6 +7,7 @@ and measured there; then it is rounded, once for all of them. So memory holds th
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -113,13 +114,15 @@ class Conversion:
         trial = trial_of(model, None, tokenizer, asked.tokens, "convert")
         self.doing(f"asking the model, in {name}")
         unchanged = proof.said(model, trial, own, write=True)
+        self.doing(f"widening the weights to {wider}")
+        gc.collect()  # what loading left behind holds every weight once more
         types = _retyped(model, dict.fromkeys(_tensors(model), wide))
         self.doing(f"asking the model, in {wider}")
         exact = before = proof.said(model, trial, wide)
         reports = []
         for operation in asked.operations:
-            self.doing(f"{operation}: planning")
             report = self._operated(operation, model, tokenizer)
+            gc.collect()  # its trace, which holds every tensor of a forward, and is a circle
             if report.done:
                 self.doing(f"{operation}: asking the changed model, in {wider}")
                 after = proof.said(model, trial, wide)
@@ -134,7 +137,8 @@ class Conversion:
                 before = after
             reports.append(report)
         self._refuse_nothing(reports)
-        _retyped(model, {name: types.get(name, own) for name in _tensors(model)})
+        self.doing(f"rounding the weights to {name}")
+        _retyped(model, {key: types.get(key, own) for key in _tensors(model)})
         if broken := [n for n, one in model.named_parameters() if not bool(one.isfinite().all())]:
             raise OverflowError(f"{broken[0]} would outgrow {name}; give --dtype bfloat16 or float32")
         self.doing(f"asking the changed model, in {name}")

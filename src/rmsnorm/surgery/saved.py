@@ -60,6 +60,9 @@ def write(model: Any, folder: Path, manifest: dict[str, Any], source: Path | Non
         text: is added to the README.
     """
     told = bool(manifest["lacking"])
+    if source is None:  # a GGUF file: its weights aren't quantised any more, and are saved as what they are
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
     model.save_pretrained(
         folder, max_shard_size=SHARD, variant=VARIANT if told else None, save_original_format=not told
     )
