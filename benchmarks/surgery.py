@@ -217,8 +217,7 @@ def _names(key: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _read(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """The float16 tensors of a file of CTranslate2, version 6: a header, then for each tensor its name, rank, shape, type
-    and bytes."""
+    """The float16 tensors of a file of CTranslate2: a header, then of each tensor name, rank, shape, type, bytes."""
     data, at = path.read_bytes(), 0
 
     def take(kind: str) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ Annotations are evaluated by typer, hence no ``from __future__ import annotation
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..bench import export
 from ..models import loading
@@ -66,9 +66,9 @@ def register(app: "typer.Typer") -> "typer.Typer":
         options = Options(model, out, operations, DTYPES.get(dtype), untie, kind, seed, exact, force)
         printer, doing = asked.screen(json), screen.Doing()
 
-        def show(text: str) -> None:
+        def show(what: Any) -> None:
             doing.done()
-            printer.print(text, markup=False, highlight=False, soft_wrap=True)
+            printer.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
 
         conversion = Conversion(options, show, doing)
         try:

@@ -57,7 +57,7 @@ class Conversion:
     """One model, from its file to another."""
 
     options: Options
-    show: Callable[[str], None] = print
+    show: Callable[[Any], None] = print
     doing: Callable[[str], None] = lambda what: None
     found: dict[str, Any] = field(default_factory=dict)
     """Plain data, for JSON."""
@@ -146,7 +146,8 @@ class Conversion:
         self.found["operations"] = [report.to_dict() for report in reports]
         self.found["rounded"] = asdict(rounded)
         for report in reports:
-            self.show(f"\n{report}")
+            self.show("")
+            self.show(report)
         self.show("\n" + _rounding(rounded, wider))
         return reports
 

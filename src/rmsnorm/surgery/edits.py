@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -188,9 +187,7 @@ def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] 
     products = [(one.weight, one.product(tensors[one.other])) for one in steps if isinstance(one, Add)]
     grouped: dict[str, list[Step]] = {}
     for one in steps:
-        grouped.setdefault(one.weight, [])
-        if not isinstance(one, Add):
-            grouped[one.weight].append(one)
+        grouped.setdefault(one.weight, []).extend([] if isinstance(one, Add) else [one])
     for name, changes in grouped.items():
         tensor = tensors[name]
         value = tensor.detach().double()
@@ -203,12 +200,9 @@ def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] 
         if not bool(rounded.isfinite().all()) and bool(tensor.isfinite().all()):
             raise OverflowError(f"{name} would outgrow {tensor.dtype}; convert the model to bfloat16 or float32 first")
         if undo is not None:
-            undo.append(partial(_put, tensor, tensor.detach().clone()))
+            before = tensor.detach().clone()
+            undo.append(lambda tensor=tensor, before=before: tensor.copy_(before))  # type: ignore[misc]
         tensor.copy_(rounded)
-
-
-def _put(tensor: Tensor, value: Tensor) -> None:
-    tensor.copy_(value)
 
 
 def _untie(model: nn.Module, name: str, attribute: str, undo: list[Callable[[], None]]) -> None:
