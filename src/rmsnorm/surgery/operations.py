@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -82,8 +83,10 @@ def operate(
     found, unknown = norms.find(model)
     trial = trial_of(model, inputs, tokenizer, tokens, operation)
     progress("following every tensor through the model")
-    graph = trace(model, found, trial.inputs)
-    if options.get("untie") and not proof.untied_alike(model, trial):
+    with _wide(model):
+        graph = trace(model, found, trial.inputs)
+        alike = not options.get("untie") or proof.untied_alike(model, trial)
+    if not alike:
         options["untie"] = False
         report.notes.append("nothing was untied: this model computes something else where its configuration says so")
     plan = Plan(undoable=undoable)
@@ -173,7 +176,14 @@ def _on_copy(
 
 
 def _largest_after(model: nn.Module, found: dict[str, Norm], trial: proof.Trial) -> dict[str, float]:
-    return trace(model, found, trial.inputs).largest
+    with _wide(model):
+        return trace(model, found, trial.inputs).largest
+
+
+def _wide(model: nn.Module) -> Any:
+    """For a model that is fp64 itself, what proofs run in: products of experts have no kernel for it."""
+    in_float64 = any(one.dtype is torch.float64 for one in model.parameters())
+    return proof.Wide() if in_float64 else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _eps_share(graph: Graph, norm: Norm) -> float | None:
