@@ -52,16 +52,12 @@ SCHEMES: dict[str, Callable[[], Any]] = {
 }
 
 
-def proofs(report: SurgeryReport) -> list[list[str]]:
-    return report.proofs()
-
-
 def fold() -> str:
     """The claim that folding costs nothing."""
     tokenizer, model = loading.load(loading.SMOLLM2, torch.float32)
     report = rmsnorm.fold(model, keep=False, untie=True, tokenizer=tokenizer, tokens=64)
     assert len(report.done) == 61
-    return table(PROOF, proofs(report))
+    return table(PROOF, report.proofs())
 
 
 def _inner(module: nn.Module, name: str) -> bool:
@@ -102,7 +98,7 @@ def int8() -> str:
     spread = [
         [str(layer), *(f"{one[layer][0]:.0f}, {one[layer][1]:.1f}" for one in (before, largest))] for layer in SHOWN
     ]
-    return f"{table(titles, rows)}\n\n{table(('layer', 'before', 'rotated'), spread)}"
+    return f"{table(titles, rows)}\n{table(('layer', 'before', 'rotated'), spread)}"
 
 
 def _draw(sides: dict[str, list[tuple[float, float]]]) -> None:
@@ -151,14 +147,32 @@ def _inputs(model: Any, ids: Tensor) -> list[tuple[float, float]]:
 def whisper() -> str:
     """A LayerNorm model that becomes an RMSNorm model."""
     model = _whisper()
-    parts = []
+    parts, before = [], _heard(model)
     for operation in (rmsnorm.to_rms, rmsnorm.fold):
         report = operation(model, keep=False)  # type: ignore[operator]
         print(report)
-        parts += [[report.operation, str(len(report.done)), *row[:3]] for row in proofs(report)]
+        parts += [[report.operation, str(len(report.done)), *row[:3]] for row in report.proofs()]
+    assert _heard(model) == before
     count = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     text = table(("Whisper tiny.en", "norms", *PROOF[:3]), parts)
-    return f"{text}\n\n{count} LayerNorms are left in it."
+    return f"{text}\n{count} LayerNorms are left in it, and what it writes of a tone is the same {len(before)} tokens."
+
+
+def _heard(model: Any) -> list[int]:
+    """What it writes of five seconds of a tone of 440 Hz, greedily, behind the tokens that ask for text."""
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(5 * 16_000) / 16_000)
+    features = transformers.WhisperFeatureExtractor()(tone, sampling_rate=16_000, return_tensors="pt").input_features
+    ids = list(ASKED)
+    with torch.inference_mode():
+        states = model.model.encoder(features)
+        for _ in range(16):
+            given = {"encoder_outputs": states, "decoder_input_ids": torch.tensor([ids])}
+            ids.append(int(model(**given).logits[0, -1].argmax()))
+    return ids[len(ASKED) :]
+
+
+ASKED = (50257, 50362)
+"""Start of a transcript, no time stamps."""
 
 
 def _whisper() -> Any:
@@ -276,7 +290,7 @@ def main() -> None:
         text = PARTS[name]()
         print(text, flush=True)
         if given.write:
-            replace_block(PAGE, f"{name}: made by `make surgery`", f"{text}\n\nMeasured on: {where}")
+            replace_block(PAGE, f"{name}: made by `make surgery`", f"{text.rstrip()}\n\nMeasured on: {where}")
 
 
 if __name__ == "__main__":

@@ -214,6 +214,13 @@ def test_a_folded_smollm2_writes_the_same_64_tokens_in_stock_transformers(tmp_pa
     assert torch.equal(after.generate(**ids, **options), before.generate(**ids, **options))
 
 
+@pytest.mark.parametrize(("arguments", "named"), [(["--out", "y"], "--fold"), (["--fold"], "--out")])
+def test_what_has_to_be_given_is_named(arguments: list[str], named: str) -> None:
+    result = invoke("x", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert named in result.stderr
+
+
 def refused(result: Any, words: str) -> None:
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()
