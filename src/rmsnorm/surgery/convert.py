@@ -183,10 +183,10 @@ class Conversion:
         out = self.options.out
         folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         size = sum(one.nbytes for one in model.parameters())
-        self.doing(f"writing {size / 1e9:.1f} GB")
+        self.doing(f"writing {_human(size)}")
         try:
             if (free := shutil.disk_usage(out.parent).free) < size:
-                raise OSError(errno.ENOSPC, f"needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+                raise OSError(errno.ENOSPC, f"it needs {_human(size)}, and {_human(free)} are free")
             folder.mkdir()
             saved.write(model, folder, {"rmsnorm": version(), **self.found}, source, tokenizer, self._readme(reports))
             saved.put(folder, out)
@@ -196,7 +196,7 @@ class Conversion:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.found |= {"out": str(out), "bytes": sum(entry.stat().st_size for entry in out.iterdir())}
-        self.show(f"{out}: {self.found['bytes'] / 1e9:.2f} GB in {len(list(out.iterdir()))} files")
+        self.show(f"{out}: {_human(self.found['bytes'])} in {len(list(out.iterdir()))} files")
 
     def _readme(self, reports: list[SurgeryReport]) -> str:
         """What a reader of the directory has to know."""
@@ -227,6 +227,10 @@ def _rounding(one: Difference, wide: str) -> str:
     if one.loss is not None:
         text += f"; loss {one.loss:+.1e}"
     return text + (f"; {one.same_tokens} of {one.tokens} greedy tokens are the same." if one.tokens else ".")
+
+
+def _human(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
