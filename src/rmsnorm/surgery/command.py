@@ -49,8 +49,8 @@ def register(app: "typer.Typer") -> "typer.Typer":
     ) -> None:
         """Change a model's norms and not what it computes, prove it, and write it as a directory.
 
-        Stock transformers loads the directory where the model is still one of its class; else it says what does. Nothing
-        is downloaded, and nothing half-written is left. docs/surgery.md has the algebra.
+        Stock transformers loads the directory where the model is still one of its class; else it says what does.
+        Nothing is downloaded, and nothing half-written is left. docs/surgery.md has the algebra.
         """
         wanted = {"to_rms": to_rms, "fold": fold, "rotate": rotate}
         operations = tuple(name for name in OPERATIONS if wanted[name])
