@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp)
 TEST_CPP := $(wildcard tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn pages test heavy fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain explained scaling study docs wheels aarch64 workflow clean
+.PHONY: help demo learn pages test heavy fuzz sanitize lint format wheel matrix bench results figure accuracy census home others models gain surgery explained scaling study docs wheels aarch64 workflow clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -83,9 +83,13 @@ models: $(NATIVE) ## the table of docs/models.md: SmolLM2 before and after patch
 gain: $(NATIVE) ## the first table of the README: whole models before and after patch(); ten minutes, on a quiet machine
 	$(BIN)/python tests/models/gains.py
 
+surgery: $(NATIVE) ## the tables of docs/surgery.md: what folds and rotations cost and bring; ten minutes
+	$(BIN)/python benchmarks/surgery.py --write
+
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code and that of docs/tasks.md prints
 	$(BIN)/python docs/figures
 	$(BIN)/python tests/pages.py docs/explained.md docs/explained.zh.md
+	$(BIN)/python tests/pages.py docs/surgery.md
 	$(BIN)/python tests/pages.py --apart docs/tasks.md docs/tasks.zh.md
 
 scaling: $(NATIVE) ## write the tables of docs/scaling.md: bytes on the wire, by formula and counted on 2 and 4 ranks; a minute

@@ -114,7 +114,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-COMMANDS = ["demo", "info", "patch", "run", "bench", "report", "bars", "graph", "study", "learn"]
+COMMANDS = ["demo", "info", "patch", "convert", "run", "bench", "report", "bars", "graph", "study", "learn"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -145,6 +145,8 @@ WRONG = [
     (["report", "{here}", "x.html"], "RESULTS"),
     (["patch", "x", "--dtype", "int8"], "--dtype"),
     (["patch", "x", "--json", "/no/place/x.json"], "--json"),
+    (["convert", "x", "--out", "y", "--fold", "--dtype", "int8"], "--dtype"),
+    (["convert", "x", "--out", "y", "--rotate", "--kind", "odd"], "--kind"),
     (["study", "--arms", "group"], "--arms"),
     (["study", "--corpus", "/no/text"], "--corpus"),
     (["study", "--quick", "--out", "{here}"], "--out"),

@@ -41,6 +41,14 @@ def test_code_of_explained_prints_what_is_shown_below_it():
         assert printed == (shown or "")
 
 
+def test_code_of_surgery_prints_what_is_shown_below_it():
+    pytest.importorskip("transformers")
+    results = list(page("docs/surgery.md").run())
+    assert len(results) == 2
+    for printed, shown, _ in results:
+        assert printed == shown != ""
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder where the name that README loads from Hugging Face is a directory: a tiny LLaMA with a tokenizer."""

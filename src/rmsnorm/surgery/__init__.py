@@ -4,3 +4,4 @@ from .operations import SurgeryError as SurgeryError
 from .operations import operate as operate
 from .operations import take_back as take_back
 from .report import SurgeryReport as SurgeryReport
+from .saved import load as load

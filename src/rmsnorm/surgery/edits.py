@@ -101,6 +101,8 @@ class Plan:
     """Modules by name, and what makes the one that takes its place."""
     hooks: list[tuple[str, Any]] = field(default_factory=list)
     """Modules, and what centres an argument of theirs."""
+    undoable: bool = True
+    """Whether weights can be taken back if something raises: copies of a model need no copy of theirs for that."""
     unseen: list[str] = field(default_factory=list)
     """Tokens that never ran, and are changed as those beside them."""
 
@@ -131,7 +133,7 @@ def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> int:
                 _untie(model, module, attribute, undo)
             for name in plan.biases:
                 _make_bias(model.get_submodule(name), undo)
-            _compute(model, plan.steps, undo)
+            _compute(model, plan.steps, undo if plan.undoable else None)
             for name, make in plan.swaps.items():
                 _swap(model, name, make, undo)
             for name, hook in plan.hooks:
@@ -180,14 +182,12 @@ def _take_back(undo: list[Callable[[], None]]) -> None:
             step()
 
 
-def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]]) -> None:
+def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] | None) -> None:
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     products = [(one.weight, one.product(tensors[one.other])) for one in steps if isinstance(one, Add)]
     grouped: dict[str, list[Step]] = {}
     for one in steps:
-        grouped.setdefault(one.weight, [])
-        if not isinstance(one, Add):
-            grouped[one.weight].append(one)
+        grouped.setdefault(one.weight, []).extend([] if isinstance(one, Add) else [one])
     for name, changes in grouped.items():
         tensor = tensors[name]
         value = tensor.detach().double()
@@ -199,8 +199,9 @@ def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]])
         rounded = value.to(tensor.dtype)
         if not bool(rounded.isfinite().all()) and bool(tensor.isfinite().all()):
             raise OverflowError(f"{name} would outgrow {tensor.dtype}; convert the model to bfloat16 or float32 first")
-        before = tensor.detach().clone()
-        undo.append(lambda tensor=tensor, before=before: tensor.copy_(before))  # type: ignore[misc]
+        if undo is not None:
+            before = tensor.detach().clone()
+            undo.append(lambda tensor=tensor, before=before: tensor.copy_(before))  # type: ignore[misc]
         tensor.copy_(rounded)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,11 +67,13 @@ def operate(
     tokenizer: Any,
     tokens: int,
     progress: Callable[[str], None] = lambda step: None,
+    undoable: bool = True,
     **options: Any,
 ) -> SurgeryReport:
     """One of ``PLANNERS`` with its options, from the trace to the proof; ``_surgery.py`` explains the arguments.
 
-    ``progress`` hears what is being done, in a few words, before each step.
+    ``progress`` hears what is being done, in a few words, before each step. With ``undoable=False`` no weight is kept
+    on the way: the model is lost if anything raises.
     """
     _check(model, operation)
     if "kind" in options:
@@ -79,11 +83,13 @@ def operate(
     found, unknown = norms.find(model)
     trial = trial_of(model, inputs, tokenizer, tokens, operation)
     progress("following every tensor through the model")
-    graph = trace(model, found, trial.inputs)
-    if options.get("untie") and not proof.untied_alike(model, trial):
+    with _wide(model):
+        graph = trace(model, found, trial.inputs)
+        alike = not options.get("untie") or proof.untied_alike(model, trial)
+    if not alike:
         options["untie"] = False
         report.notes.append("nothing was untied: this model computes something else where its configuration says so")
-    plan = Plan()
+    plan = Plan(undoable=undoable)
     fates = PLANNERS[operation](model, graph, found, plan, **options)
     report.left = [Fate(name, cls, reason=reason) for name, (cls, reason) in unknown.items()]
     report.unused = [name for name, _ in model.named_parameters() if name not in graph.used]
@@ -115,7 +121,7 @@ def _carry_out(
         progress("changing the weights")
         report.kept = edits.carry_out(model, plan, keep=keep)
         return
-    operate = partial(edits.carry_out, plan=plan, keep=False)
+    operate = partial(edits.carry_out, plan=replace(plan, undoable=False), keep=False)
     progress("proving it on a copy in float64")
     exact = _on_copy(report, model, trial, operate, torch.float64, None)
     proven = report.differences.get("float64")
@@ -170,7 +176,14 @@ def _on_copy(
 
 
 def _largest_after(model: nn.Module, found: dict[str, Norm], trial: proof.Trial) -> dict[str, float]:
-    return trace(model, found, trial.inputs).largest
+    with _wide(model):
+        return trace(model, found, trial.inputs).largest
+
+
+def _wide(model: nn.Module) -> Any:
+    """For a model that is fp64 itself, what proofs run in: products of experts have no kernel for it."""
+    in_float64 = any(one.dtype is torch.float64 for one in model.parameters())
+    return proof.Wide() if in_float64 else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _eps_share(graph: Graph, norm: Norm) -> float | None:

@@ -87,7 +87,7 @@ def said(model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False) -
     with evaluating(model), torch.random.fork_rng(devices=[]), wide, _default(dtype):
         for number, given in enumerate(trial.inputs):
             torch.manual_seed(0)
-            for name, one in results(call(model, _cast(given, dtype))).items():
+            for name, one in results(call(model, cast(given, dtype))).items():
                 found.outputs[f"{name}{f'.{number}' if number else ''}"] = one.double()
         if trial.text is not None:
             logits = model(input_ids=trial.text[None, :-1], use_cache=False).logits[0]
@@ -165,12 +165,12 @@ def _relative(one: float | None, other: float | None) -> float | None:
     return apart if math.isfinite(apart) or not math.isfinite(one) else math.inf
 
 
-def _cast(given: Any, dtype: torch.dtype) -> Any:
+def cast(given: Any, dtype: torch.dtype) -> Any:
     if isinstance(given, Tensor):
         return given.to(dtype) if given.is_floating_point() else given
     if isinstance(given, tuple | list):
-        return tuple(_cast(one, dtype) for one in given)
-    return {name: _cast(one, dtype) for name, one in given.items()} if isinstance(given, dict) else given
+        return tuple(cast(one, dtype) for one in given)
+    return {name: cast(one, dtype) for name, one in given.items()} if isinstance(given, dict) else given
 
 
 @contextmanager

