@@ -26,7 +26,7 @@ if INTERPRETED:
 elif DEVICE:
     collect_ignore = [*COMPILED, "test_interpreter.py"]
 else:
-    collect_ignore = ["test_values.py", "test_forms.py", "test_interpreter.py", "test_device.py"]
+    collect_ignore = ["test_values.py", "test_forms.py", "test_neighbours.py", "test_interpreter.py", "test_device.py"]
 
 FORMS = {made.form.name + end for made in _form.registered for end in made.schemas}
 ROOMS = forms, general, heads, neighbours

@@ -111,9 +111,9 @@ def test_forms_compile(name, dtype, monkeypatch):
     ids=str,
 )
 def test_neighbours_compile(name, dtype, columns, monkeypatch):
-    """Gated, modulated, general and lean norms: no spills but in fp64 (a gate's backward is given 64 registers, and two
-    more in memory, on some), and no contraction: of half numbers, whose squares are exact, only exponentials and
-    deviations have a multiply-add, where it is written."""
+    """Gated, modulated, general and lean norms: no spills but in fp64 (a backward is given 64 registers, and on some GPUs
+    two more in memory), and no contraction: of half numbers, whose squares are exact, only exponentials and deviations
+    have a multiply-add, where it is written."""
     with compiling(TARGETS[name], monkeypatch) as found:
         launch_neighbours(columns, dtype)
     held = columns <= launch.WIDEST["backward, more"]
@@ -122,8 +122,7 @@ def test_neighbours_compile(name, dtype, columns, monkeypatch):
     )
     for one in found:
         what = f"{one.kernel}, {one.constants}: {one.registers} registers, {one.loads}, {one.stores}"
-        gate = one.constants.get("STORE") in ("silu", "sigmoid")
-        assert dtype is torch.float64 or one.spills <= (8 if gate else 0), what
+        assert dtype is torch.float64 or one.spills <= (8 if one.kernel == "backward" else 0), what
         assert not re.search(r"\bdiv\.(full|approx)", one.assembly), what
         assert set(re.findall(r"\bfma\.\S+", one.assembly)) <= {"fma.rn.f32", "fma.rn.f64"}, what
         plain = (

@@ -1,6 +1,7 @@
 """The only file with the arithmetic of GPU kernels that knows no rows of memory: sums, exponentials, gates.
 
-Nothing may be contracted (``enable_fp_fusion=False``): where a fused multiply-add is meant, it is written.
+Nothing may be contracted (``enable_fp_fusion=False``): where a fused multiply-add is meant, it is written. What stands
+behind an ``if`` that returns is compiled all the same, for every type: what one type can't have stands in an ``else``.
 """
 
 import triton
@@ -11,8 +12,10 @@ import triton.language as tl
 def _above(x, kind: tl.constexpr):
     """A power of two that is 2 to 4 times x."""
     if kind == tl.float64:
-        return ((x.to(tl.int64, bitcast=True) & 0x7FF0000000000000) + (2 << 52)).to(tl.float64, bitcast=True)
-    return ((x.to(tl.int32, bitcast=True) & 0x7F800000) + (2 << 23)).to(tl.float32, bitcast=True)
+        above = ((x.to(tl.int64, bitcast=True) & 0x7FF0000000000000) + (2 << 52)).to(tl.float64, bitcast=True)
+    else:
+        above = ((x.to(tl.int32, bitcast=True) & 0x7F800000) + (2 << 23)).to(tl.float32, bitcast=True)
+    return above
 
 
 @triton.jit
@@ -68,23 +71,25 @@ def _exponential(x, wide: tl.constexpr):
     5e-9, a tenth of a unit. ln 2 has two parts, of which the first has 8 zeros at its end: n · ln 2 is exact.
     """
     if wide == tl.float64:
-        return tl.exp(x)
-    x = tl.where(x < -120.0, -120.0, x)  # exp(-120) is 0; NaN stays
-    shifted = x * 1.4426950408889634 + 12582912.0  # added to 1.5 · 2^23, a number's last bit is 1
-    n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    whole = shifted - 12582912.0
-    t = tl.fma(whole, -0.693145751953125, x)
-    t = tl.fma(whole, -1.428606765330187e-06, t)
-    y = tl.full(x.shape, 1 / 5040, tl.float32)
-    y = tl.fma(y, t, 1 / 720)
-    y = tl.fma(y, t, 1 / 120)
-    y = tl.fma(y, t, 1 / 24)
-    y = tl.fma(y, t, 1 / 6)
-    y = tl.fma(y, t, 0.5)
-    y = tl.fma(y, t, 1.0)
-    y = tl.fma(y, t, 1.0)
-    half = n >> 1  # 2^n in two steps, as it may be subnormal
-    return y * _power(half) * _power(n - half)
+        result = tl.exp(x)
+    else:
+        x = tl.where(x < -120.0, -120.0, x)  # exp(-120) is 0; NaN stays
+        shifted = x * 1.4426950408889634 + 12582912.0  # added to 1.5 · 2^23, a number's last bit is 1
+        n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+        whole = shifted - 12582912.0
+        t = tl.fma(whole, -0.693145751953125, x)
+        t = tl.fma(whole, -1.428606765330187e-06, t)
+        y = tl.full(x.shape, 1 / 5040, tl.float32)
+        y = tl.fma(y, t, 1 / 720)
+        y = tl.fma(y, t, 1 / 120)
+        y = tl.fma(y, t, 1 / 24)
+        y = tl.fma(y, t, 1 / 6)
+        y = tl.fma(y, t, 0.5)
+        y = tl.fma(y, t, 1.0)
+        y = tl.fma(y, t, 1.0)
+        half = n >> 1  # 2^n in two steps, as it may be subnormal
+        result = y * _power(half) * _power(n - half)
+    return result
 
 
 @triton.jit
@@ -96,13 +101,16 @@ def _power(n):
 def _sigmoid(gate, wide: tl.constexpr):
     e = _exponential(-tl.abs(gate), wide)
     whole = 1.0 + e
+    top = tl.where(gate < 0.0, e, 1.0)
     if wide == tl.float64:
-        return tl.where(gate < 0.0, e, 1.0) / whole
-    # 1 / whole of numbers between 1 and 2. IEEE's division would be called as a function, with a stack.
-    part = tl.rsqrt(whole)
-    part = part * part
-    part = tl.fma(part, tl.fma(-whole, part, 1.0), part)  # one step of Newton's: from 2^-21 to 2^-24
-    return tl.where(gate < 0.0, e, 1.0) * part
+        sigmoid = top / whole
+    else:
+        # 1 / whole of numbers between 1 and 2. IEEE's division would be called as a function, with a stack.
+        part = tl.rsqrt(whole)
+        part = part * part
+        part = tl.fma(part, tl.fma(-whole, part, 1.0), part)  # one step of Newton's: from 2^-21 to 2^-24
+        sigmoid = top * part
+    return sigmoid
 
 
 @triton.jit
