@@ -382,7 +382,9 @@ def test_a_word_is_explained_on_focus(chromium, built):
 @pytest.fixture(scope="module")
 def url():
     """The command in a process of its own, until Ctrl-C."""
-    program = "from rmsnorm_command import main; main()"
+    # What runs in the background of a script ignores Ctrl-C, and hands that down.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from rmsnorm_command import main; main()"
     command = [sys.executable, "-c", program, "learn", "--no-browser", "--lang", "en"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
