@@ -29,6 +29,23 @@ def check_in_place(input: Tensor, residual: Tensor) -> None:
         raise RuntimeError("rmsnorm: input and residual are written to, and must not share memory")
 
 
+def add_rms_norm_by_copies(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    round_sum: bool,
+) -> None:
+    """The definition of ``add_rms_norm_``, in place: the operator that returns new tensors, copied."""
+    check_in_place(input, residual)
+    options = dims, eps, offset, round_first, -1, round_sum, input.dtype
+    output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(input, residual, weight, None, *options)
+    input.copy_(output), residual.copy_(sum)
+
+
 def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
     """The same of where the result is to go."""
     same = out.shape == input.shape and out.device == input.device

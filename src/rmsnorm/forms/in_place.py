@@ -1,4 +1,4 @@
-"""The only file with add + norm in place, for inference: the operator, its definition, and the function."""
+"""The only file with add + norm in place, for inference: the operator and the function."""
 
 from __future__ import annotations
 
@@ -98,24 +98,8 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
         )
 
 
-def _define(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    round_first: bool,
-    round_sum: bool,
-) -> None:
-    _ops.check_in_place(input, residual)
-    options = dims, eps, offset, round_first, -1, round_sum, input.dtype
-    output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(input, residual, weight, None, *options)
-    input.copy_(output), residual.copy_(sum)
-
-
 _form.library.define("add_rms_norm_" + _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-_form.library.impl("add_rms_norm_", _define, "CompositeExplicitAutograd")
+_form.library.impl("add_rms_norm_", _ops.add_rms_norm_by_copies, "CompositeExplicitAutograd")
 torch.library.register_fake("rmsnorm::add_rms_norm_", lambda *arguments: None, lib=_form.library)
 _operator = torch.ops.rmsnorm.add_rms_norm_.default
 _run: Any = _operator._op

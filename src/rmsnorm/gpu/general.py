@@ -105,8 +105,6 @@ def general_rms_norm_backward(
     mean: bool,
     *needs: bool,
 ) -> _Results:
-    if _are_several(dims, weight, bias) or not counted:
-        return None
     return _general_backward(
         grad, None, grad_rstd, input, rstd, (weight, bias), dims, eps, offset, counted, mean, needs
     )
@@ -126,8 +124,6 @@ def general_add_rms_norm_backward(
     counted: int,
     *needs: bool,
 ) -> _Results:
-    if _are_several(dims, weight, bias) or not counted:
-        return None
     return _general_backward(
         grad, grad_sum, grad_rstd, sum, rstd, (weight, bias), dims, eps, offset, counted, True, needs
     )
@@ -192,6 +188,8 @@ def _general_backward(
     mean: bool,
     needs: tuple[bool, ...],
 ) -> _Results:
+    if _are_several(dims, *weights) or not counted:
+        return None
     steps, _ = _general(x, eps, counted, mean, More(grad_rstd=_in_a_row(grad_rstd)))
     need_input, *learn = needs
     like = tuple(t if need else None for t, need in zip(weights, learn, strict=True))

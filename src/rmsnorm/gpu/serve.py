@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _form, _ops
@@ -128,19 +127,15 @@ def add_rms_norm_(
     round_first: bool,
     round_sum: bool,
 ) -> None:
-    """In place, or by the operator that returns new tensors."""
-    _ops.check_in_place(input, residual)
-    options = eps, offset, round_first
+    """In place, or by the definition, which copies."""
     if route.served(input) and input.numel() and route.fits(input, weight, dims):
         from . import general
 
+        _ops.check_in_place(input, residual)
         with route.on(input.device):
-            if general.added_in_place(input, residual, weight, dims, *options, round_sum):
+            if general.added_in_place(input, residual, weight, dims, eps, offset, round_first, round_sum):
                 return
-    output, sum, _ = torch.ops.rmsnorm.general_add_rms_norm(
-        input, residual, weight, None, dims, *options, -1, round_sum, input.dtype
-    )
-    input.copy_(output), residual.copy_(sum)
+    _ops.add_rms_norm_by_copies(input, residual, weight, dims, eps, offset, round_first, round_sum)
 
 
 _OURS = {
