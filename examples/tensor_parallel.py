@@ -180,6 +180,7 @@ def main() -> int:
     with loss_parallel():
         losses = train(model, windows)
     sent = collectives_of_norms(model, windows[0])
+    dist.barrier()  # gloo aborts if a rank ends right after a message: pytorch/pytorch#179291
     dist.destroy_process_group()
     if rank > 0:
         return 0
