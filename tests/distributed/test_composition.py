@@ -57,8 +57,8 @@ def compiled(name: str, backend: str, shapes: tuple[tuple[int, ...], ...]) -> li
     return pairs
 
 
-# Inductor, which takes ten seconds, has the forms' common ground; what is traced for it is the same. A form takes nearly
-# as long, so `make test` has two of them, one without a neighbour and one with.
+# Inductor, which takes ten seconds, has the forms' common ground; what is traced for it is the same. A form takes
+# nearly as long: `make test` has two of them, one without a neighbour and one with.
 GRAPHS = [*((name, "aot_eager", SHAPES) for name in NAMES), ("rms", "inductor", SHAPES[:1])]
 CELLS = [
     pytest.param(*cell, id="-".join(cell[:2]), marks=[] if cell[0] in ("rms", "gated") else pytest.mark.heavy)
