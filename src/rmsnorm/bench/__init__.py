@@ -4,5 +4,5 @@ cases → contenders → race → timing               what is measured, who tak
             ↑ peers, operators                   how other libraries are called
               ↓ worker (a process per thread count)
            results → console, export → figures, html        what is kept, and how it is shown
-command.py registers the commands; bars.py is the performance contract, memory.py the bytes, pages.py the docs.
+command.py registers the commands; bars.py is the performance contract, memory.py the bytes, published.py the docs.
 """
