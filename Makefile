@@ -61,8 +61,8 @@ results: $(NATIVE) ## measure everything into benchmarks/results/: every library
 	$(BIN)/rmsnorm bench --preset all --threads 1,$(shell nproc) --json benchmarks/results
 	$(BIN)/rmsnorm bars --threads 1,$(shell nproc) --json benchmarks/results
 
-figure: $(NATIVE) ## write the numbers of README and docs/performance.md from the newest results (or RESULTS=file)
-	$(BIN)/python -m rmsnorm.bench.pages $(RESULTS)
+figure: $(NATIVE) ## write the numbers of README and docs/performance from the newest results (or RESULTS=file)
+	$(BIN)/python -m rmsnorm.bench.published $(RESULTS)
 
 accuracy: $(NATIVE) ## measure the error in ulps, ours and torch's, and write the table of docs/numerics.md
 	$(BIN)/python tests/accuracy.py

@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case of a run")
     parser.add_argument("--only", default="", help="cases whose names have this in them")
-    parser.add_argument("--write", action="store_true", help="write the tables of docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/performance/tables.md")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
@@ -247,7 +247,7 @@ def main() -> None:
     content = f"{where}{when}.\n\n{ways()}\n{results(runs, threads)}"
     print(content)
     if given.write:
-        page = Path(__file__).parents[1] / "docs/performance.md"
+        page = Path(__file__).parents[1] / "docs/performance/tables.md"
         pages.replace_block(page, "rivals: made by `python benchmarks/rivals.py --write`", content)
 
 

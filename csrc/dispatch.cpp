@@ -1,7 +1,11 @@
 // The only file that asks what this CPU can do, and holds the choice of target. Its extern "C" functions are what
 // _native.py calls through ctypes.
+#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "kernel.h"
@@ -12,13 +16,59 @@ extern const Target target_baseline;
 #if defined(__x86_64__)
 extern const Target target_avx2, target_avx512, target_avx512bf16;
 
-// A Zen 4 takes 512 bits in two halves, and converts them one after the other. So it has these targets' kernels, each
-// where it is the faster: AVX2 takes 0.88 of the time for fp32 in L2, and 0.73 for fp16 (16x4096), in bits the same. Of
-// rows that end within a vector it takes 1.2 and 2.4 (256x100).
-static ForwardKernel forward_on_zen4(const Forward& f) {
+// Whether AVX2 is the faster: a plain forward of ones that fit in L2, the fastest of some calls each, taking turns. A
+// twentieth at least, so that chance doesn't decide.
+static bool is_narrow_faster(Type type, const Target& wide) {
+  constexpr int64_t rows = 8, columns = 4096, bytes = rows * columns * 4;
+  const std::unique_ptr<char[]> memory(new char[3 * bytes + 64]);  // input, output, and what is more than a gain
+  char* const input = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
+  for (int64_t i = 0; i < 3 * bytes / size_of(type); ++i)
+    if (type == Type::f32) reinterpret_cast<float*>(input)[i] = 1;
+    else reinterpret_cast<uint16_t*>(input)[i] = 0x3c00;
+  Forward f = {};
+  f.columns = columns, f.eps = 1e-6, f.input = f.output = f.gain_type = type;
+  ForwardRows batch = {};
+  batch.count = rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    batch.input[r] = input + r * columns * size_of(type);
+    batch.output[r] = input + bytes + r * columns * size_of(type);
+    batch.gain[r] = input + 2 * bytes;
+  }
+  const auto seconds = [&](ForwardKernel kernel) {
+    const auto start = std::chrono::steady_clock::now();
+    kernel(f, batch);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  double narrow_seconds = 1, wide_seconds = 1;
+  for (int round = 0; round < 16; ++round) {
+    narrow_seconds = std::min(narrow_seconds, seconds(target_avx2.forward(f)));
+    wide_seconds = std::min(wide_seconds, seconds(wide.forward(f)));
+  }
+  return narrow_seconds < 0.95 * wide_seconds;
+}
+
+// What a CPU with AVX-512 has where AVX2 is the faster, in bits the same: for some types. A Zen 4 takes 512 bits in two
+// halves, and converts them one after the other: AVX2 takes 0.88 of the time for fp32 in L2, and 0.73 for fp16
+// (16x4096). Of rows that end within a vector it takes 1.2 and 2.4 (256x100).
+struct Mixed {
+  explicit Mixed(const Target& wide)
+      : wide(wide), fp32(is_narrow_faster(Type::f32, wide)), fp16(is_narrow_faster(Type::f16, wide)), target(wide) {
+    name = std::string(wide.name) + "+avx2" + (fp32 && fp16 ? "(fp32,fp16)" : fp32 ? "(fp32)" : "(fp16)");
+    target.name = name.c_str();
+  }
+
+  const Target& wide;
+  const bool fp32, fp16;
+  Target target;
+  std::string name;
+};
+
+static const Mixed* mixed = nullptr;
+
+static ForwardKernel mixed_forward(const Forward& f) {
   const bool plain = !f.layer && f.gate == Gate::none && f.columns % 16 == 0;
-  const bool narrow = plain && (f.input == Type::f32 || f.input == Type::f16);
-  return (narrow ? target_avx2 : target_avx512bf16).forward(f);
+  const bool narrow = plain && ((f.input == Type::f32 && mixed->fp32) || (f.input == Type::f16 && mixed->fp16));
+  return (narrow ? target_avx2 : mixed->wide).forward(f);
 }
 #endif
 
@@ -30,11 +80,14 @@ const Target* const* available_targets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static Target zen4 = target_avx512bf16;
-    zen4.name = "zen4", zen4.forward = &forward_on_zen4;
-    if (avx512 && __builtin_cpu_is("amdfam19h")) list[count++] = &zen4;
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) list[count++] = &target_avx512bf16;
-    else if (avx512) list[count++] = &target_avx512;
+    const Target* wide = !avx512 ? nullptr : __builtin_cpu_supports("avx512bf16") ? &target_avx512bf16 : &target_avx512;
+    const char* named = std::getenv("RMSNORM_CPU_TARGET");  // then nobody asks which is faster
+    if (wide && !(named && *named)) {
+      static Mixed found(*wide);
+      mixed = &found, found.target.forward = &mixed_forward;
+      if (found.fp32 || found.fp16) list[count++] = &found.target;
+    }
+    if (wide) list[count++] = wide;
     if (avx2) list[count++] = &target_avx2;
 #endif
     list[count] = &target_baseline;

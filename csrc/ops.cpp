@@ -150,6 +150,12 @@ STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
 
 extern "C" __attribute__((visibility("default"))) int64_t rmsnorm_large_bytes() { return rmsnorm::large_bytes(); }
 
+// Of the caches as the kernels take them: what info() prints.
+extern "C" __attribute__((visibility("default"))) int64_t rmsnorm_cache_bytes(int level) {
+  if (level == 1) return rmsnorm::first_cache_bytes();
+  return level == 2 ? rmsnorm::second_cache_bytes() : rmsnorm::large_bytes().load();
+}
+
 extern "C" __attribute__((visibility("default"))) void rmsnorm_set_large_bytes(int64_t bytes) {
   rmsnorm::large_bytes() = bytes;
 }

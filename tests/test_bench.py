@@ -38,7 +38,7 @@ def test_all_is_the_table_that_was_asked_for() -> None:
     ]
     assert grid == expected
     asked = {"F.rms_norm", "torch.compile", "F.layer_norm", "rmsnorm.layer_norm", "transformers", "onnxruntime"}
-    asked |= {"jax", "openvino", "mlx", "copy_", "rmsnorm"}
+    asked |= {"jax", "openvino", "mlx", "zentorch", "vllm", "copy_", "rmsnorm"}
     assert asked == {one.name for one in contenders.named(preset.against)}
 
 
@@ -125,9 +125,10 @@ def test_other_libraries_agree_or_say_why_not(dtype: str, task: tuple[str, str])
     """race() leaves out those that disagree. Not all are installed where this runs; these two are, for other tests."""
     case = Case(3, 64, dtype, *task)
     found = race.race(case, [OURS, *contenders.PEERS], 0.01)
-    known = {one.name for one in contenders.PEERS if case.task in one.tasks} | {"rmsnorm"}
+    known = {one.name for one in contenders.PEERS if case.task in one.tasks or case.task in one.lacks} | {"rmsnorm"}
     assert known == found.contenders.keys() | found.skipped.keys()
     assert not [why for why in found.skipped.values() if "disagree" in why or not why]
+    assert all(found.skipped[one.name] == why for one in contenders.PEERS if (why := one.lacks.get(case.task)))
     if case.task != "warm":
         assert {"rmsnorm.layer_norm", "transformers"} <= found.contenders.keys()
     if task[0] == "forward":

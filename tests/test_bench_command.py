@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from rmsnorm import cli
 from rmsnorm._extras import extra_line
-from rmsnorm.bench import bars, cases, console, contenders, fitting, memory, pages, worker
+from rmsnorm.bench import bars, cases, console, contenders, fitting, memory, pages, published, worker
 from rmsnorm.bench.results import FLOOR, Footprint, Line, Report, Result
 
 TINY = ["bench", "--rows", "2", "--cols", "8", "--seconds", "0.01", "--against", "F.rms_norm,F.layer_norm"]
@@ -76,7 +76,8 @@ def made_up(shapes: Any = cases.PRESETS["all"].shapes, ours: float = 1.0) -> Rep
 
     grid = cases.grid(shapes, memories=("fresh", "warm"), threads=(1, 2))
     names = [one.name for one in contenders.named("all")]
-    timed = [Result(case, {name: line(place, name) for place, name in enumerate(names)}) for case in grid]
+    absent = {"mlx": "one thread"}
+    timed = [Result(case, {name: line(place, name) for place, name in enumerate(names)}, absent) for case in grid]
     kept = [Footprint("rmsnorm", 512, 4096, "float32", 2**23, 2**24, 2048, ["float32[512, 1]"])]
     return Report(MACHINE, timed, kept)
 
@@ -304,8 +305,8 @@ def test_footprints_come_with_the_results(here: None, tmp_path: Path, monkeypatc
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A copy of the pages that hold numbers."""
-    (tmp_path / "docs").mkdir()
-    for name in ("README.md", "README.zh-CN.md", "docs/performance.md"):
+    (tmp_path / "docs" / "performance").mkdir(parents=True)
+    for name in ("README.md", "README.zh-CN.md", "docs/performance.md", "docs/performance/tables.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -314,23 +315,30 @@ def test_pages_are_written_from_results(site: Path) -> None:
     """Ours takes 2.5 ms, transformers, which is the 6th, 6 of them; so F.rms_norm, the 2nd, is faster: 1.25."""
     results = site / "m-2026-11-25.json"
     results.write_text(made_up(ours=2.5).to_json())
-    bar = bars.Outcome(bars.BARS[0], 1, [0.91], [0.92])
-    (site / "m-2026-11-25-bars.json").write_text(bars.to_json(MACHINE, [bar], True))
-    pages.write(results, site)
-    readme, page = (site / "README.md").read_text(), (site / "docs" / "performance.md").read_text()
+    runs = [bars.Outcome(bars.BARS[0], 1, [0.91], [0.92]), bars.Outcome(bars.BARS[1], 2, [0.51], [0.52])]
+    (site / "m-2026-11-25-bars.json").write_text(bars.to_json(MACHINE, runs, True))
+    published.write(results, site)
+    pages_of = ("README.md", "docs/performance.md", "docs/performance/tables.md")
+    readme, page, tables = ((site / name).read_text() for name in pages_of)
     row = "| 512×4096 backward | 1.25 · 1.25 | 0.83 · 0.83 | 0.62 · 0.62 | 0.42 · 0.42 | 0.36 · 0.36 |"
     assert row in readme
     assert row.replace("backward", "反向") in (site / "README.zh-CN.md").read_text()
-    assert "fastest RMSNorm in 0 of 72 cases" in " ".join(readme.split())
+    assert "The fastest of 10 in 0 of 72 cases" in " ".join(readme.split())
+    assert "72 种情形中有 0 种是 10 种实现里最快的" in (site / "README.zh-CN.md").read_text()
+    assert "First in 0 of 72 cases, against F.rms_norm, torch.compile, transformers, zentorch, vllm, onn" in page
     assert "| 1×4096 float32 forward warm, 2 threads | F.rms_norm | 1.25 |" in page
-    assert "| 512×4096 float32 | rmsnorm | 16.00 MiB | 2.0 | 2.00 KiB | 0.0 |" in page
-    assert "| 32768×128 float32 forward | 0.50 | 0.50 |" in page  # rmsnorm.layer_norm is the 5th
-    assert "| decode, a function call, 1×4096 float32 |" in page
-    assert "Not measured yet" not in page
+    assert "| 1×4096 warm | 1.00 ms · 1.00 ms | 50% · 50% | 1.00 ms · 1.00 ms | 50% · 50% |" in page
+    assert "| 1×4096 float32 forward warm | 1.00 ms | 10.0 | 0.8 | 50% | 1.00 ms | 10.0 | 0.8 | 50% |" in tables
+    assert "| 512×4096 float32 | rmsnorm | 16.00 MiB | 2.0 | 2.00 KiB | 0.0 |" in tables
+    assert "| 32768×128 float32 forward | 0.50 | 0.50 |" in tables  # rmsnorm.layer_norm is the 5th
+    assert "Empty, with the reason given: mlx: one thread." in tables
+    holds, missed = (f"| decode, a function call, 1×4096 float32 | rmsnorm ÷ {one.bar.other} |" for one in runs)
+    assert (holds in tables, missed in tables, holds in page, missed in page) == (True, True, False, True)
+    assert "holds: 1, missed: 1, of 2 bounds." in page
     assert (site / "docs" / "speed.png").exists()
-    pages.write(results, site)
+    published.write(results, site)
     assert (site / "README.md").read_text() == readme  # written again, nothing grows
-    assert pages.newest(site) == results
+    assert published.newest(site) == results
 
 
 def test_a_page_without_its_block_is_left_alone(site: Path) -> None:
@@ -339,4 +347,4 @@ def test_a_page_without_its_block_is_left_alone(site: Path) -> None:
         pages.replace_block(site / "README.md", "no such", "text")
     assert (site / "README.md").read_text() == before
     with pytest.raises(FileNotFoundError, match="make results"):
-        pages.newest(site)
+        published.newest(site)

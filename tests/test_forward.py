@@ -9,6 +9,8 @@ layouts must equal it; the reference definition meets the bound in each.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from itertools import product
 
 import pytest
@@ -35,7 +37,7 @@ from oracle import (
     weights,
 )
 
-from rmsnorm import _native, add_rms_norm, layer_norm, rms_norm
+from rmsnorm import _native, add_rms_norm, info, layer_norm, rms_norm
 
 OFFSETS = (0.0, 1.0, 0.5)
 NATIVE = bool(_native.cpu_targets())
@@ -327,3 +329,26 @@ def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
     assert 8 * 2**20 <= _native.large_bytes() <= 32 * 2**20
     everything_is_large()
     assert _native.large_bytes() == 1
+
+
+@pytest.mark.skipif(shutil.which("getconf") is None or not NATIVE, reason="needs getconf and the native library")
+def test_caches_are_what_the_system_says_within_bounds():
+    bounds = {"LEVEL1_DCACHE": (2**15, 2**17), "LEVEL2_CACHE": (2**18, 2**22), "LEVEL3_CACHE": (2**23, 2**25)}
+    for (name, (least, most)), found in zip(bounds.items(), _native.cache_bytes(), strict=True):
+        said = subprocess.run(["getconf", f"{name}_SIZE"], capture_output=True, text=True, check=False).stdout.strip()
+        assert found == min(max(int(said) if said.isdecimal() else 0, least), most), name
+    assert [size.split()[1] for size in info().caches][1:] in (["KiB", "MiB"], ["MiB", "MiB"])
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native library is off")
+def test_which_kernels_are_faster_is_asked_where_no_target_is_named(python):
+    """What is timed may end either way; the rest of the list is CPUID's. The bits are the same (test_backward.py)."""
+    found = [
+        python("import rmsnorm; print(*rmsnorm.info().cpu_targets)", **named)
+        for named in ({}, {"RMSNORM_CPU_TARGET": "avx2"})
+    ]
+    free, named = (result.stdout.split() for result in found)
+    assert [name for name in free if "+" not in name] == named
+    mixed = [name for name in free if "+" in name]
+    assert mixed in ([], *([f"{named[0]}+avx2({types})"] for types in ("fp32", "fp16", "fp32,fp16")))
+    assert not mixed or (free[0] == mixed[0] and named[0].startswith("avx512"))

@@ -23,7 +23,7 @@ RUN_BY = {
     "explained.zh.md": "test_docs.py",  # the twin's code, compared
     "hub.md": "test_tasks.py",
     "models.md": "test_tasks.py",
-    "performance.md": "test_tasks.py",
+    "log.md": "test_tasks.py",
     "surgery.md": "test_docs.py",
     "scaling.md": "distributed/test_scaling.py",
     "tasks.md": "test_tasks.py",
@@ -130,10 +130,10 @@ def test_code_of_hub_runs(monkeypatch):
         patching.unregister_patch_mapping(["LlamaRMSNorm"])
 
 
-def test_code_of_performance_runs(monkeypatch):
+def test_code_of_the_log_runs(monkeypatch):
     """Seven times of one call each: whether they are equal is for a quiet machine to say."""
     from torch.utils import benchmark
 
     monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(1))
-    ((printed, _, _),) = Page(DOCS / "performance.md").run()
+    ((printed, _, _),) = Page(DOCS / "performance/log.md").run()
     assert [line.split()[0] for line in printed.splitlines()] == ["0", "64", "128", "192", "256", "1024", "4032"]

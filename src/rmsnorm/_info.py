@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -31,6 +32,10 @@ class Info:
     """The kernels in use, or None without the native library."""
     cpu_targets: list[str]
     """All that this build and this CPU have, best first."""
+    caches: list[str]
+    """Of a core: L1, L2 and the last one, as the kernels take them: what decides how large calls are done."""
+    huge_pages: str
+    """Who gets them, by the system's rule: always, madvise (who asks, as large outputs here do), never, or unknown."""
     contract: str | None
     """An id of the order of sums, rounding points and the chunks of backward: where it is equal, so are the bits."""
     installed: bool
@@ -51,8 +56,16 @@ def version() -> str:
     return importlib.metadata.version("rmsnorm")
 
 
+def _huge_pages() -> str:
+    try:
+        rules = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return rules.partition("[")[2].partition("]")[0]
+
+
 def info() -> Info:
-    """Versions, the native library or why there is none, the CPU target, torch's threads, and Triton's version.
+    """Versions, the native library or why there is none, the CPU target, caches, torch's threads, Triton's version.
 
     Returns:
         An ``Info``, plain data that prints as one ``name: value`` line each.
@@ -69,6 +82,8 @@ def info() -> Info:
         why_not_native=_native.why_not(),
         cpu_target=_native.cpu_target(),
         cpu_targets=_native.cpu_targets(),
+        caches=[f"{b / 2**20:g} MiB" if b >= 2**20 else f"{b / 2**10:g} KiB" for b in _native.cache_bytes()],
+        huge_pages=_huge_pages(),
         contract=None if (text := _native.contract()) is None else hashlib.sha256(text.encode()).hexdigest()[:12],
         installed=_install.is_installed(),
         threads=torch.get_num_threads(),

@@ -53,6 +53,7 @@ def load() -> None:
         _library.rmsnorm_failed.restype = None
         _library.rmsnorm_set_large_bytes.argtypes = [ctypes.c_int64]
         _library.rmsnorm_large_bytes.restype = ctypes.c_int64
+        _library.rmsnorm_cache_bytes.restype = ctypes.c_int64
         _library.rmsnorm_contract.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         _library.rmsnorm_contract.restype = None
         if target:
@@ -110,6 +111,11 @@ def contract() -> str | None:
 def large_bytes() -> int:
     """From how many bytes on an output goes past the caches, in huge pages if it is fresh (csrc/memory.h)."""
     return _library.rmsnorm_large_bytes() if _library else 0
+
+
+def cache_bytes() -> list[int]:
+    """What the kernels take for a core's first cache, its second, and the last (csrc/memory.h)."""
+    return [_library.rmsnorm_cache_bytes(level) for level in (1, 2, 3)] if _library else []
 
 
 def set_large_bytes(count: int) -> None:

@@ -51,7 +51,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "huge_pages": _huge_pages(),
+        "huge_pages": here.huge_pages,
         "torch": here.torch,
         "rmsnorm": here.rmsnorm,
         "cpu_target": here.cpu_target,
@@ -208,12 +208,3 @@ def _cpu_model() -> str:
     name = said.get("model name") or platform.processor() or platform.machine()
     family, model = said.get("cpu family"), said.get("model")
     return f"{name} (family {family}, model {model})" if family and model else name
-
-
-def _huge_pages() -> str:
-    """The system's rule: always, madvise (for those who ask, as large outputs here do) or never."""
-    try:
-        rules = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return "unknown"
-    return rules.partition("[")[2].partition("]")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from .._install import installed
 from ..forms.layer_norm import layer_norm
 from ..functional import add_rms_norm, rms_norm
 from ..module import RMSNorm
-from . import peers
+from . import operators, peers
 from .cases import DTYPES, Case
 from .timing import Around
 from .worker import unbound
@@ -78,6 +78,8 @@ class Contender:
     """What its calls run inside of."""
     own_threads: bool = False
     """It doesn't use torch's threads: both may spin for a while when they have nothing to do."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """What it can't do, by task, in a few words: it is left out there with that as the reason."""
 
 
 def _rms_arguments(p: Problem) -> tuple[Any, ...]:
@@ -151,6 +153,11 @@ def _copy(p: Problem) -> Call:
     return partial(x.clone().copy_, x)
 
 
+def _apart(name: str, tasks: Mapping[str, Bind], lacks: Mapping[str, str]) -> Contender:
+    """A library with threads of its own."""
+    return Contender(name, tasks, may_fail=True, around=unbound, own_threads=True, lacks=lacks)
+
+
 OURS = Contender(
     "rmsnorm",
     of(lambda p: rms_norm)
@@ -170,14 +177,17 @@ TORCH = (
     Contender("torch.compile", compiled(_torch_rms_norm) | {"add": _fused_add}, may_fail=True),
     Contender("F.layer_norm", of(lambda p: F.layer_norm, _layer_norm_arguments), is_rms_norm=False),
 )
+NO_OUT, NO_GRADIENTS = {"warm": "no output that is given"}, {"backward": "no gradients", "recorded": "no gradients"}
 PEERS = (
     # Our own LayerNorm has the same engine and one statistic more.
     Contender("rmsnorm.layer_norm", of(lambda p: layer_norm, _layer_norm_arguments), is_rms_norm=False),
-    Contender("transformers", of_layer(peers.llama_layer), may_fail=True),
-    Contender("onnxruntime", peers.ONNXRUNTIME, may_fail=True, around=unbound, own_threads=True),
-    Contender("openvino", peers.OPENVINO, may_fail=True, around=unbound, own_threads=True),
-    Contender("jax", peers.JAX, may_fail=True, around=unbound, own_threads=True),
-    Contender("mlx", peers.MLX, may_fail=True, around=unbound, own_threads=True),
+    Contender("transformers", of_layer(peers.llama_layer), may_fail=True, lacks=NO_OUT),
+    Contender("zentorch", operators.ZENTORCH, may_fail=True, lacks=NO_OUT | NO_GRADIENTS),
+    Contender("vllm", operators.VLLM, may_fail=True, lacks=NO_GRADIENTS),
+    _apart("onnxruntime", peers.ONNXRUNTIME, NO_GRADIENTS),
+    _apart("openvino", peers.OPENVINO, {"forward": "its output is given, always"} | NO_GRADIENTS),
+    _apart("jax", peers.JAX, NO_OUT),
+    _apart("mlx", peers.MLX, NO_OUT),
 )
 GROUPS = {"torch": TORCH, "peers": PEERS, "all": TORCH + PEERS}
 CHOICES = GROUPS | {one.name: (one,) for one in (*TORCH, *PEERS, FRESH_FLOOR)}

@@ -33,26 +33,44 @@ def llama_layer(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> nn.Mo
 
 
 def _onnxruntime(p: Problem, task: str) -> Call:
-    """The operator RMSNormalization (opset 23), or SkipSimplifiedLayerNormalization for the task "add".
+    """The faster of its graphs, of those that it takes: not every type has a kernel for every operator."""
+    calls, refused = [], None
+    for nodes in _onnx_graphs(task, p.dtype):
+        try:
+            calls.append(_onnx_session(p, task, nodes))
+        except Exception as error:
+            refused = error
+    if refused and not calls:
+        raise refused
+    return quickest(calls)
 
-    There is no kernel for bfloat16: its graph casts to float32 and back.
-    """
+
+def _onnx_graphs(task: str, dtype: torch.dtype) -> list[list[Any]]:
+    """Its own SimplifiedLayerNormalization, and ONNX's RMSNormalization (opset 23), which has no kernel for bfloat16,
+    so it is cast. SkipSimplifiedLayerNormalization for the task "add"."""
+    from onnx import TensorProto, helper
+
+    if task == "add":
+        operator = "SkipSimplifiedLayerNormalization", ["x", "residual", "weight"], ["y", "", "", "sum"]
+        return [[helper.make_node(*operator, domain="com.microsoft", epsilon=EPS)]]
+    own = helper.make_node("SimplifiedLayerNormalization", ["x", "weight"], ["y"], axis=-1, epsilon=EPS)
+    if dtype is not torch.bfloat16:
+        return [[own], [helper.make_node("RMSNormalization", ["x", "weight"], ["y"], axis=-1, epsilon=EPS)]]
+    wide = [helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT) for name in ("x", "weight")]
+    norm = helper.make_node("RMSNormalization", ["x_wide", "weight_wide"], ["y_wide"], axis=-1, epsilon=EPS)
+    return [[own], [*wide, norm, helper.make_node("Cast", ["y_wide"], ["y"], to=TensorProto.BFLOAT16)]]
+
+
+def _onnx_session(p: Problem, task: str, nodes: list[Any]) -> Call:
+    """One graph, bound to torch's memory."""
     import onnxruntime as runtime
     from onnx import TensorProto, helper
 
     kinds = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float64: "DOUBLE"}
     kind = TensorProto.DataType.Value(kinds[p.dtype])
-    given = {"x": p.x, "weight": p.weight}
-    results = ["y"]
-    nodes = [helper.make_node("RMSNormalization", ["x", "weight"], ["y"], axis=-1, epsilon=EPS)]
+    given, results = {"x": p.x, "weight": p.weight}, ["y"]
     if task == "add":
         given, results = {"x": p.x, "residual": p.residual, "weight": p.weight}, ["y", "sum"]
-        operator = "SkipSimplifiedLayerNormalization", [*given], ["y", "", "", "sum"]
-        nodes = [helper.make_node(*operator, domain="com.microsoft", epsilon=EPS)]
-    elif p.dtype is torch.bfloat16:
-        wide = [helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT) for name in given]
-        norm = helper.make_node("RMSNormalization", ["x_wide", "weight_wide"], ["y_wide"], axis=-1, epsilon=EPS)
-        nodes = [*wide, norm, helper.make_node("Cast", ["y_wide"], ["y"], to=kind)]
 
     def value(name: str) -> Any:
         return helper.make_tensor_value_info(name, kind, given.get(name, p.x).shape)

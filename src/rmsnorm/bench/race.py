@@ -32,7 +32,7 @@ def race(case: Case, contenders: Sequence[Contender], seconds: float) -> Result:
     """
     p = Problem(case)
     calls: dict[str, Call] = {}
-    skipped: dict[str, str] = {}
+    skipped = {one.name: one.lacks[case.task] for one in contenders if case.task in one.lacks}
     entered = [one for one in contenders if case.task in one.tasks]
     with torch.inference_mode(not p.records):
         expected = truth(p)
