@@ -1,6 +1,6 @@
 // The only file that asks what a norm ignores: change weights or data of a = W x, run again, compare.
 
-import { norm, normRows, normal, rms } from "./numbers.js";
+import { norm, normRows, normal, raised, rms } from "./numbers.js";
 import { flag, rect, text } from "./plot.js";
 
 const noise = normal(7), some = (n, m) => Array.from({ length: n }, () => Array.from({ length: m }, noise));
@@ -67,4 +67,3 @@ export const invariance = {
   numbers: ({ moved }) => Object.fromEntries(Object.entries(moved).map(([change, row]) => [change, row.RMSNorm])),
   quotes: () => ({ threshold: HOLDS_BELOW }),
 };
-const raised = p => [...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("");

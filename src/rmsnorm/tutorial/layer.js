@@ -44,18 +44,26 @@ export const layer = {
     lit.className = "code";
     lit.append(document.getElementById("ten-lines").content.cloneNode(true));
     box.querySelector("figure").before(lit);
-    const handles = [0, 1, 2, 3].map(i => handle(svg, {
-      name: `x ${i + 1}`, get: () => state.x[i], step: 0.05, least: -1, most: 1, unit: () => self.unit,
-      set: value => { state.x[i] = value; panel.refresh(); panel.later(); },
+    const put = (i, value) => {
+      state.x[i] = Math.max(-1, Math.min(1, Math.round(20 * value) / 20));
+      panel.refresh();
+      panel.later();
+    };
+    const handles = state.x.map((_, i) => handle(svg, {
+      name: `x ${i + 1}`, get: () => state.x[i], range: { "aria-valuemin": -1, "aria-valuemax": 1 },
+      pull: (_dx, dy, start) => put(i, start - dy / self.unit), press: by => put(i, state.x[i] + by / 20),
     }));
     return ({ ends, unit, result, mistake }) => {
       self.unit = unit;
       ends.forEach(([x, y], i) => handles[i](x, y));
-      for (const row of lit.children) row.dataset.value = "";
-      for (const [key, place] of Object.entries(LINES)) {
-        const row = lit.children[place], value = result[key];
-        row.dataset.value += (row.dataset.value && " → ") + [value].flat().map(v => shown(v)).join(", ");
-        row.classList.toggle("wrong", MISTAKEN[mistake] === place);
+      const words = {};
+      for (const [key, place] of Object.entries(LINES))
+        (words[place] ??= []).push([result[key]].flat().map(v => shown(v)).join(", "));
+      for (const [place, values] of Object.entries(words)) {
+        const row = lit.children[place], value = values.join(" → ");
+        row.classList.toggle("lit", row.dataset.value !== undefined && row.dataset.value !== value);
+        row.classList.toggle("wrong", MISTAKEN[mistake] === Number(place));
+        row.dataset.value = value;
       }
     };
   },

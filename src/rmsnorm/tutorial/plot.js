@@ -1,5 +1,7 @@
 // The only file that draws: SVG as text, from scales, lines, bars and words. Colours are classes of style.css.
 
+import { raised } from "./numbers.js";
+
 export const escape = text => String(text).replace(/[&<>"]/g,
   c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 export const tag = (name, attributes, inner = "") =>
@@ -26,8 +28,9 @@ export function arrow(x1, y1, x2, y2, cls) {
 }
 
 /** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; ticks are [value,
- *  words]. */
-export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", yname = "" }) {
+ *  words]; `title` stands above, and above the legend, if there is one. Returns what draws into it. */
+export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", title = "",
+  legend = [] }) {
   const scale = ([low, high], from, to, logarithmic) => {
     const f = logarithmic ? v => Math.log10(Math.max(v, 1e-300)) : v => v;
     return v => from + (f(v) - f(low)) / (f(high) - f(low)) * (to - from);
@@ -40,10 +43,16 @@ export function axes({ left, top, width, height, x, y, log = "", xticks, yticks,
   for (const [value, words] of yticks ?? [])
     out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
   if (xname) out += text(left + width / 2, top + height + 38, xname, "name", "middle");
-  if (yname) out += text(left - (yticks ? 6 : 0), top - 9, yname, "name", yticks ? "start" : "start");
+  if (title) out += text(0, top - (legend.length ? 30 : 9), title, "name");
+  legend.forEach(([words, cls], i) => {
+    out += text(left + i * width / legend.length, top - 10, `— ${words}`, `value ink-${cls}`);
+  });
   const inside = ([px, py]) => [px, Math.min(Math.max(py, top), top + height)];
   const line = (points, cls) => path(points.map(([a, b]) => inside([X(a), Y(b)])), `line ${cls}`);
-  return { X, Y, out, line, left, top, width, height };
+  const mark = value => line([[value, y[0]], [value, y[1]]], "mark");
+  const flagged = (points, mine) => line(points, "guess")
+    + flag(left + width, top - (legend.length ? 30 : 9), mine, "end");
+  return { X, Y, out, line, mark, flagged };
 }
 
 /** Ticks at powers of ten, every so many. */
@@ -52,8 +61,7 @@ export const decades = (low, high, every = 1) => {
   for (let p = Math.ceil(Math.log10(low)); p <= Math.log10(high) + 1e-9; p += every) ticks.push([10 ** p, power(p)]);
   return ticks;
 };
-const power = p => (p >= 0 && p <= 3 ? String(10 ** p)
-  : `10${[...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}`);
+const power = p => (p >= 0 && p <= 3 ? String(10 ** p) : `10${raised(p)}`);
 export const even = (low, high, steps) =>
   Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v =>
     [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
