@@ -54,7 +54,14 @@ def test_a_formula_becomes_mathml(formula, expected):
     def plain(element: ElementTree.Element) -> str:
         return f"{element.tag}({element.text or ''}{' '.join(map(plain, element))})"
 
-    assert " ".join(map(plain, ElementTree.fromstring(formulas.mathml(formula)))) == expected
+    assert " ".join(map(plain, ElementTree.fromstring(formulas.mathml(formula, block=True)))) == expected
+
+
+def test_a_fraction_inside_a_line_is_no_higher_than_it():
+    """Its brackets stay."""
+    found = ElementTree.fromstring(formulas.mathml("1 / (2√m)"))
+    assert "".join(found.itertext()) == "1/(2\u2062m)"
+    assert found.find(".//mfrac") is None
 
 
 @pytest.mark.parametrize(("formula", "why"), [("(a", "too early"), ("√", "too early"), ("a ; b", "';' is no sign")])

@@ -42,7 +42,7 @@ _BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n(?![\n-])|
 _TERM = re.compile(r"\{\{(\w+)\|([^}]+)\}\}")
 _HOME = re.compile(r'<a href="home:([^"]+)">(.*?)</a>')
 _QUOTE = re.compile(r"\{([\w.]+)\}")
-_FORMULA = re.compile(r"(\$\$?)([^$]+)\1")
+_FORMULA = re.compile(r"(\$\$?)([^$]+)\1([.,:;)\u3001\u3002\uff00-\uff1f]?)")
 
 
 def read(name: str) -> str:
@@ -83,7 +83,7 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
     body = "".join(_chapter(name, panels, text) for name, panels in CHAPTERS.items())
     code = "".join(f'<code data-line="{i}"><span>{line}</span></code>' for i, line in enumerate(_layer()))
     inside = {
-        "texts": text,
+        "texts": {key: _BREAK.sub("", words) for key, words in text.items()},
         "measured": measured,
         "study": json.loads(read("study.json")),
         "corpus": read("corpus.txt"),
@@ -172,7 +172,7 @@ def line(words: str) -> str:
 
 def _marked(html: str) -> str:
     html = _TERM.sub(r'<a class="term" href="#term-\1" aria-describedby="term-\1">\2</a>', html)
-    html = _FORMULA.sub(lambda found: mathml(found[2], block=found[1] == "$$"), html)
+    html = _FORMULA.sub(lambda found: f'<span class="kept">{mathml(found[2], found[1] == "$$")}{found[3]}</span>', html)
     return _QUOTE.sub(r'<b data-quote="\1"></b>', html)
 
 

@@ -10,8 +10,9 @@ import re
 
 _TOKEN = re.compile(r"(\s*)(\d[\d.]*|(?:[^\W\d_²]\u0302?)+|\S)")
 _OPERATORS = "=+−·×←,|"
-_TIMES, _APPLY = "<mo>\u2062</mo>", "<mo>\u2061</mo>"  # invisible, and spoken
-_OPEN, _CLOSED = "<mrow><mo>(</mo>", "<mo>)</mo></mrow>"
+# Invisible, and spoken.
+_TIMES, _APPLY, _OF = '<mo rspace=".16em">\u2062</mo>', "<mo>\u2061</mo>", '<mo rspace=".16em">\u2061</mo>'
+_OPEN, _CLOSED = '<mrow><mo stretchy="false">(</mo>', '<mo stretchy="false">)</mo></mrow>'
 
 
 def mathml(source: str, block: bool = False) -> str:
@@ -20,14 +21,14 @@ def mathml(source: str, block: bool = False) -> str:
     Args:
         source: the formula; names, numbers, ``( ) / √ ²`` and the operators ``= + − · × ← , |``.
 
-        block: on a line of its own.
+        block: on a line of its own, with fractions that are higher than a line.
 
     Raises:
         ValueError: a bracket is left open, or there is a sign that this notation doesn't have.
     """
     left = _TOKEN.findall(source)[::-1]
     try:
-        inside = _row(left, "")
+        inside = _row(left, "", block)
     except IndexError:
         raise ValueError(f"{source}: the formula ends too early") from None
     except KeyError as sign:
@@ -35,7 +36,7 @@ def mathml(source: str, block: bool = False) -> str:
     return f'<math display="{"block" if block else "inline"}">{inside}</math>'
 
 
-def _row(left: list[tuple[str, str]], closing: str) -> str:
+def _row(left: list[tuple[str, str]], closing: str, block: bool) -> str:
     """Up to the closing bracket, or to the end."""
     parts: list[str] = []
     last = ""
@@ -46,29 +47,30 @@ def _row(left: list[tuple[str, str]], closing: str) -> str:
             left.pop()
         else:
             if last and last not in _OPERATORS:
-                applied = last in ("sin", "cos") or (last.isalpha() and token == "(" and not space)
-                parts.append(_APPLY if applied else _TIMES)
-            parts.append(_quotient(left))
+                given = last.isalpha() and token == "(" and not space
+                parts.append(_APPLY if given else _OF if last in ("sin", "cos") else _TIMES)
+            parts.append(_quotient(left, block))
         last = token
     if closing:
         left.pop()
     return "".join(parts)
 
 
-def _quotient(left: list[tuple[str, str]]) -> str:
-    upper = _factor(left)
+def _quotient(left: list[tuple[str, str]], block: bool) -> str:
+    upper = _factor(left, block)
     while left and left[-1][1] == "/":
         left.pop()
-        upper = f"<mfrac>{_bare(upper)}{_bare(_factor(left))}</mfrac>"
+        lower = _factor(left, block)
+        upper = f"<mfrac>{_bare(upper)}{_bare(lower)}</mfrac>" if block else f"{upper}<mo>/</mo>{lower}"
     return upper
 
 
-def _factor(left: list[tuple[str, str]]) -> str:
+def _factor(left: list[tuple[str, str]], block: bool) -> str:
     token = left.pop()[1]
     if token == "√":
-        return f"<msqrt>{_bare(_factor(left))}</msqrt>"
+        return f"<msqrt>{_bare(_factor(left, block))}</msqrt>"
     if token == "(":
-        out = _OPEN + _row(left, ")") + _CLOSED
+        out = _OPEN + _row(left, ")", block) + _CLOSED
     elif token[0].isdigit() or token == "∞":
         out = f"<mn>{token}</mn>"
     elif token[0].isalpha():

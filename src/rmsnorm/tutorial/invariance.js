@@ -56,9 +56,9 @@ export const invariance = {
         body += rect(x + 2, y + 2, step - 4, 38, holds ? "holds" : "breaks");
         const size = row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0", sign = holds ? "✓" : "✗",
           middle = x + step / 2;
-        body += step < 64 ? text(middle, y + 17, sign, "value", "middle")
-          + text(middle, y + 34, size, "value", "middle")
-          : text(middle, y + 26, `${sign} ${size}`, "value", "middle");
+        body += step < 64 ? text(middle, y + 17, sign, "value bare", "middle")
+          + text(middle, y + 34, size, "value bare", "middle")
+          : text(middle, y + 26, `${sign} ${size}`, "value bare", "middle");
       });
       if (guess === change) body += rect(1, y, width - 2, 42, "guess") + flag(0, 18, mine);
     });

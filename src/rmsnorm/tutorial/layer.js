@@ -68,17 +68,18 @@ export const layer = {
     };
   },
   draw({ width, t, state, result, guess, mine }) {
-    const half = 120, room = { left: 8, width: width - 16, height: half, shown: v => shown(v, 3) };
+    const half = 104, room = { left: 8, width: width - 16, height: half, shown: v => shown(v, 3) };
     const upper = bars({ ...room, top: 34, values: state.x, largest: 1, cls: "x", lift: 16 });
     const largest = Math.max(2, ...result.y.map(v => (Number.isFinite(v) ? 1.25 * Math.abs(v) : 0)));
     const lower = bars({ ...room, top: 66 + half, values: result.y, largest, cls: result.ulps > 1e3 ? "lost" : "rms" });
-    let body = text(8, 16, t("input"), "name") + upper.out + text(8, 52 + half, t("output"), "name") + lower.out;
+    let body = text(8, 16, t("input"), "name") + upper.out + upper.words
+      + text(8, 52 + half, t("output"), "name") + lower.out;
     if (guess) {
       const base = layerIn("float64", "once", state.x, state.weight, state.eps);
       body += ghosts({ ...room, top: 66 + half, values: base.map(v => v * TIMES[guess]), largest });
       body += text(width - 8, 52 + half, `◆ ${mine}`, "flag", "end");
     }
-    return { height: 2 * half + 76, body, ends: upper.ends, unit: upper.unit, result, mistake: state.mistake };
+    return { height: 2 * half + 76, body: body + lower.words, ends: upper.ends, unit: upper.unit, result, mistake: state.mistake };
   },
   numbers: ({ input, mean, r, y, ulps }) => ({ input, mean, rms: Math.sqrt(mean), r, y, after: rms(y), ulps }),
   quotes: ({ input, y }) => ({ before: rms(input), after: rms(y) }),

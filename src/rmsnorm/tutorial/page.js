@@ -33,7 +33,7 @@ const answers = new Map(); // by panel: the option that was chosen, or null wher
 const judged = id => (answers.get(id) === null ? "answer" : answers.get(id) === FIGURES[id].right ? "right" : "wrong");
 /** The words of the right option. */
 const option = id => document.querySelector(`#${id} input[value="${FIGURES[id].right}"]`).parentElement.innerHTML
-  .replace(/<input.*?>/, "");
+  .replace(/<input.*?>/, "").trim();
 
 class Panel {
   constructor(article) {
@@ -64,9 +64,9 @@ class Panel {
     this.guess = guess;
     this.state = structuredClone(Object.fromEntries(Object.entries(figure.controls).map(([key, c]) => [key, c.start])));
     this.bench(article.querySelector(".bench"));
-    const verdict = judged(this.id), words = escape(said("page", verdict));
+    const verdict = judged(this.id), words = said("page", verdict), space = words.endsWith("：") ? "" : " ";
     article.querySelector(".answer").innerHTML =
-      `<p class="verdict ${verdict}">${MARKS[verdict]} ${words} ${option(this.id)}</p>`;
+      `<p class="verdict ${verdict}">${MARKS[verdict]} ${escape(words)}${space}${option(this.id)}</p>`;
     this.update();
     score();
   }

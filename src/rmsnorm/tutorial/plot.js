@@ -66,19 +66,19 @@ export const even = (low, high, steps) =>
   Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v =>
     [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
 
-/** Bars of a vector, above and below a zero line. Returns the drawing and where each bar ends. */
+/** Bars of a vector, above and below a zero line. Returns the drawing, its words, and where each bar ends. */
 export function bars({ left, top, width, height, values, largest, cls, shown, lift = 6 }) {
   const step = width / values.length, zero = top + height / 2, unit = height / 2 / largest;
   const clip = v => Math.max(-largest, Math.min(largest, Number.isFinite(v) ? v : 0));
-  let out = segment(left, zero, left + width, zero, "axis");
+  let out = segment(left, zero, left + width, zero, "axis"), words = "";
   const ends = values.map((value, i) => {
     const length = clip(value) * unit, x = left + (i + 0.18) * step;
     out += rect(x, Math.min(zero, zero - length), 0.64 * step, Math.abs(length), `area ${cls}`);
     const above = length >= 0 ? -lift : lift + 9;
-    out += text(left + (i + 0.5) * step, zero - length + above, shown(value), "value", "middle");
+    words += text(left + (i + 0.5) * step, zero - length + above, shown(value), "value", "middle");
     return [left + (i + 0.5) * step, zero - length];
   });
-  return { out, ends, step, zero, unit };
+  return { out, words, ends, unit };
 }
 
 /** Outlines where the reader's guess would have put the bars. */
