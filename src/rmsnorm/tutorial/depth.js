@@ -24,7 +24,7 @@ export const depth = {
       + text(0, 46, result.why ?? t("unmeasured"), "tick left") };
     const n = result.rms.length, least = Math.min(...result.rms), high = 10 ** Math.ceil(Math.log10(result.most)),
       low = 10 ** Math.floor(Math.log10(least));
-    const sizes = axes({ left: 52, top: 44, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y",
+    const sizes = axes({ left: 52, top: 48, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y",
       yticks: decades(low, high), title: t("given"), legend: [[t("largest"), "x"], ["rms", "rms"]] });
     let body = sizes.out + sizes.line(result.largest.map((v, i) => [i + 1, v]), "x")
       + sizes.line(result.rms.map((v, i) => [i + 1, v]), "rms");

@@ -44,7 +44,7 @@ export const invariance = {
   },
   compute,
   draw({ width, t, result, guess, mine }) {
-    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(190, 0.36 * width),
+    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(150, 0.36 * width),
       step = (width - first) / names.length;
     let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name,
       `${width < 480 ? "small" : "value"}${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");

@@ -43,15 +43,15 @@ export function axes({ left, top, width, height, x, y, log = "", xticks, yticks,
   for (const [value, words] of yticks ?? [])
     out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
   if (xname) out += text(left + width / 2, top + height + 38, xname, "name", "middle");
-  if (title) out += text(0, top - (legend.length ? 30 : 9), title, "name");
+  if (title) out += text(0, top - (legend.length ? 33 : 14), title, "name");
   legend.forEach(([words, cls], i) => {
-    out += text(left + i * width / legend.length, top - 10, `— ${words}`, `value ink-${cls}`);
+    out += text(left + i * width / legend.length, top - 11, `— ${words}`, `value ink-${cls}`);
   });
   const inside = ([px, py]) => [px, Math.min(Math.max(py, top), top + height)];
   const line = (points, cls) => path(points.map(([a, b]) => inside([X(a), Y(b)])), `line ${cls}`);
   const mark = value => line([[value, y[0]], [value, y[1]]], "mark");
   const flagged = (points, mine) => line(points, "guess")
-    + flag(left + width, top - (legend.length ? 30 : 9), mine, "end");
+    + flag(left + width, top - (legend.length ? 33 : 14), mine, "end");
   return { X, Y, out, line, mark, flagged };
 }
 

@@ -72,7 +72,7 @@ export const train = {
   draw({ width, t, result, guess, mine }) {
     const looks = { none: "x", batch: "batch", layer: "layer", rms: "rms" }, named = kind => NAMES[kind]
       ?? t("short.none");
-    const top = 44, plot = axes({
+    const top = 48, plot = axes({
       left: 44, top, width: width - 56, height: 220, x: [0, STEPS], y: [1.5, 4.5], xticks: even(0, STEPS, 4),
       yticks: even(1.5, 4.5, 3), xname: t("steps"), title: t("loss"),
       legend: KINDS.map(kind => [width < 520 ? named(kind).replace("Norm", "") : named(kind), looks[kind]]),
