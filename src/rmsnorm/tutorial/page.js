@@ -148,7 +148,7 @@ class Panel {
     }
     this.place?.(seen);
     const numbers = Object.entries(figure.numbers?.(this.result, state, t) ?? {});
-    const words = v => (typeof v === "boolean" ? t(v ? "yes" : "no") : [v].flat().map(one => shown(one)).join("  "));
+    const words = v => (typeof v === "boolean" ? t(v ? "yes" : "no") : [v].flat().map(one => shown(one)).join(", "));
     article.querySelector(".numbers").innerHTML = numbers.map(([key, value]) =>
       `<div><dt>${escape(t(`number.${key}`))}</dt>
         <dd data-number="${this.id}.${key}" data-value="${value}">${escape(words(value))}</dd></div>`).join("");
