@@ -118,6 +118,22 @@ def unstrung(value):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """No model, a short race on a machine that is quiet."""
+
+    from rmsnorm.models import loading
+    from rmsnorm.tutorial import measured
+
+    def none():
+        raise loading.Unusable("no model here")
+
+    monkeypatch.setattr(measured, "SECONDS", 0.01)
+    monkeypatch.setattr(measured, "BUSY", 1e9)
+    monkeypatch.setattr(measured, "model", none)
+    monkeypatch.setattr(measured, "COLS", 64)
+
+
+@pytest.fixture
 def figure(script):
     """What a figure computes with some controls set, the others as they start: ``figure("eps", size=1)``."""
 

@@ -19,6 +19,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from .formulas import mathml
 from .texts import LANGUAGES, load
 
 CHAPTERS: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ _BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})|(?<={_STOPS})\n(?![\n-])|
 _TERM = re.compile(r"\{\{(\w+)\|([^}]+)\}\}")
 _HOME = re.compile(r'<a href="home:([^"]+)">(.*?)</a>')
 _QUOTE = re.compile(r"\{([\w.]+)\}")
+_FORMULA = re.compile(r"(\$\$?)([^$]+)\1([.,:;)\u3001\u3002\uff00-\uff1f]?)")
 
 
 def read(name: str) -> str:
@@ -81,7 +83,7 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
     body = "".join(_chapter(name, panels, text) for name, panels in CHAPTERS.items())
     code = "".join(f'<code data-line="{i}"><span>{line}</span></code>' for i, line in enumerate(_layer()))
     inside = {
-        "texts": text,
+        "texts": {key: _BREAK.sub("", words) for key, words in text.items()},
         "measured": measured,
         "study": json.loads(read("study.json")),
         "corpus": read("corpus.txt"),
@@ -152,13 +154,14 @@ def _panel(panel: str, text: dict[str, str]) -> str:
         f"{escape(text[f'{panel}.title'])}</h3>{prose(text[f'{panel}.lead'])}"
         f'<form class="question"><fieldset><legend>{line(text[f"{panel}.question"])}</legend>{guesses}</fieldset>'
         f'<button type="button">{escape(text["page.show"])}</button></form>'
-        f'<div class="answer" role="status"></div><div class="bench" hidden></div>'
+        f'<div class="answer" role="status"></div><details class="bench" hidden></details>'
         f"<template>{prose(text[f'{panel}.answer'])}</template></article>"
     )
 
 
 def prose(words: str) -> str:
-    """Markdown to HTML; `{{ruler|rulers}}` is a word of the glossary, `{moved}` a number that the page computes."""
+    """Markdown to HTML; `{{ruler|rulers}}` is a word of the glossary, `{moved}` a number that the page computes,
+    `$x / √n$` a formula, and `$$x / √n$$` one on a line of its own."""
     return _marked(MarkdownIt("commonmark").enable("table").render(_BREAK.sub("", words)))
 
 
@@ -169,6 +172,7 @@ def line(words: str) -> str:
 
 def _marked(html: str) -> str:
     html = _TERM.sub(r'<a class="term" href="#term-\1" aria-describedby="term-\1">\2</a>', html)
+    html = _FORMULA.sub(lambda found: f'<span class="kept">{mathml(found[2], found[1] == "$$")}{found[3]}</span>', html)
     return _QUOTE.sub(r'<b data-quote="\1"></b>', html)
 
 

@@ -24,15 +24,13 @@ export const depth = {
       + text(0, 46, result.why ?? t("unmeasured"), "tick left") };
     const n = result.rms.length, least = Math.min(...result.rms), high = 10 ** Math.ceil(Math.log10(result.most)),
       low = 10 ** Math.floor(Math.log10(least));
-    const sizes = axes({ left: 52, top: 44, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y",
-      yticks: decades(low, high), xticks: [] });
-    let body = text(0, 14, t("given"), "name") + text(52, 34, `— ${t("largest")}`, "value ink-x")
-      + text(52 + width / 3, 34, "— rms", "value ink-rms") + sizes.out;
-    body += sizes.line(result.largest.map((v, i) => [i + 1, v]), "x")
+    const sizes = axes({ left: 52, top: 48, width: width - 64, height: 170, x: [1, n], y: [low, high], log: "y",
+      yticks: decades(low, high), title: t("given"), legend: [[t("largest"), "x"], ["rms", "rms"]] });
+    let body = sizes.out + sizes.line(result.largest.map((v, i) => [i + 1, v]), "x")
       + sizes.line(result.rms.map((v, i) => [i + 1, v]), "rms");
     const share = axes({ left: 52, top: 256, width: width - 64, height: 110, x: [1, n], y: [0, 100],
-      yticks: even(0, 100, 2), xticks: [1, 20, 40, 60].filter(v => v <= n).map(v => [v, v]), xname: t("norms") });
-    body += text(0, 238, t("share"), "name") + share.out
+      yticks: even(0, 100, 2), xticks: [1, 20, 40, 60].filter(v => v <= n).map(v => [v, v]), xname: t("norms"), title: t("share") });
+    body += share.out
       + share.line(result.share.map((v, i) => [i + 1, 100 * v]), "layer");
     if (guess) {
       const [a, b] = BANDS[guess];

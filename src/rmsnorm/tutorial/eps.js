@@ -1,7 +1,7 @@
 // The only file that shows what eps is for: a row of zeros, and rows that are not far above its root.
 
 import { rmsBackward, round, rms, norm } from "./numbers.js";
-import { axes, decades, dot, even, flag, segment, text } from "./plot.js";
+import { axes, decades, dot, flag, text } from "./plot.js";
 
 const SIZES = Array.from({ length: 31 }, (_, i) => Number((10 ** (-7 + i / 3)).toPrecision(6)));
 const GUESSED = { zero: 0, one: 1, nan: 1.3, error: 1.3 };
@@ -36,12 +36,12 @@ export const eps = {
       left: strip + 62, top, width: width - strip - 74, height, x: [1e-7, 1e3], y: [-0.1, 1.45], log: "x",
       xticks: decades(1e-7, 1e3, 2), yticks: [0, 0.5, 1].map(v => [v, ""]), xname: t("size"),
     });
-    let body = text(8, 14, t("out"), "name") + left.out + plot.out;
+    let body = text(0, 14, t("out"), "name") + left.out + plot.out;
     body += plot.line(SIZES.map((s, i) => [s, result.outside[i]]), "dashed layer")
       + plot.line(SIZES.map((s, i) => [s, result.inside[i]]), "rms");
     if (result.eps) {
-      const knee = plot.X(Math.sqrt(result.eps));
-      body += segment(knee, top, knee, top + height, "mark") + text(knee + 4, top + 14, "√ε", "value");
+      const knee = Math.sqrt(result.eps);
+      body += plot.mark(knee) + text(plot.X(knee) + 4, top + 14, "√ε", "value");
     }
     body += dot(plot.X(result.size), plot.Y(result.here), 6, "area rms");
     if (guess) body += dot(left.X(0.3), left.Y(GUESSED[guess]), 8, "guess")

@@ -2,7 +2,7 @@
 
 import { rmsBackward, rms, dot } from "./numbers.js";
 import { handle } from "./widgets.js";
-import { arrow, axes, decades, flag, text } from "./plot.js";
+import { arrow, axes, decades, text } from "./plot.js";
 
 const SIZES = Array.from({ length: 33 }, (_, i) => 10 ** (-3 + i / 8 * 1.5)); // 0.001 to 1000
 const SLOPES = { larger: 1, same: 0, smaller: -1, square: -2 };
@@ -28,14 +28,14 @@ export const gradient = {
   },
   compute,
   attach({ svg, state, t, widgets }) {
-    const stops = gradient.controls.angle.stops, input = widgets.angle.querySelector("input"), centre = {};
+    const { put } = widgets.angle, centre = {};
     const place = handle(svg, {
-      name: t("control.angle"), axis: "x", get: () => state.angle, step: 15, least: stops[0], most: stops.at(-1),
-      at: event => {
+      name: t("control.angle"), get: () => state.angle, range: { "aria-valuemin": -180, "aria-valuemax": 180 },
+      press: by => put(state.angle + 15 * by),
+      pull: (_dx, _dy, _start, event) => {
         const box = svg.getBoundingClientRect();
-        return Math.atan2(centre.y - (event.clientY - box.top), event.clientX - box.left - centre.x) * 180 / Math.PI;
+        put(Math.atan2(centre.y - (event.clientY - box.top), event.clientX - box.left - centre.x) * 180 / Math.PI);
       },
-      set: value => { input.value = stops.indexOf(value); input.dispatchEvent(new Event("input")); },
     });
     return ({ tip, cx, cy }) => { Object.assign(centre, { x: cx, y: cy }); place(...tip); };
   },
@@ -51,16 +51,10 @@ export const gradient = {
     const low = 1e-5, high = 1e4;
     const plot = axes({
       left: 52, top: side + 40, width: width - 64, height: 180, x: [1e-3, 1e3], y: [low, high], log: "xy",
-      xticks: decades(1e-3, 1e3), yticks: decades(low, high, 3), xname: t("size"), yname: t("length"),
+      xticks: decades(1e-3, 1e3), yticks: decades(low, high, 3), xname: t("size"), title: t("length"),
     });
-    body += plot.out;
-    if (guess) {
-      const unit = result.lengths[16];
-      body += plot.line(SIZES.map(s => [s, unit * s ** SLOPES[guess]]), "guess")
-        + flag(width - 12, side + 30, mine, "end");
-    }
-    body += plot.line(SIZES.map((s, i) => [s, result.lengths[i]]), "rms");
-    body += plot.line([[result.rms, low], [result.rms, high]], "mark");
+    body += plot.out + plot.line(SIZES.map((s, i) => [s, result.lengths[i]]), "rms") + plot.mark(result.rms);
+    if (guess) body += plot.flagged(SIZES.map(s => [s, result.lengths[16] * s ** SLOPES[guess]]), mine);
     const size = Math.hypot(...result.x), tip = [cx + 76 * result.x[0] / size, cy - 76 * result.x[1] / size];
     return { height: side + 266, body, tip, cx, cy };
   },

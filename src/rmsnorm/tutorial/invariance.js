@@ -1,6 +1,6 @@
 // The only file that asks what a norm ignores: change weights or data of a = W x, run again, compare.
 
-import { norm, normRows, normal, rms } from "./numbers.js";
+import { norm, normRows, normal, raised, rms } from "./numbers.js";
 import { flag, rect, text } from "./plot.js";
 
 const noise = normal(7), some = (n, m) => Array.from({ length: n }, () => Array.from({ length: m }, noise));
@@ -44,7 +44,7 @@ export const invariance = {
   },
   compute,
   draw({ width, t, result, guess, mine }) {
-    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(190, 0.36 * width),
+    const names = Object.keys(Object.values(result.moved)[0]), first = Math.min(150, 0.36 * width),
       step = (width - first) / names.length;
     let body = names.map((name, j) => text(first + (j + 0.5) * step, 18, width < 480 ? name.replace("Norm", "") : name,
       `${width < 480 ? "small" : "value"}${name === "RMSNorm" ? " ink-rms" : ""}`, "middle")).join("");
@@ -56,9 +56,9 @@ export const invariance = {
         body += rect(x + 2, y + 2, step - 4, 38, holds ? "holds" : "breaks");
         const size = row[name] ? `10${raised(Math.floor(Math.log10(row[name])))}` : "0", sign = holds ? "✓" : "✗",
           middle = x + step / 2;
-        body += step < 64 ? text(middle, y + 17, sign, "value", "middle")
-          + text(middle, y + 34, size, "value", "middle")
-          : text(middle, y + 26, `${sign} ${size}`, "value", "middle");
+        body += step < 64 ? text(middle, y + 17, sign, "value bare", "middle")
+          + text(middle, y + 34, size, "value bare", "middle")
+          : text(middle, y + 26, `${sign} ${size}`, "value bare", "middle");
       });
       if (guess === change) body += rect(1, y, width - 2, 42, "guess") + flag(0, 18, mine);
     });
@@ -67,4 +67,3 @@ export const invariance = {
   numbers: ({ moved }) => Object.fromEntries(Object.entries(moved).map(([change, row]) => [change, row.RMSNorm])),
   quotes: () => ({ threshold: HOLDS_BELOW }),
 };
-const raised = p => [...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("");

@@ -44,33 +44,42 @@ export const layer = {
     lit.className = "code";
     lit.append(document.getElementById("ten-lines").content.cloneNode(true));
     box.querySelector("figure").before(lit);
-    const handles = [0, 1, 2, 3].map(i => handle(svg, {
-      name: `x ${i + 1}`, get: () => state.x[i], step: 0.05, least: -1, most: 1, unit: () => self.unit,
-      set: value => { state.x[i] = value; panel.refresh(); panel.later(); },
+    const put = (i, value) => {
+      state.x[i] = Math.max(-1, Math.min(1, Math.round(20 * value) / 20));
+      panel.refresh();
+      panel.later();
+    };
+    const handles = state.x.map((_, i) => handle(svg, {
+      name: `x ${i + 1}`, get: () => state.x[i], range: { "aria-valuemin": -1, "aria-valuemax": 1 },
+      pull: (_dx, dy, start) => put(i, start - dy / self.unit), press: by => put(i, state.x[i] + by / 20),
     }));
     return ({ ends, unit, result, mistake }) => {
       self.unit = unit;
       ends.forEach(([x, y], i) => handles[i](x, y));
-      for (const row of lit.children) row.dataset.value = "";
-      for (const [key, place] of Object.entries(LINES)) {
-        const row = lit.children[place], value = result[key];
-        row.dataset.value += (row.dataset.value && " → ") + [value].flat().map(v => shown(v)).join(", ");
-        row.classList.toggle("wrong", MISTAKEN[mistake] === place);
+      const words = {};
+      for (const [key, place] of Object.entries(LINES))
+        (words[place] ??= []).push([result[key]].flat().map(v => shown(v)).join(", "));
+      for (const [place, values] of Object.entries(words)) {
+        const row = lit.children[place], value = values.join(" → ");
+        row.classList.toggle("lit", row.dataset.value !== undefined && row.dataset.value !== value);
+        row.classList.toggle("wrong", MISTAKEN[mistake] === Number(place));
+        row.dataset.value = value;
       }
     };
   },
   draw({ width, t, state, result, guess, mine }) {
-    const half = 120, room = { left: 8, width: width - 16, height: half, shown: v => shown(v, 3) };
+    const half = 104, room = { left: 8, width: width - 16, height: half, shown: v => shown(v, 3) };
     const upper = bars({ ...room, top: 34, values: state.x, largest: 1, cls: "x", lift: 16 });
     const largest = Math.max(2, ...result.y.map(v => (Number.isFinite(v) ? 1.25 * Math.abs(v) : 0)));
     const lower = bars({ ...room, top: 66 + half, values: result.y, largest, cls: result.ulps > 1e3 ? "lost" : "rms" });
-    let body = text(8, 16, t("input"), "name") + upper.out + text(8, 52 + half, t("output"), "name") + lower.out;
+    let body = text(8, 16, t("input"), "name") + upper.out + upper.words
+      + text(8, 52 + half, t("output"), "name") + lower.out;
     if (guess) {
       const base = layerIn("float64", "once", state.x, state.weight, state.eps);
       body += ghosts({ ...room, top: 66 + half, values: base.map(v => v * TIMES[guess]), largest });
       body += text(width - 8, 52 + half, `◆ ${mine}`, "flag", "end");
     }
-    return { height: 2 * half + 76, body, ends: upper.ends, unit: upper.unit, result, mistake: state.mistake };
+    return { height: 2 * half + 76, body: body + lower.words, ends: upper.ends, unit: upper.unit, result, mistake: state.mistake };
   },
   numbers: ({ input, mean, r, y, ulps }) => ({ input, mean, rms: Math.sqrt(mean), r, y, after: rms(y), ulps }),
   quotes: ({ input, y }) => ({ before: rms(input), after: rms(y) }),

@@ -1,10 +1,11 @@
 // The only file that follows one token through a network: norms off, before, behind, or on both sides of each layer.
 
 import { norm, normal, rms, shown } from "./numbers.js";
-import { axes, decades, dot, even, flag, text } from "./plot.js";
+import { axes, decades, dot, even } from "./plot.js";
 
 const WIDTH = 64, DEPTH = 48;
 const PLACES = ["none", "pre", "post", "peri"];
+const LOOKS = { none: "soft", pre: "rms", post: "layer", peri: "batch" };
 const CURVES = { one: () => 1, root: l => Math.sqrt(1 + l), linear: l => 1 + l, double: l => 2 ** l };
 const noise = normal(3), START = Array.from({ length: WIDTH }, noise);
 const MATRICES = Array.from({ length: DEPTH }, () =>
@@ -44,20 +45,15 @@ export const network = {
     const plot = axes({
       left: 52, top, width: width - 64, height: 210, x: [0, depth], y: [low, high], log: "y",
       xticks: even(0, depth, 4), yticks: decades(low, high, Math.max(1, Math.round(Math.log10(high) / 5))),
-        xname: t("layers"), yname: "",
+      xname: t("layers"), title: t("stream"), legend: PLACES.map(where => [t(`short.${where}`), LOOKS[where]]),
     });
-    const looks = { none: "soft", pre: "rms", post: "layer", peri: "batch" };
-    let body = plot.out + text(0, 14, t("stream"), "name");
-    PLACES.forEach((where, i) => {
-      const points = result.runs[where].map((s, l) => [l, s.stream]);
-      body += plot.line(points, `${looks[where]}${where === state.place ? " thick" : ""}`);
-      body += text(52 + i * (width - 64) / 4, 36, `— ${t(`short.${where}`)}`, `value ink-${looks[where]}`);
-    });
-    if (guess) body += plot.line(result.runs.pre.map((_, l) => [l, CURVES[guess](l)]), "guess")
-      + flag(width - 12, 14, mine, "end");
+    let body = plot.out;
+    for (const where of PLACES) body += plot.line(result.runs[where].map((s, l) => [l, s.stream]),
+      `${LOOKS[where]}${where === state.place ? " thick" : ""}`);
+    if (guess) body += plot.flagged(result.runs.pre.map((_, l) => [l, CURVES[guess](l)]), mine);
     const l = Math.min(state.layer, depth);
-    body += plot.line([[l, low], [l, high]], "mark")
-      + dot(plot.X(l), Math.max(top, plot.Y(result.at.stream)), 5, `area ${looks[state.place]}`);
+    body += plot.mark(l)
+      + dot(plot.X(l), Math.max(top, plot.Y(result.at.stream)), 5, `area ${LOOKS[state.place]}`);
     return { height: top + 254, body };
   },
   numbers: ({ at, end }) => ({ stream: at.stream, read: at.read, added: at.added, end }),

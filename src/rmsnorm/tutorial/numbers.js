@@ -95,7 +95,9 @@ export function normal(seed) {
 /** A text with its `{names}` replaced by numbers. */
 export const filled = (words, values) => words.replace(/\{([\w.]+)\}/g, (_, name) => shown(values[name]));
 
-const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
+/** A power as superscripts. */
+export const raised = p => [...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("");
+
 /** A number for readers: so many digits, powers of ten as such. */
 export function shown(value, digits = 4) {
   if (typeof value !== "number") return String(value);
@@ -105,8 +107,7 @@ export function shown(value, digits = 4) {
   if (Number.isInteger(value) && size < 1e6) return String(value).replace("-", "−");
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) {
     const [digitsOf, power] = value.toExponential(digits - 1).split("e");
-    const raised = [...power.replace("+", "")].map(c => (c === "-" ? "⁻" : SUPERSCRIPTS[c])).join("");
-    return `${String(Number(digitsOf)).replace("-", "−")} × 10${raised}`;
+    return `${String(Number(digitsOf)).replace("-", "−")} × 10${raised(Number(power))}`;
   }
   return String(Number(value.toPrecision(digits))).replace("-", "−");
 }

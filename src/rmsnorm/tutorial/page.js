@@ -27,8 +27,13 @@ const said = (panel, key) => {
   if (words === undefined) throw new Error(`no text for ${panel}.${key}`);
   return words;
 };
+const PHONE = matchMedia("(max-width: 30rem)");
 const MARKS = { right: "✓", wrong: "✗", answer: "→" };
 const answers = new Map(); // by panel: the option that was chosen, or null where the reader asked to be shown
+const judged = id => (answers.get(id) === null ? "answer" : answers.get(id) === FIGURES[id].right ? "right" : "wrong");
+/** The words of the right option. */
+const option = id => document.querySelector(`#${id} input[value="${FIGURES[id].right}"]`).parentElement.innerHTML
+  .replace(/<input.*?>/, "").trim();
 
 class Panel {
   constructor(article) {
@@ -39,6 +44,13 @@ class Panel {
     const form = article.querySelector("form");
     form.addEventListener("change", event => this.open(event.target.value));
     form.querySelector("button").addEventListener("click", () => this.open(null));
+    form.addEventListener("keydown", event => { // arrow keys go through the options; who chose one would have guessed
+      const by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+      const options = [...form.querySelectorAll("input")], at = options.indexOf(event.target);
+      if (!by || at < 0) return;
+      event.preventDefault();
+      options.at((at + by) % options.length).focus();
+    });
   }
 
   open(guess) {
@@ -52,11 +64,9 @@ class Panel {
     this.guess = guess;
     this.state = structuredClone(Object.fromEntries(Object.entries(figure.controls).map(([key, c]) => [key, c.start])));
     this.bench(article.querySelector(".bench"));
-    const verdict = guess === null ? "answer" : guess === figure.right ? "right" : "wrong";
-    const answer = article.querySelector(".answer");
-    answer.innerHTML = `<p class="verdict ${verdict}">${MARKS[verdict]} ${escape(said("page", verdict))}
-      ${form.querySelector(`input[value="${figure.right}"]`).parentElement.textContent}</p>`;
-    answer.append(article.querySelector(":scope > template").content.cloneNode(true));
+    const verdict = judged(this.id), words = said("page", verdict), space = words.endsWith("：") ? "" : " ";
+    article.querySelector(".answer").innerHTML =
+      `<p class="verdict ${verdict}">${MARKS[verdict]} ${escape(words)}${space}${option(this.id)}</p>`;
     this.update();
     score();
   }
@@ -66,10 +76,15 @@ class Panel {
     const { figure, id, t } = this, changed = () => this.later();
     const drawing = `<svg role="${figure.hands ? "group" : "img"}" aria-label="${escape(t("caption"))}"><g></g></svg>`;
     box.hidden = false;
-    box.innerHTML = `<div class="controls" role="group" aria-label="${escape(t("turn"))}"></div><figure>
+    box.open = true;
+    alone(box);
+    box.innerHTML = `<summary>${escape(t("figure"))}</summary>
+      <div class="controls" role="group" aria-label="${escape(t("turn"))}"></div><figure>
       ${figure.html ? '<div class="html"></div>' : drawing}
       <figcaption>${escape(t("caption"))}</figcaption></figure><dl class="numbers"></dl>
-      <details><summary>${escape(t("code"))}</summary><pre tabindex="0"></pre></details>`;
+      <details class="ran"><summary>${escape(t("code"))}</summary><pre tabindex="0"></pre></details>`;
+    box.querySelector("summary").after(this.article.querySelector(":scope > template").content.cloneNode(true));
+    box.querySelector("summary").addEventListener("click", () => alone(box));
     box.querySelector("pre").textContent = source(figure.code ?? figure.compute);
     const controls = box.querySelector(".controls");
     this.widgets = {};
@@ -133,7 +148,7 @@ class Panel {
     }
     this.place?.(seen);
     const numbers = Object.entries(figure.numbers?.(this.result, state, t) ?? {});
-    const words = v => (typeof v === "boolean" ? t(v ? "yes" : "no") : [v].flat().map(one => shown(one)).join("  "));
+    const words = v => (typeof v === "boolean" ? t(v ? "yes" : "no") : [v].flat().map(one => shown(one)).join(", "));
     article.querySelector(".numbers").innerHTML = numbers.map(([key, value]) =>
       `<div><dt>${escape(t(`number.${key}`))}</dt>
         <dd data-number="${this.id}.${key}" data-value="${value}">${escape(words(value))}</dd></div>`).join("");
@@ -145,6 +160,14 @@ class Panel {
   }
 }
 
+/** On a phone one figure is open at a time, and what is under the reader's finger stays there. */
+function alone(box) {
+  if (!PHONE.matches) return;
+  const { top } = box.parentElement.getBoundingClientRect();
+  for (const other of document.querySelectorAll(".bench[open]")) if (other !== box) other.open = false;
+  scrollBy({ top: box.parentElement.getBoundingClientRect().top - top, behavior: "instant" });
+}
+
 /** The text of a function as it runs, without comments, moved to the left. */
 const source = f => {
   const lines = f.toString().replace(/^\s*\/\/.*\n/gm, "").split("\n");
@@ -153,19 +176,16 @@ const source = f => {
 };
 
 function score() {
-  const right = [...answers].filter(([id, guess]) => guess === FIGURES[id].right).length;
+  const right = [...answers.keys()].filter(id => judged(id) === "right").length;
   const guessed = [...answers.values()].filter(guess => guess !== null).length;
   document.getElementById("score").textContent = said("page", "score")
     .replace("{right}", right).replace("{guessed}", guessed).replace("{all}", Object.keys(FIGURES).length);
   document.getElementById("short").open ||= answers.size === Object.keys(FIGURES).length;
   const sheet = document.getElementById("sheet");
   sheet.hidden = false;
-  sheet.tBodies[0].innerHTML = [...answers].map(([id, guess]) => {
-    const { right } = FIGURES[id], mark = MARKS[guess === null ? "answer" : guess === right ? "right" : "wrong"];
-    const answer = document.querySelector(`#${id} input[value="${right}"]`).parentElement.textContent;
-    return `<tr><td>${mark}</td><th scope="row"><a href="#${id}">${escape(said(id, "title"))}</a></th>
-      <td>${escape(answer)}</td></tr>`;
-  }).join("");
+  sheet.tBodies[0].innerHTML = [...answers.keys()].map(id =>
+    `<tr><td>${MARKS[judged(id)]}</td><th scope="row"><a href="#${id}">${escape(said(id, "title"))}</a></th>
+      <td>${option(id)}</td></tr>`).join("");
 }
 
 /** The glossary on hover and focus; the link itself is described by the same words for screen readers. */
@@ -189,7 +209,10 @@ function glossary() {
 }
 
 const panels = [...document.querySelectorAll(".panel")].map(article => new Panel(article));
-addEventListener("beforeprint", () => panels.forEach(panel => panel.open(null)));
+addEventListener("beforeprint", () => {
+  panels.forEach(panel => panel.open(null));
+  document.querySelectorAll(".bench").forEach(box => { box.open = true; });
+});
 glossary();
 const facts = DATA.measured.machine;
 document.getElementById("facts").textContent = LIVE ? said("page", "live") : facts

@@ -50,8 +50,8 @@ export const passes = {
       body += rect(0, y, lane, h, `cell ${Object.keys(state).filter(key => state[key]).join(" ")}`);
       const written = of.filter(e => e.writes).length;
       body += rect(lane + 24, y, lane, h, `cell${written ? " written" : ""}${last?.writes ? " now" : ""}`);
-      if (written > 1) body += text(lane + 32, y + 15, `× ${written}`, "value");
-      if (last) body += text(8, y + 15, `${last.name}${last.cached ? `  (${t("cache")})` : ""}`, "value");
+      if (written > 1) body += text(lane + 32, y + 15, `× ${written}`, "value bare");
+      if (last) body += text(8, y + 15, `${last.name}${last.cached ? `  (${t("cache")})` : ""}`, "value bare");
     }
     let top = 26 + SMALL * (h + 4) + 30;
     const chart = (title, rows, unit, marked) => {

@@ -1,5 +1,7 @@
 // The only file that draws: SVG as text, from scales, lines, bars and words. Colours are classes of style.css.
 
+import { raised } from "./numbers.js";
+
 export const escape = text => String(text).replace(/[&<>"]/g,
   c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 export const tag = (name, attributes, inner = "") =>
@@ -26,8 +28,9 @@ export function arrow(x1, y1, x2, y2, cls) {
 }
 
 /** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; ticks are [value,
- *  words]. */
-export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", yname = "" }) {
+ *  words]; `title` stands above, and above the legend, if there is one. Returns what draws into it. */
+export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", title = "",
+  legend = [] }) {
   const scale = ([low, high], from, to, logarithmic) => {
     const f = logarithmic ? v => Math.log10(Math.max(v, 1e-300)) : v => v;
     return v => from + (f(v) - f(low)) / (f(high) - f(low)) * (to - from);
@@ -40,10 +43,16 @@ export function axes({ left, top, width, height, x, y, log = "", xticks, yticks,
   for (const [value, words] of yticks ?? [])
     out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
   if (xname) out += text(left + width / 2, top + height + 38, xname, "name", "middle");
-  if (yname) out += text(left - (yticks ? 6 : 0), top - 9, yname, "name", yticks ? "start" : "start");
+  if (title) out += text(0, top - (legend.length ? 33 : 14), title, "name");
+  legend.forEach(([words, cls], i) => {
+    out += text(left + i * width / legend.length, top - 11, `— ${words}`, `value ink-${cls}`);
+  });
   const inside = ([px, py]) => [px, Math.min(Math.max(py, top), top + height)];
   const line = (points, cls) => path(points.map(([a, b]) => inside([X(a), Y(b)])), `line ${cls}`);
-  return { X, Y, out, line, left, top, width, height };
+  const mark = value => line([[value, y[0]], [value, y[1]]], "mark");
+  const flagged = (points, mine) => line(points, "guess")
+    + flag(left + width, top - (legend.length ? 33 : 14), mine, "end");
+  return { X, Y, out, line, mark, flagged };
 }
 
 /** Ticks at powers of ten, every so many. */
@@ -52,25 +61,24 @@ export const decades = (low, high, every = 1) => {
   for (let p = Math.ceil(Math.log10(low)); p <= Math.log10(high) + 1e-9; p += every) ticks.push([10 ** p, power(p)]);
   return ticks;
 };
-const power = p => (p >= 0 && p <= 3 ? String(10 ** p)
-  : `10${[...String(p)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}`);
+const power = p => (p >= 0 && p <= 3 ? String(10 ** p) : `10${raised(p)}`);
 export const even = (low, high, steps) =>
   Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v =>
     [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
 
-/** Bars of a vector, above and below a zero line. Returns the drawing and where each bar ends. */
+/** Bars of a vector, above and below a zero line. Returns the drawing, its words, and where each bar ends. */
 export function bars({ left, top, width, height, values, largest, cls, shown, lift = 6 }) {
   const step = width / values.length, zero = top + height / 2, unit = height / 2 / largest;
   const clip = v => Math.max(-largest, Math.min(largest, Number.isFinite(v) ? v : 0));
-  let out = segment(left, zero, left + width, zero, "axis");
+  let out = segment(left, zero, left + width, zero, "axis"), words = "";
   const ends = values.map((value, i) => {
     const length = clip(value) * unit, x = left + (i + 0.18) * step;
     out += rect(x, Math.min(zero, zero - length), 0.64 * step, Math.abs(length), `area ${cls}`);
     const above = length >= 0 ? -lift : lift + 9;
-    out += text(left + (i + 0.5) * step, zero - length + above, shown(value), "value", "middle");
+    words += text(left + (i + 0.5) * step, zero - length + above, shown(value), "value", "middle");
     return [left + (i + 0.5) * step, zero - length];
   });
-  return { out, ends, step, zero, unit };
+  return { out, words, ends, unit };
 }
 
 /** Outlines where the reader's guess would have put the bars. */

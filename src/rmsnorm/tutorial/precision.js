@@ -2,7 +2,7 @@
 // round.
 
 import { filled, layerIn, meanSquare, normal, round, ulp, uniform } from "./numbers.js";
-import { axes, decades, even, flag, path, text } from "./plot.js";
+import { axes, decades, even, path } from "./plot.js";
 
 const SIZES = [1e-4, 1e-3, 0.01, 0.1, 1, 4, 16, 64, 128, 255, 256, 661.7, 1000, 10000];
 const COUNT = 1024, ROWS = 16, COLS = 256, BINS = 32;
@@ -52,22 +52,15 @@ export const precision = {
     const plot = axes({
       left: 56, top, width: width - 68, height: 190, x: [1e-4, 1e5], y: [1e-9, 1000], log: "xy",
       xticks: decades(1e-4, 1e5, width < 480 ? 2 : 1), yticks: [[ceiling, "∞"], ...decades(1e-9, 1, 3)],
-        xname: t("size"), yname: t("sum"),
+      xname: t("size"), title: t("sum"), legend: Object.entries(colours),
     });
-    let body = plot.out;
-    Object.entries(result.sums).forEach(([type, values], i) => {
-      const points = SIZES.map((s, k) => [s, Number.isFinite(values[k]) ? Math.min(Math.max(values[k], 1e-9), ceiling)
-        : ceiling]);
-      body += plot.line(points, colours[type]) + text(56
-        + i * Math.min(110, (width - 68) / 3), 14, `— ${type}`, `value ink-${colours[type]}`);
-    });
-    body += plot.line([[result.size, 1e-9], [result.size, 1000]], "mark");
-    if (guess) body += plot.line([[Number(guess), 1e-9], [Number(guess), 1000]], "guess")
-      + flag(width - 12, top - 9, mine, "end");
+    let body = plot.out + plot.mark(result.size);
+    for (const [type, values] of Object.entries(result.sums)) body += plot.line(SIZES.map((s, k) =>
+      [s, Number.isFinite(values[k]) ? Math.min(Math.max(values[k], 1e-9), ceiling) : ceiling]), colours[type]);
+    if (guess) body += plot.flagged([[Number(guess), 1e-9], [Number(guess), 1000]], mine);
     const spread = axes({ left: 56, top: 330, width: width - 68, height: 110, x: [0, 1.6], y: [0, 1],
-      xticks: even(0, 1.5, 3), xname: t("ulps") });
-    body += spread.out + text(56, 301, `— ${t("once")}`, "value ink-rms")
-      + text(56, 320, `— ${t("twice")}`, "value ink-layer");
+      xticks: even(0, 1.5, 3), xname: t("ulps"), legend: [[t("once"), "rms"], [t("twice"), "layer"]] });
+    body += spread.out;
     const counts = Object.fromEntries(Object.entries(result.errors).map(([order, list]) => {
       const bins = new Array(BINS).fill(0);
       for (const e of list) bins[Math.min(BINS - 1, Math.floor(e / 1.6 * BINS))]++;

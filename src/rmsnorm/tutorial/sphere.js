@@ -1,8 +1,7 @@
-// The only file that draws in three dimensions: the sphere on which RMSNorm puts every vector, LayerNorm's circle on
-// it.
+// The only file that draws in three dimensions: the sphere of RMSNorm's outputs, and LayerNorm's circle on it.
 
-import { norm, mean, std, rms, shown } from "./numbers.js";
-import { axes, arrow, even, flag, path, text } from "./plot.js";
+import { norm, mean, std, rms } from "./numbers.js";
+import { axes, arrow, even, path, text } from "./plot.js";
 import { dragged, handle } from "./widgets.js";
 
 const SHIFTS = Array.from({ length: 41 }, (_, i) => -4 + i / 5);
@@ -30,6 +29,7 @@ function turned([a, b, c], yaw, pitch) {
 
 export const sphere = {
   right: "zero",
+  hands: true,
   controls: {
     x: { kind: "cells", start: [1.2, -0.6, 0.3] },
     shift: { kind: "slider", stops: Array.from({ length: 33 }, (_, i) => -4 + i / 4), start: 1 },
@@ -38,20 +38,30 @@ export const sphere = {
   },
   compute,
   attach(panel) {
-    const { svg, state } = panel, controls = sphere.controls;
-    const turn = (key, value) => {
-      const stops = controls[key].stops, least = stops[0], most = stops.at(-1);
-      state[key] = Math.round(Math.max(least, Math.min(most, value)) / 5) * 5;
-      const input = panel.widgets[key].querySelector("input");
-      input.value = stops.indexOf(state[key]);
-      input.dispatchEvent(new Event("input"));
-    };
+    const { svg, state, t, widgets } = panel, self = {};
     svg.classList.add("turned");
-    dragged(svg, (dx, dy, [yaw, pitch]) => { turn("yaw", yaw - dx / 2); turn("pitch", pitch + dy / 2); },
-      () => [state.yaw, state.pitch]);
+    dragged(svg, (dx, dy, start) => {
+      if (start) { widgets.yaw.put(start[0] - dx / 2); widgets.pitch.put(start[1] + dy / 2); }
+    }, event => event.target.closest(".ball") && [state.yaw, state.pitch]);
+    const pull = (dx, dy, start) => { // across the screen; how deep in the picture it lies stays
+      const [yaw, pitch] = [state.yaw, state.pitch].map(v => v * Math.PI / 180), { unit } = self;
+      const right = [Math.cos(yaw), Math.sin(yaw), 0];
+      const up = [Math.sin(yaw) * Math.sin(pitch), -Math.cos(yaw) * Math.sin(pitch), Math.cos(pitch)];
+      start.forEach((v, i) => {
+        const moved = v + (dx * right[i] - dy * up[i]) / unit;
+        state.x[i] = Math.max(-4, Math.min(4, Math.round(100 * moved) / 100));
+      });
+      panel.refresh();
+      panel.later();
+    };
+    const place = handle(svg, {
+      name: t("tip"), get: () => [...state.x], pull,
+      press: (by, up) => pull(up ? 0 : by * self.unit / 10, up ? -by * self.unit / 10 : 0, [...state.x]),
+    });
+    return ({ tip, unit }) => { self.unit = unit; place(...tip); };
   },
   draw({ width, t, state, result, guess, mine }) {
-    const size = Math.min(width, 380), middle = [width / 2, size / 2], scale = size / 2 / 2.3, n = 3;
+    const size = Math.min(width, 340), middle = [width / 2, 26 + 0.44 * size], scale = size / 2 / 2.3, n = 3;
     const yaw = state.yaw * Math.PI / 180, pitch = state.pitch * Math.PI / 180;
     const see = point => turned(point, yaw, pitch), at = p => [middle[0] + scale * p[0], middle[1] - scale * p[1]];
     const angles = Array.from({ length: 73 }, (_, i) => i * Math.PI / 36), radius = Math.sqrt(n);
@@ -76,32 +86,23 @@ export const sphere = {
         ACROSS[1].map(c => c * r)).map(p => see([1, 1, 1]).map((c, k) => p[k] + c * height / radius));
       body += i ? halves(points, "faint") : halves(points, "layer thick");
     }
-    const named = [];
-    const to = (point, cls, words) => {
-      const [px, py] = at(see(point));
-      named.push(text(0, 16 + 20 * named.length, `— ${words}`, `value ink-${cls}`));
-      return arrow(...middle, px, py, cls) + named.at(-1);
-    };
-    const reach = Math.min(1, 2.15 / Math.hypot(...result.moved));
-    const finite = v => v.every(Number.isFinite);
-    body += to([1.45, 1.45, 1.45], "soft", "(1, 1, 1)")
-      + to(result.moved.map(v => v * reach), "x", reach < 1 ? "x …" : "x");
-    if (finite(result.layer)) body += to(result.layer, "layer", "LayerNorm");
-    if (finite(result.root)) body += to(result.root, "rms", "RMSNorm");
-    const plot = axes({
-      left: 44, top: size + 30, width: width - 56, height: 84, x: [-4, 4], y: [0, 3], xticks: even(-4, 4, 4),
-        yticks: even(0, 3, 3),
-      xname: t("mean"), yname: t("apart"),
+    const vectors = { soft: [1.45, 1.45, 1.45], x: result.moved, layer: result.layer, rms: result.root };
+    const reach = Math.min(1, 2.15 / Math.hypot(...result.moved)), tip = at(see(result.moved.map(v => v * reach)));
+    const words = { soft: "(1, 1, 1)", x: reach < 1 ? "x …" : "x", layer: "LayerNorm", rms: "RMSNorm" };
+    Object.entries(vectors).forEach(([cls, point], i) => {
+      body += text([0, 0.27, 0.42, 0.72][i] * width, 14, `— ${words[cls]}`, `value ink-${cls}`);
+      if (point.every(Number.isFinite)) body += arrow(...middle, ...(cls === "x" ? tip : at(see(point))), cls);
     });
-    body += plot.out + plot.line(result.strip.filter(([, d]) => Number.isFinite(d)), "rms");
-    body += plot.line([[result.mean, 0], [result.mean, 3]], "mark");
-    if (guess) {
-      const lines = { never: [[-4, 0.4], [4, 0.4]], zero: [[0, 0], [0, 3]], unit: [[1, 0], [1, 3]],
-        always: [[-4, 0.02], [4, 0.02]] };
-      body += plot.line(lines[guess], "guess") + flag(width - 12, size
-        + 21, guess === "unit" ? `${mine}: std = 1` : mine, "end");
-    }
-    return { height: size + 158, body };
+    const top = 0.88 * size + 56;
+    const plot = axes({
+      left: 44, top, width: width - 56, height: 84, x: [-4, 4], y: [0, 3], xticks: even(-4, 4, 4),
+      yticks: even(0, 3, 3), xname: t("mean"), title: t("apart"),
+    });
+    body += plot.out + plot.line(result.strip.filter(([, d]) => Number.isFinite(d)), "rms") + plot.mark(result.mean);
+    const lines = { never: [[-4, 0.4], [4, 0.4]], zero: [[0, 0], [0, 3]], unit: [[1, 0], [1, 3]],
+      always: [[-4, 0.02], [4, 0.02]] };
+    if (guess) body += plot.flagged(lines[guess], guess === "unit" ? `${mine}: std = 1` : mine);
+    return { height: top + 128, body, tip, unit: scale * reach };
   },
   numbers: ({ root, layer, mean, std, rms, theta, apart, gap }) =>
     ({ rmsnorm: root, layernorm: layer, mean, std, rms, theta, apart, gap }),

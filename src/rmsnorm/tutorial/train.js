@@ -70,16 +70,16 @@ export const train = {
     };
   },
   draw({ width, t, result, guess, mine }) {
-    const top = 44, plot = axes({
+    const looks = { none: "x", batch: "batch", layer: "layer", rms: "rms" }, named = kind => NAMES[kind]
+      ?? t("short.none");
+    const top = 48, plot = axes({
       left: 44, top, width: width - 56, height: 220, x: [0, STEPS], y: [1.5, 4.5], xticks: even(0, STEPS, 4),
-        yticks: even(1.5, 4.5, 3), xname: t("steps"),
+      yticks: even(1.5, 4.5, 3), xname: t("steps"), title: t("loss"),
+      legend: KINDS.map(kind => [width < 520 ? named(kind).replace("Norm", "") : named(kind), looks[kind]]),
     });
-    let body = text(0, 14, t("loss"), "name") + plot.out
-      + plot.line([[0, result.letters], [STEPS, result.letters]], "soft dashed");
-    const looks = { none: "x", batch: "batch", layer: "layer", rms: "rms" };
+    let body = plot.out + plot.line([[0, result.letters], [STEPS, result.letters]], "soft dashed");
     KINDS.forEach((kind, i) => {
-      const x = 44 + i * (width - 56) / 4, name = NAMES[kind] ?? t("short.none");
-      body += text(x, 34, `— ${width < 520 ? name.replace("Norm", "") : name}`, `value ink-${looks[kind]}`);
+      const name = named(kind);
       body += plot.line(result.arms[kind].filter(([, l]) => Number.isFinite(l)), looks[kind]);
       if (kind in result.away) body += text(Math.min(plot.X(result.away[kind]) + 6, width - 90), top + 16
         + 15 * i, `↑ ${name}`, `value ink-${looks[kind]}`);

@@ -22,6 +22,11 @@ export function slider(id, name, control, state, key, changed) {
   input.value = control.stops.indexOf(state[key]);
   input.addEventListener("input", () => { state[key] = control.stops[input.value]; say(); changed(); });
   say();
+  box.put = value => { // the stop that is nearest
+    const away = control.stops.map(stop => Math.abs(stop - value));
+    input.value = away.indexOf(Math.min(...away));
+    input.dispatchEvent(new Event("input"));
+  };
   return box;
 }
 
@@ -72,6 +77,7 @@ export function cells(id, name, control, state, key, changed) {
 export function dragged(element, moved, begin = () => null) {
   element.addEventListener("pointerdown", event => {
     if (event.button) return;
+    event.stopPropagation(); // a handle is dragged, and not the drawing that it is in
     const { clientX, clientY, pointerId } = event, start = begin(event);
     let active = false;
     const move = next => {
@@ -92,26 +98,20 @@ export function dragged(element, moved, begin = () => null) {
   });
 }
 
-/** Handles in a drawing: sliders for mouse, finger and keys. `set(value)` is told; `place()` says where it is drawn. */
-export function handle(svg, { name, axis = "y", get, set, unit, at, step, least, most }) {
+/** Handles in a drawing, for mouse, finger and keys: `pull(dx, dy, start, event)` is told by pointers, `press(by, up)`
+ *  by arrow keys, up and down or sideways; `get` is what `start` is; the function returned says where it is drawn. */
+export function handle(svg, { name, get, pull, press, say = get, range = {} }) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", "circle");
-  const put = value => set(Math.max(least, Math.min(most, Number((Math.round(value / step) * step).toFixed(6)))));
-  const attributes = { r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, "aria-valuemin": least,
-    "aria-valuemax": most,
-    "aria-orientation": axis === "y" ? "vertical" : "horizontal" };
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  dragged(element, (dx, dy, start, event) => put(at ? at(event) : start + (axis === "y" ? -dy : dx) / unit()), get);
+  const put = attributes => Object.entries(attributes).forEach(([key, value]) => element.setAttribute(key, value));
+  put({ r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, ...range });
+  dragged(element, pull, get);
   element.addEventListener("keydown", event => {
     const by = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10 }[event.key];
     if (!by) return;
     event.preventDefault();
-    put(get() + by * step);
+    press(by, !/Left|Right/.test(event.key));
   });
   svg.append(element);
-  return (x, y) => {
-    element.setAttribute("cx", x);
-    element.setAttribute("cy", y);
-    element.setAttribute("aria-valuenow", get());
-    element.setAttribute("aria-valuetext", shown(get()));
-  };
+  return (cx, cy) => put({ cx, cy, "aria-valuenow": [get()].flat()[0], "aria-valuetext": [say()].flat().map(v =>
+    shown(v, 3)).join(", ") });
 }
