@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "_everyday": {
         "_arguments",
         "_autograd",
+        "_foreign",
         "_graphs",
         "_ops",
         "forms/lean",

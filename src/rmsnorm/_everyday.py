@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _autograd, _graphs, _ops
+from . import _arguments, _autograd, _foreign, _graphs, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]
@@ -83,13 +83,14 @@ def _is_plain_in_graph(input: Tensor, weight: Tensor | None) -> bool:
         and not torch.compiler._is_exporting_flag
         and not _transforms_active()
         and forward_ad._current_level < 0
-        and not _graphs.hands_over()
     )
 
 
 def _in_graph(
     input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
 ) -> Tensor:
+    if _graphs.hands_over():
+        return _foreign.rms_norm(input, weight, dims, eps, offset, round_first)
     if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
         output: Tensor = _traced(input, weight, dims, eps, offset, round_first)[0]
         return output
