@@ -28,13 +28,17 @@ MAY_IMPORT = {
     "_extras": set(),
     "_onnx": {"reference"},
     "_arguments": {"reference"},
-    "_foreign": {"_form", "_onnx", "reference"},
+    "_neighbours": set(),
+    "_graphs": {"_neighbours"},  # when torch.compile meets a norm
+    "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
     "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "_serve", "forms/lean", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
+        "_foreign",
+        "_graphs",
         "_ops",
         "forms/lean",
         "distributed/placement",
@@ -117,6 +121,7 @@ MAY_IMPORT = {
     "_info": {"_install", "_native", "gpu/route"},
     "__init__": {
         *(
+            "_graphs",
             "_info",
             "_install",
             "_surgery",
@@ -166,6 +171,7 @@ def test_public_page():
             "rope",
             "rotate",
             "sandwich_rms_norm",
+            "set_compile_mode",
             "to_rms",
             "unfold",
             "uninstall",

@@ -78,6 +78,7 @@ REFERENCE = {
         "surgery.load",
     ],
     ("torch's own operator", "torch 自己的算子"): ["install", "installed", "uninstall"],
+    ("torch.compile", "torch.compile"): ["set_compile_mode"],
     ("What runs here", "运行环境"): ["info", "_info.Info"],
     ("Hugging Face's kernels hub", "Hugging Face kernels"): ["hub.register", "hub.unregister", "hub.mapping"],
 }

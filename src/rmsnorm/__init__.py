@@ -4,6 +4,7 @@ The public page is this list; everything else is private or lives beside the cor
 """
 
 from . import gpu as gpu
+from ._graphs import set_compile_mode as set_compile_mode
 from ._info import info as info
 from ._info import version as _version
 from ._install import install as install
@@ -64,6 +65,7 @@ __all__ = [
     "rope",
     "rotate",
     "sandwich_rms_norm",
+    "set_compile_mode",
     "to_rms",
     "unfold",
     "uninstall",

@@ -213,7 +213,7 @@ class BackwardFunction(torch.autograd.Function):
 _gradient: _Apply = BackwardFunction.apply
 _normalise: _Apply = RMSNormFunction.apply
 _add: _Apply = AddRMSNormFunction.apply
-_traced = _recorded.recorded(_ops.RMS_NORM, "_forward", TracedRMSNorm.apply)
+traced = _recorded.recorded(_ops.RMS_NORM, "_forward", TracedRMSNorm.apply)
 _traced_add = _recorded.recorded(_ops.ADD_RMS_NORM, "_forward", TracedAddRMSNorm.apply)
 # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 75 µs a call instead of 17.
 _plain: _Apply = super(torch.autograd.Function, RMSNormFunction).apply
@@ -224,7 +224,7 @@ _unwrap: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 def rms_norm(input: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """``(output, rstd)``, recorded; the arguments are those of the operator ``rms_norm_forward``."""
     if torch.compiler.is_compiling():
-        return _traced(input, weight, *options)
+        return traced(input, weight, *options)
     if torch._C._are_functorch_transforms_active():
         return _normalise(input, weight, *options)
     return _plain(_unwrap(input), weight if weight is None else _unwrap(weight), *options)

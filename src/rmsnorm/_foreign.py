@@ -3,7 +3,7 @@
 Our operators are nodes of graphs that stay in this process. What leaves it (TorchScript, ``torch.export``, ONNX) has to
 run where nobody has heard of us, and to be trained there; and a subclass that unwraps itself knows torch's operators,
 not ours. For them the norm is ``F.rms_norm`` where that means the same, else the formula of ``reference.py``: torch's
-operators either way, with torch's derivatives.
+operators either way, with torch's derivatives. Inductor gets the same, if it is to write the code (``_graphs.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _form, _onnx, reference
+from . import _form, _graphs, _onnx, reference
 
 # Those of torch's compiler: what they trace is compiled here, and our operators are its nodes.
 COMPILERS = frozenset({Tensor, torch.nn.Parameter, type(None), FakeTensor, FunctionalTensor})
@@ -30,7 +30,10 @@ def wanted_by(*tensors: Any) -> bool:
     """Whether one of the above wants a norm of these tensors."""
     if torch.compiler._is_exporting_flag:
         return True
-    if not is_dynamo_compiling() and torch._C._get_tracing_state() is not None:
+    if is_dynamo_compiling():
+        if _graphs.hands_over():
+            return True
+    elif torch._C._get_tracing_state() is not None:
         return True
     for tensor in tensors:  # not any(...): 0.3 µs of each call
         cls = type(tensor)

@@ -1,0 +1,224 @@
+"""Proves what a compiled graph has of a norm: which neighbours are joined with it, that this changes no bit, that
+nothing else changes, and what the mode says.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from oracle import EPS, gains, incoming, same_bits, sample
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import rmsnorm
+from rmsnorm import _graphs, add_rms_norm, rms_norm
+from rmsnorm._neighbours import Neighbours
+
+# torch warns about its own code: inductor still uses TorchScript, and dynamo makes an autograd.Function.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+]
+OPTIONS = {"torch": {}, "llama": {"casting_mode": "llama"}, "gemma": {"offset": 1.0}}
+
+
+def norm(x: Tensor, weight: Tensor | None, mode: str = "torch", eps: float = EPS) -> Tensor:
+    return rms_norm(x, x.shape[-1:], weight, eps, **OPTIONS[mode])
+
+
+def stream(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+    """Two layers of Llama, without what they compute."""
+    first = x + r
+    second = first + norm(first, w, "llama")
+    return norm(second, v, "llama"), second
+
+
+Function = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+# Each with the operators of ours that a graph without gradients has.
+JOINED: dict[str, tuple[Function, dict[str, int]]] = {
+    "add, norm": (lambda x, r, w, v: norm(x + r, w), {"add_rms_norm": 1}),
+    "add, norm, and the sum": (lambda x, r, w, v: (s := x + r, norm(s, w, "llama")), {"add_rms_norm": 1}),
+    "add, two norms": (lambda x, r, w, v: (s := x + r, norm(s, w), norm(s, v)), {"add_rms_norm": 1, "rms_norm": 1}),
+    "add, norm without a weight": (lambda x, r, w, v: norm(x + r, None), {"add_rms_norm": 1}),
+    "norm, add": (lambda x, r, w, v: r + norm(x, w, "gemma"), {"rms_norm_add": 1}),
+    "norm, add, the other way round": (lambda x, r, w, v: norm(x, w) + r, {"rms_norm_add": 1}),
+    "norm, add, norm": (
+        lambda x, r, w, v: (s := r + norm(x, w, "gemma"), norm(s, v, "gemma", 1e-3)),
+        {"sandwich_rms_norm": 1},
+    ),
+    "norm, add, another kind of norm": (
+        lambda x, r, w, v: (s := r + norm(x, w, "gemma"), norm(s, v)),
+        {"rms_norm_add": 1, "rms_norm": 1},
+    ),
+    "two layers": (stream, {"add_rms_norm": 2}),
+    "a linear layer before": (lambda x, r, w, v: norm(x @ r.T @ r + r, w), {"add_rms_norm": 1}),
+}
+# A multiplication, a cast and what is no sum of two tensors alike are Inductor's to place.
+LEFT: dict[str, tuple[Function, dict[str, int]]] = {
+    "add of a number": (lambda x, r, w, v: norm(x + 1, w) * x, {"rms_norm": 1}),
+    "multiply, norm, multiply": (lambda x, r, w, v: norm(x * r, w) * r, {"rms_norm": 1}),
+    "a product is added": (lambda x, r, w, v: norm(x * 2 + r, w), {"rms_norm": 1}),
+    "cast": (lambda x, r, w, v: norm(x, w, "llama").double(), {"rms_norm": 1}),
+    "a row is added": (lambda x, r, w, v: norm(x + v, w), {"rms_norm": 1}),
+    "alpha": (lambda x, r, w, v: norm(torch.add(x, r, alpha=2), w), {"rms_norm": 1}),
+    "twice itself": (lambda x, r, w, v: (n := norm(x, w)) + n, {"rms_norm": 1}),
+    "another type": (lambda x, r, w, v: norm(x.double() + r, None), {"rms_norm": 1}),
+    "a weight made of the sum": (lambda x, r, w, v: (s := x + r, norm(s, s.mean(0))), {"rms_norm": 1}),
+    "a transposed sum": (lambda x, r, w, v: norm(x.T.contiguous().T + r.T.contiguous().T, w), {"rms_norm": 1}),
+    "a view of the sum": (lambda x, r, w, v: norm((x + r).view(len(x), 1, -1).transpose(0, 1), w), {"rms_norm": 1}),
+    "asked for already": (lambda x, r, w, v: add_rms_norm(x, r, x.shape[-1:], w, EPS), {"add_rms_norm": 1}),
+}
+
+
+def ours(graph: torch.fx.Graph) -> Counter[str]:
+    """How often each of our operators is in it."""
+    names = (str(node.target) for node in graph.nodes if getattr(node.target, "namespace", "") == "rmsnorm")
+    return Counter(name.split(".")[1] for name in names)
+
+
+def joining(seen: list[Counter[str]]) -> Any:
+    """A backend that only joins, and runs the graph's operators one by one."""
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        Neighbours()(graph.graph)
+        graph.graph.lint()
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        seen.append(ours(graph.graph))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+
+
+def results(function: Function, leaves: list[Tensor], rows: int, columns: int) -> list[Tensor]:
+    """Without gradients, and with them: outputs, then gradients."""
+    with torch.no_grad():
+        inferred = function(*leaves)
+    outputs = function(*leaves)
+    inferred, outputs = (one if isinstance(one, tuple) else (one,) for one in (inferred, outputs))
+    grads = [incoming(rows, columns, y.dtype).reshape(y.shape) * (1 + i) for i, y in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    return [*inferred, *(y.detach() for y in outputs), *(g for g in found if g is not None)]
+
+
+def drawn(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    tensors = sample(rows, columns, dtype), sample(rows, columns, dtype, seed=1), gains(columns, dtype=dtype)
+    return [t.clone().requires_grad_() for t in (*tensors, gains(columns, dtype=dtype) * 0.5)]
+
+
+@pytest.mark.parametrize("columns", [1, 3, 127, 576, 1027])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", JOINED | LEFT)
+def test_joined_graphs_have_the_bits_of_eager_mode(name, dtype, columns):
+    function, expected = (JOINED | LEFT)[name]
+    torch.compiler.reset()
+    seen: list[Counter[str]] = []
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=joining(seen))
+    mine, eager = (results(f, drawn(6, columns, dtype), 6, columns) for f in (compiled, function))
+    assert len(mine) == len(eager)
+    assert all(map(same_bits, mine, eager))
+    if name == "a transposed sum" and columns == 1:
+        expected = {"add_rms_norm": 1}  # that is contiguous
+    assert seen[0] == expected
+    assert seen[1] == {f"{operator}_forward": count for operator, count in expected.items()}
+
+
+@pytest.mark.parametrize(("dtype", "joined"), [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False)])
+def test_the_gradient_of_a_residual_stream_is_added_where_that_changes_no_bit(dtype, joined):
+    """Half types would lose the rounding between the two."""
+    graphs: list[torch.fx.Graph] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        Neighbours()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    def function(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+        s = x + r
+        return s + norm(s, w) @ r.T @ r
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+    mine, eager = (results(f, drawn(6, 127, dtype), 6, 127) for f in (compiled, function))
+    assert all(map(same_bits, mine, eager))
+    (found,) = (n for n in graphs[-1].nodes if n.target is torch.ops.rmsnorm.rms_norm_backward.default)
+    assert (found.args[1] is not None) is joined
+
+
+def test_a_graph_without_our_operators_is_left_as_it_is():
+    def function(x: Tensor, r: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x + r, x.shape[-1:]) + r
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(function)(torch.randn(2, 4), torch.randn(2, 4)).graph
+    before = [(node, node.args, node.target) for node in graph.nodes]
+    Neighbours()(graph)
+    assert [(node, node.args, node.target) for node in graph.nodes] == before
+
+
+class Kept(CustomGraphPass):
+    """Remembers our operators in the graphs that Inductor is about to compile."""
+
+    def __init__(self) -> None:
+        self.seen: list[Counter[str]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.seen.append(ours(graph))
+
+    def uuid(self) -> None:
+        return None  # so that nothing comes from a cache
+
+
+@pytest.fixture
+def exact_after():
+    yield
+    rmsnorm.set_compile_mode("exact")
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_inductor_joins_and_hands_over_as_the_mode_says(dynamic, exact_after):
+    """In mode exact with the bits of eager mode; in the other there is none of our operators, and the numbers are near.
+    A graph is made anew when the mode has changed."""
+    kept = Kept()
+    torch.compiler.reset()
+    with torch._inductor.config.patch(post_grad_custom_post_pass=kept):
+        compiled = torch.compile(stream, fullgraph=True, dynamic=dynamic)
+        for rows in (6, 17) if dynamic else (6,):
+            mine, eager = (results(f, drawn(rows, 576, torch.float32), rows, 576) for f in (compiled, stream))
+            assert all(map(same_bits, mine, eager))
+        assert kept.seen[0] == {"add_rms_norm": 2}
+        assert kept.seen[1] == {"add_rms_norm_forward": 2}
+        kept.seen.clear()
+        rmsnorm.set_compile_mode("inductor")
+        near = results(compiled, drawn(6, 576, torch.float32), 6, 576)
+        assert kept.seen
+        assert not any(kept.seen)
+        for a, b in zip(near, results(stream, drawn(6, 576, torch.float32), 6, 576), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_mode_that_there_is_not():
+    with pytest.raises(ValueError, match="unknown mode 'fast'; choose one of 'exact', 'inductor'"):
+        rmsnorm.set_compile_mode("fast")
+
+
+def test_places_that_others_use_are_left_to_them():
+    theirs = Kept()
+    for taken in ({"post_grad_custom_pre_pass"}, {"post_grad_custom_pre_pass", "post_grad_custom_post_pass"}):
+        places = dict.fromkeys(("post_grad_custom_pre_pass", "post_grad_custom_post_pass")) | dict.fromkeys(
+            taken, theirs
+        )
+        with torch._inductor.config.patch(places):
+            _graphs._prepare()
+            now = {place: getattr(torch._inductor.config, place) for place in places}
+        assert all(now[place] is theirs for place in taken)
+        assert [type(one) for place, one in now.items() if place not in taken] == [Neighbours] * (2 - len(taken))
