@@ -42,6 +42,7 @@ def lacking(model: Any, known: Collection[str]) -> dict[str, Any]:
     biases = [name.removesuffix(".bias") for name, _ in model.named_parameters() if name not in known]
     found = {
         "norms": {name: one.eps for name, one in modules.items() if type(one) is RMSNorm},
+        "offsets": {name: one.offset for name, one in modules.items() if type(one) is RMSNorm and one.offset},
         "biases": [name for name in biases if not isinstance(modules.get(name), RMSNorm) and name in modules],
         "centred": [[name, hook.key] for name, hook in hooks if isinstance(hook, CentredArgument)],
     }
@@ -114,6 +115,21 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ValueError: the directory was written by something else, or its class is none of transformers.
         OSError: there is no such directory, or it can't be read.
+
+    Examples:
+        LayerNorms that became RMSNorms are in no configuration of GPT-2, so stock transformers can't load them:
+
+        >>> import subprocess, sys, tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> place = tempfile.mkdtemp()
+        >>> config = GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        >>> GPT2LMHeadModel(config).save_pretrained(f"{place}/in")
+        >>> command = [sys.executable, "-m", "rmsnorm", "convert", f"{place}/in", "--to-rms", "--out", f"{place}/out"]
+        >>> subprocess.run(command, capture_output=True).returncode
+        0
+        >>> model = rmsnorm.surgery.load(f"{place}/out")
+        >>> type(model).__name__, type(model.transformer.ln_f).__name__
+        ('GPT2LMHeadModel', 'RMSNorm')
     """
     place = Path(directory) / MANIFEST
     try:
@@ -144,7 +160,7 @@ def _shell(cls: Any, lacking: dict[str, Any]) -> Any:
         plan = edits.Plan(biases=lacking["biases"])
         for name, eps in lacking["norms"].items():
             weight = "weight" if getattr(self.get_submodule(name), "weight", None) is not None else None
-            plan.swaps[name] = Swap(Norm(name, "", weight, None, eps))
+            plan.swaps[name] = Swap(Norm(name, "", weight, None, eps, lacking["offsets"].get(name, 0.0)))
         plan.hooks = [(name, CentredArgument(key)) for name, key in lacking["centred"]]
         edits.carry_out(self, plan, keep=False)
 
