@@ -6,13 +6,11 @@ memory holds the model, a head that was tied and isn't any more, and what a forw
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import nn
 
 from .._info import version
 from ..models import loading
-from . import proof, saved
+from . import allocator, proof, saved
 from .operations import SurgeryError, operate
 from .pending import Pending
 from .report import BAR, Difference, SurgeryReport
@@ -70,7 +68,7 @@ class Conversion:
         """
         asked = self.options
         source = self._checked()
-        _give_memory_back()
+        allocator.give_back()
         tokenizer, model = loading.load(asked.model, asked.dtype, lambda step: self.doing(loading.STEPS[step]))
         known = {name for name, _ in model.named_parameters()}
         try:
@@ -205,17 +203,6 @@ class Conversion:
             f"## Changed by rmsnorm {version()}\n\n`rmsnorm convert {self.options.model} {words}` changed the norms "
             f"of this model, and not what it computes.\n{_loads(self.found['lacking'], 'this directory')}\n\n{proofs}\n"
         )
-
-
-def _give_memory_back() -> None:
-    """Has glibc take each tensor of 1 MiB or more from the system and give it back when it ends. Else what is kept of
-    a trace comes to lie where the last weight in float64 lay, and the next needs a new place: 1.6 GB for SmolLM2."""
-    with suppress(OSError, AttributeError, TypeError):  # where C's library is another, there is no such thing
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
 
 
 def _loads(lacking: dict[str, Any], where: str) -> str:
