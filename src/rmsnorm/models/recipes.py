@@ -61,12 +61,12 @@ class Recipe:
         memory: str | None = None,
     ) -> Tensor:
         """The norm of ``x`` over its last dimensions, which have the sizes ``shape``, or over groups of the last."""
-        if self.own_gain:
-            assert weight is not None
-            weight = 1.0 + weight
         if self.centred:
             assert eps is not None
             return layer_norm(x, shape, weight, bias, eps)
+        if self.own_gain:
+            assert weight is not None
+            weight = 1.0 + weight
         if self.scaled_input:
             assert weight is not None
             x, weight = (x.float() * weight.float()).to(x.dtype), None
@@ -169,13 +169,6 @@ RECIPES = {
             "rd(f(w) · (f(x) - mean)/sqrt(var + eps) + f(b))",
             "x",
             weight=(True, False),
-            centred=True,
-        ),
-        Recipe(
-            "LayerNorm, 1 + weight",
-            "rd(f(1 + w) · (f(x) - mean)/sqrt(var + eps) + f(b))",
-            "x",
-            own_gain=True,
             centred=True,
         ),
     )

@@ -42,7 +42,6 @@ def lacking(model: Any, known: Collection[str]) -> dict[str, Any]:
     biases = [name.removesuffix(".bias") for name, _ in model.named_parameters() if name not in known]
     found = {
         "norms": {name: one.eps for name, one in modules.items() if type(one) is RMSNorm},
-        "offsets": {name: one.offset for name, one in modules.items() if type(one) is RMSNorm and one.offset},
         "biases": [name for name in biases if not isinstance(modules.get(name), RMSNorm) and name in modules],
         "centred": [[name, hook.key] for name, hook in hooks if isinstance(hook, CentredArgument)],
     }
@@ -160,7 +159,7 @@ def _shell(cls: Any, lacking: dict[str, Any]) -> Any:
         plan = edits.Plan(biases=lacking["biases"])
         for name, eps in lacking["norms"].items():
             weight = "weight" if getattr(self.get_submodule(name), "weight", None) is not None else None
-            plan.swaps[name] = Swap(Norm(name, "", weight, None, eps, lacking["offsets"].get(name, 0.0)))
+            plan.swaps[name] = Swap(Norm(name, "", weight, None, eps))
         plan.hooks = [(name, CentredArgument(key)) for name, key in lacking["centred"]]
         edits.carry_out(self, plan, keep=False)
 

@@ -69,7 +69,7 @@ def _swapped(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, words: str)
 
 
 class Swap:
-    """Makes the RMSNorm that takes a LayerNorm's place: its weight, what is added to that, its eps."""
+    """Makes the RMSNorm that takes a LayerNorm's place: its weight, its eps."""
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
@@ -79,7 +79,7 @@ class Swap:
         some: Tensor | None = weight if weight is not None else next(old.parameters(), None)
         shape: Any = weight.shape if weight is not None else old.normalized_shape
         place = (some.device, some.dtype) if some is not None else ()
-        new = RMSNorm(shape, self.norm.eps, weight is not None, *place, offset=self.norm.offset)
+        new = RMSNorm(shape, self.norm.eps, weight is not None, *place)
         if weight is not None:
             new.weight = weight
         return new.train(old.training)
