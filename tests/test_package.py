@@ -235,7 +235,7 @@ def test_every_file_says_what_it_is_for(path):
 @pytest.mark.parametrize(
     ("text", "owners"),
     [
-        ("ctypes", ["_native"]),
+        ("ctypes", ["_native", "surgery/allocator"]),
         ("pip install", ["_extras"]),
         ("rmsnorm[", []),
         ("environ.get", ["_native", "gpu/route", "study/workers"]),

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _info, functional, hub
+from rmsnorm import _info, functional, hub, surgery
 from rmsnorm.models import report
 
 PUBLIC = {f"rmsnorm.{name}": getattr(rmsnorm, name) for name in rmsnorm.__all__}
 PUBLIC |= {f"rmsnorm.hub.{name}": getattr(hub, name) for name in ("register", "unregister", "mapping")}  # docs/hub.md
+PUBLIC["rmsnorm.surgery.load"] = surgery.load
 RETURNED = {"Info": _info.Info, "Entry": report.Entry}  # by info() and PatchReport
 each = pytest.mark.parametrize("name", PUBLIC)
 
@@ -59,6 +60,9 @@ def test_example_runs(name, capsys):
     """As on the page, after ``import torch`` and ``from rmsnorm import *``."""
     if name.startswith("rmsnorm.hub"):
         pytest.importorskip("kernels")
+    if name == "rmsnorm.surgery.load":
+        pytest.importorskip("transformers")
+        pytest.importorskip("typer")
     if "install" in name and rmsnorm.info().why_not_native:
         pytest.skip("no native library")
     names = {"torch": torch, "rmsnorm": rmsnorm, **{public: getattr(rmsnorm, public) for public in rmsnorm.__all__}}

@@ -25,6 +25,7 @@ RUN_BY = {
     "models.md": "test_tasks.py",
     "log.md": "test_tasks.py",
     "surgery.md": "test_docs.py",
+    "surgery.zh.md": "test_docs.py",
     "scaling.md": "distributed/test_scaling.py",
     "tasks.md": "test_tasks.py",
     "tasks.zh.md": "test_docs.py",

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 LANGUAGES = {"en": "", "zh": "zh"}  # and where each is in the site
 TRANSLATIONS = {"README.md": "README.zh-CN.md", "docs/explained.md": "docs/explained.zh.md"}
-TRANSLATIONS |= {"docs/tasks.md": "docs/tasks.zh.md"}
+TRANSLATIONS |= {"docs/tasks.md": "docs/tasks.zh.md", "docs/surgery.md": "docs/surgery.zh.md"}
 
 # The navigation: parts, and their pages with a title in both languages. Pages of docs/ that it doesn't name come last.
 PARTS = [

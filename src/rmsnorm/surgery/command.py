@@ -37,10 +37,6 @@ def register(app: "typer.Typer") -> "typer.Typer":
         untie: Annotated[bool, typer.Option("--untie/--no-untie", help="Give a tied head a weight of its own.")] = True,
         kind: Annotated[str, typer.Option(help=f"Of the matrix: {', '.join(KINDS)}.")] = "hadamard",
         seed: Annotated[int, typer.Option(help="Of the matrix.")] = 0,
-        exact: Annotated[
-            bool,
-            typer.Option("--exact", help="Prove in float64, not float32, what has 16 bits: four times the memory."),
-        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Replace a directory that this command wrote.")] = False,
         json: Annotated[
             Path | None,
@@ -63,7 +59,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         if json and json != asked.STDOUT and (reason := export.closed(json)):
             raise typer.BadParameter(reason, param_hint="--json")
         out = out.expanduser().absolute()
-        options = Options(model, out, operations, DTYPES.get(dtype), untie, kind, seed, exact, force)
+        options = Options(model, out, operations, DTYPES.get(dtype), untie, kind, seed, force)
         printer, doing = asked.screen(json), screen.Doing()
 
         def show(what: Any) -> None:

@@ -1,7 +1,7 @@
 """The only file that carries ``rmsnorm convert`` out: a model is loaded, changed, proven, and written.
 
-The proof needs no copy. The model itself is widened, from float32 to float64, weight by weight; every operation is done
-and measured there; then it is rounded, once for all of them. So memory holds the model twice, and a weight.
+The proof needs no copy, and none of the model in float64: ``pending.py`` widens what is read while it is read. So
+memory holds the model, a head that was tied and isn't any more, and what a forward of some hundred tokens makes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from torch import nn
 
 from .._info import version
 from ..models import loading
-from . import proof, saved
+from . import allocator, proof, saved
 from .operations import SurgeryError, operate
+from .pending import Pending
 from .report import BAR, Difference, SurgeryReport
 from .samples import trial_of
 
 OPERATIONS = ("to_rms", "fold", "rotate")
 """In the order in which they are done."""
-WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-BARS = {torch.float64: BAR, torch.float32: 1e-4}
-"""What an operation may change, in the type that it is proven in: 100 times what float32 costs a model at most."""
 
 
 class Unconvertible(Exception):
@@ -47,7 +45,6 @@ class Options:
     untie: bool = True
     kind: str = "hadamard"
     seed: int = 0
-    exact: bool = False
     force: bool = False
     tokens: int = 64
 
@@ -71,6 +68,7 @@ class Conversion:
         """
         asked = self.options
         source = self._checked()
+        allocator.give_back()
         tokenizer, model = loading.load(asked.model, asked.dtype, lambda step: self.doing(loading.STEPS[step]))
         known = {name for name, _ in model.named_parameters()}
         try:
@@ -110,38 +108,35 @@ class Conversion:
         """All operations, each proven; then what rounding cost."""
         asked = self.options
         own = next(one.dtype for one in model.parameters() if one.is_floating_point())
-        wide = torch.float64 if asked.exact else WIDE.get(own, own)
-        name, wider = (str(one).removeprefix("torch.") for one in (own, wide))
-        self.found |= {"model": asked.model, "class": type(model).__name__, "dtype": name, "proven_in": wider}
+        name = str(own).removeprefix("torch.")
+        self.found |= {"model": asked.model, "class": type(model).__name__, "dtype": name, "proven_in": "float64"}
         self.show(f"{asked.model}: {type(model).__name__}, {name}")
         trial = trial_of(model, None, tokenizer, asked.tokens, "convert")
         self.doing(f"asking the model, in {name}")
-        unchanged = proof.said(model, trial, own, write=True)
-        self.doing(f"widening the weights to {wider}")
         gc.collect()  # what loading left behind holds every weight once more
-        types = _retyped(model, dict.fromkeys(_tensors(model), wide))
-        self.doing(f"asking the model, in {wider}")
-        exact = before = proof.said(model, trial, wide)
+        unchanged = proof.said(model, trial, own, write=True)
+        self.doing("asking the model, in float64")
+        pending, wide = Pending(model), torch.float64
+        exact = before = proof.said(model, trial, wide, wide=pending)
         reports, inputs = [], [proof.cast(given, wide) for given in trial.inputs]
         for operation in asked.operations:
-            report = self._operated(operation, model, inputs, tokenizer)
-            gc.collect()  # its trace, which holds every tensor of a forward, and is a circle
+            report = self._operated(operation, model, pending, inputs, tokenizer)
             if report.done:
-                self.doing(f"{operation}: asking the changed model, in {wider}")
-                after = proof.said(model, trial, wide)
+                self.doing(f"{operation}: asking the changed model, in float64")
+                after = proof.said(model, trial, wide, wide=pending)
                 proven = proof.compared(wide, before, after)
-                report.differences[wider] = proven
-                if not proven.worst <= BARS[wide]:
+                report.differences["float64"] = proven
+                if not proven.worst <= BAR:
                     raise SurgeryError(
-                        f"{operation}: in {wider} the outputs differ by {proven.worst:.1e} of the largest, more than "
-                        f"{BARS[wide]:.0e}; nothing was written",
+                        f"{operation}: in float64 the outputs differ by {proven.worst:.1e} of the largest, more than "
+                        f"{BAR:.0e}; nothing was written",
                         report,
                     )
                 before = after
             reports.append(report)
         self._refuse_nothing(reports)
-        self.doing(f"rounding the weights to {name}")
-        _retyped(model, {key: types.get(key, own) for key in _tensors(model)})
+        self.doing(f"changing the weights, rounding them to {name}")
+        pending.write()
         if broken := [n for n, one in model.named_parameters() if not bool(one.isfinite().all())]:
             raise OverflowError(f"{broken[0]} would outgrow {name}; give --dtype bfloat16 or float32")
         self.doing(f"asking the changed model, in {name}")
@@ -151,10 +146,12 @@ class Conversion:
         for report in reports:
             self.show("")
             self.show(report)
-        self.show("\n" + _rounding(rounded, wider))
+        self.show("\n" + _rounding(rounded))
         return reports
 
-    def _operated(self, operation: str, model: nn.Module, inputs: Any, tokenizer: Any) -> SurgeryReport:
+    def _operated(
+        self, operation: str, model: nn.Module, pending: Pending, inputs: Any, tokenizer: Any
+    ) -> SurgeryReport:
         asked = self.options
         options: dict[str, Any] = (
             {"kind": asked.kind, "seed": asked.seed} if operation == "rotate" else {"untie": asked.untie}
@@ -168,7 +165,7 @@ class Conversion:
             tokenizer=tokenizer,
             tokens=asked.tokens,
             progress=lambda step: self.doing(f"{operation}: {step}"),
-            undoable=False,
+            pending=pending,
             **options,
         )
 
@@ -219,11 +216,11 @@ def _loads(lacking: dict[str, Any], where: str) -> str:
     )
 
 
-def _rounding(one: Difference, wide: str) -> str:
+def _rounding(one: Difference) -> str:
     """What the rounded model says, beside what its type costs the model that nobody changed."""
     text = f"Rounded to {one.dtype}, all of it: outputs differ by {one.worst:.1e} of the largest"
     if one.own:
-        text += f"; {one.dtype} itself costs the unchanged model {max(one.own.values()):.1e} against {wide}"
+        text += f"; {one.dtype} itself costs the unchanged model {max(one.own.values()):.1e} against float64"
     if one.loss is not None:
         text += f"; loss {one.loss:+.1e}"
     return text + (f"; {one.same_tokens} of {one.tokens} greedy tokens are the same." if one.tokens else ".")
@@ -231,17 +228,3 @@ def _rounding(one: Difference, wide: str) -> str:
 
 def _human(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: one for name, one in named.items() if one.is_floating_point()}
-
-
-def _retyped(model: nn.Module, types: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Gives each tensor its type, one at a time; returns the types that they had."""
-    before = {}
-    for name, one in _tensors(model).items():
-        before[name] = one.dtype
-        one.data = one.data.to(types[name])
-    return before

@@ -9,82 +9,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class Step(Protocol):
-    """A linear change of one parameter."""
-
-    weight: str
-    """Its name."""
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """The parameter after it, in fp64."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Multiplies by one number for each index of an axis."""
-
-    weight: str
-    axis: int
-    factors: Tensor
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return value * self.factors.view(-1, *(1,) * (value.dim() - 1 - self.axis))
-
-
-@dataclass(frozen=True)
-class Centre:
-    """Subtracts the mean along an axis."""
-
-    weight: str
-    axis: int
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return value - value.mean(self.axis, keepdim=True)
-
-
-@dataclass(frozen=True)
-class Rotate:
-    """Multiplies an axis by an orthogonal matrix, ``v ↦ v · Q``, block by block where it has several of its width."""
-
-    weight: str
-    axis: int
-    matrix: Tensor
-
-    def __call__(self, value: Tensor) -> Tensor:
-        width = len(self.matrix)
-        rows = value.movedim(self.axis, -1)
-        turned = rows.reshape(*rows.shape[:-1], -1, width) @ self.matrix.to(value.device)
-        return turned.reshape(rows.shape).movedim(-1, self.axis)
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Sets every element."""
-
-    weight: str
-    number: float
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return torch.full_like(value, self.number)
-
-
-@dataclass(frozen=True)
-class Add:
-    """Adds the product of another weight with a vector, ``b ↦ b + W · v``, W as it was before the operation."""
-
-    weight: str
-    other: str
-    axis: int
-    vector: Tensor
-
-    def product(self, other: Tensor) -> Tensor:
-        return torch.tensordot(other.detach().double(), self.vector, dims=([self.axis], [0]))
+from .steps import Add, Shift, Step
 
 
 @dataclass
@@ -120,8 +50,9 @@ class Plan:
 _done: weakref.WeakKeyDictionary[nn.Module, list[list[Callable[[], None]]]] = weakref.WeakKeyDictionary()
 
 
-def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> int:
+def carry_out(model: nn.Module, plan: Plan, *, keep: bool, compute: Callable[..., None] | None = None) -> int:
     """Does all of it, and returns how many bytes of what was are kept. If anything raises, all is taken back first.
+    ``compute(model, steps, undo)`` does the steps, if not we.
 
     Raises:
         OverflowError: a weight outgrows its type.
@@ -133,7 +64,7 @@ def carry_out(model: nn.Module, plan: Plan, *, keep: bool) -> int:
                 _untie(model, module, attribute, undo)
             for name in plan.biases:
                 _make_bias(model.get_submodule(name), undo)
-            _compute(model, plan.steps, undo if plan.undoable else None)
+            (compute or _compute)(model, plan.steps, undo if plan.undoable else None)
             for name, make in plan.swaps.items():
                 _swap(model, name, make, undo)
             for name, hook in plan.hooks:
@@ -182,18 +113,30 @@ def _take_back(undo: list[Callable[[], None]]) -> None:
             step()
 
 
-def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] | None) -> None:
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    products = [(one.weight, one.product(tensors[one.other])) for one in steps if isinstance(one, Add)]
-    grouped: dict[str, list[Step]] = {}
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """What steps name."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def grouped(
+    tensors: dict[str, Tensor], steps: list[Any], product: Callable[[Add, Tensor], Tensor] = Add.product
+) -> dict[str, list[Step]]:
+    """Of each tensor its steps in their order: what is added comes first."""
+    found: dict[str, list[Step]] = {}
     for one in steps:
-        grouped.setdefault(one.weight, []).extend([] if isinstance(one, Add) else [one])
-    for name, changes in grouped.items():
+        if isinstance(one, Add):
+            found.setdefault(one.weight, []).append(Shift(one.weight, product(one, tensors[one.other])))
+    for one in steps:
+        if not isinstance(one, Add):
+            found.setdefault(one.weight, []).append(one)
+    return found
+
+
+def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] | None) -> None:
+    tensors = named(model)
+    for name, changes in grouped(tensors, steps).items():
         tensor = tensors[name]
         value = tensor.detach().double()
-        for target, product in products:
-            if target == name:
-                value = value + product
         for change in changes:
             value = change(value)
         rounded = value.to(tensor.dtype)

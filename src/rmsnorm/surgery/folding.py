@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from . import norms as table
-from .edits import Add, Fill, Plan, Scale
+from .edits import Plan
 from .graph import Graph, Node
 from .norms import Norm
 from .readers import Followed, Read, follow
+from .steps import Add, Fill, Scale
 from .views import Untraceable, terminals
 
 Fates = dict[str, tuple[str, str]]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 NORM, STALE = "norm", "a write into a part of it"
@@ -16,10 +18,18 @@ class Value:
     """A tensor at one time: what is written in place is a new value."""
 
     tensor: Tensor
+    """A weight, or indices. Of what was computed in floating point only sizes and strides, on the device ``meta``: a
+    trace that kept its numbers would be as large as all that a forward makes."""
     producer: Node | None = None
     weight: str = ""
     """The name of the parameter or buffer that it is."""
     readers: list[Node] = field(default_factory=list)
+    device: torch.device | None = None
+    """Where its numbers were, if ``tensor`` doesn't say so."""
+
+    @property
+    def place(self) -> torch.device:
+        return self.device or self.tensor.device
 
 
 @dataclass(eq=False)
@@ -68,6 +78,14 @@ class Graph:
     """Of each norm, the largest number that it got."""
     used: set[str] = field(default_factory=set)
     """The weights that were read."""
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """Its sizes and strides, without its numbers; a tensor of whole numbers or of a kind of its own stays itself."""
+    if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        return tensor
+    with _disable_current_modes():  # nobody computed it
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def mapped(given: Any, kind: type, change: Any) -> Any:

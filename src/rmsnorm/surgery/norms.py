@@ -123,13 +123,13 @@ def bias(model: nn.Module, norm: Norm) -> Tensor | None:
     return values if bool(values.any()) else None
 
 
-def channels(norm: Norm, model: nn.Module, output: Tensor) -> Tensor:
+def channels(norm: Norm, model: nn.Module, output: Tensor, device: torch.device) -> Tensor:
     """Of each element of an output the index of its gain, ``[*output]`` in int64."""
     attribute = norm.weight or norm.bias
     if attribute is None:
-        return torch.arange(output.shape[-1], device=output.device).expand(output.shape)
+        return torch.arange(output.shape[-1], device=device).expand(output.shape)
     weight: Tensor = getattr(model.get_submodule(norm.name), attribute)
-    index = torch.arange(weight.numel(), device=output.device)
+    index = torch.arange(weight.numel(), device=device)
     if norm.layout == "channels":
         return index.view(-1, *(1,) * (output.dim() - 2)).expand(output.shape)
     if norm.layout == "number":

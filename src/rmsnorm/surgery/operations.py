@@ -16,6 +16,7 @@ from . import edits, folding, norms, proof, streams
 from .edits import Plan
 from .graph import Graph
 from .norms import Norm
+from .pending import Pending
 from .report import BAR, Fate, SurgeryReport
 from .rotation import KINDS
 from .samples import trial_of
@@ -67,13 +68,13 @@ def operate(
     tokenizer: Any,
     tokens: int,
     progress: Callable[[str], None] = lambda step: None,
-    undoable: bool = True,
+    pending: Pending | None = None,
     **options: Any,
 ) -> SurgeryReport:
     """One of ``PLANNERS`` with its options, from the trace to the proof; ``_surgery.py`` explains the arguments.
 
-    ``progress`` hears what is being done, in a few words, before each step. With ``undoable=False`` no weight is kept
-    on the way: the model is lost if anything raises.
+    ``progress`` hears what is being done, in a few words, before each step. With ``pending`` the model is what that
+    makes of it; so are the changes: planned, and neither proven here nor written.
     """
     _check(model, operation)
     if "kind" in options:
@@ -83,18 +84,24 @@ def operate(
     found, unknown = norms.find(model)
     trial = trial_of(model, inputs, tokenizer, tokens, operation)
     progress("following every tensor through the model")
-    with _wide(model):
+    plan = Plan()
+    with pending or _wide(model):
         graph = trace(model, found, trial.inputs)
-        alike = not options.get("untie") or proof.untied_alike(model, trial)
-    if not alike:
-        options["untie"] = False
-        report.notes.append("nothing was untied: this model computes something else where its configuration says so")
-    plan = Plan(undoable=undoable)
-    fates = PLANNERS[operation](model, graph, found, plan, **options)
+        if options.get("untie") and not proof.untied_alike(model, trial):
+            options["untie"] = False
+            report.notes.append(
+                "nothing was untied: this model computes something else where its configuration says so"
+            )
+    with pending or nullcontext():
+        fates = PLANNERS[operation](model, graph, found, plan, **options)
     report.left = [Fate(name, cls, reason=reason) for name, (cls, reason) in unknown.items()]
     report.unused = [name for name, _ in model.named_parameters() if name not in graph.used]
     if plan:
         report.notes += plan.notes()
+    if plan and pending:
+        progress("planning what becomes of each weight")
+        pending.take(plan)
+    elif plan:
         _carry_out(report, model, trial, plan, keep=keep, verify=verify, progress=progress)
     after = _largest_after(model, found, trial) if plan and verify and operation != "fold" else {}
     for name, norm in found.items():

@@ -23,6 +23,8 @@ from .report import Difference
 from .trace import call, evaluating, results
 
 SMALL = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = 32
+"""Of logits that are looked at together: they are as wide as a vocabulary."""
 
 
 class Wide(TorchDispatchMode):
@@ -80,18 +82,23 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def said(model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False) -> Said:
-    """The model's answers; it has the type already."""
+def said(
+    model: Any, trial: Trial, dtype: torch.dtype, *, write: bool = False, wide: TorchDispatchMode | None = None
+) -> Said:
+    """The model's answers; it has the type already, or ``wide`` makes it seem so."""
     found = Said()
-    wide: Any = Wide() if dtype is torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
-    with evaluating(model), torch.random.fork_rng(devices=[]), wide, _default(dtype):
+    mode: Any = wide or (Wide() if dtype is torch.float64 else nullcontext())  # type: ignore[no-untyped-call]
+    with evaluating(model), torch.random.fork_rng(devices=[]), mode, _default(dtype):
         for number, given in enumerate(trial.inputs):
             torch.manual_seed(0)
             for name, one in results(call(model, cast(given, dtype))).items():
                 found.outputs[f"{name}{f'.{number}' if number else ''}"] = one.double()
         if trial.text is not None:
             logits = model(input_ids=trial.text[None, :-1], use_cache=False).logits[0]
-            found.loss = float(cross_entropy(logits.double(), trial.text[1:]))
+            parts = zip(logits.split(ROWS), trial.text[1:].split(ROWS), strict=True)  # each is a copy in fp64
+            found.loss = sum(float(cross_entropy(one.double(), ids, reduction="sum")) for one, ids in parts) / len(
+                logits
+            )
         if write and trial.prompt is not None and trial.tokens:
             found.written = _written(model, trial.prompt, trial.tokens)
     return found

@@ -71,7 +71,8 @@ def follow(model: nn.Module, graph: Graph, norm: Norm) -> Followed:
     results = {value: name for name, value in graph.results.items()}
     for node in graph.nodes:
         if node.op == NORM and node.module == norm.name:
-            shadows[node.outputs[0]] = channels(norm, model, node.outputs[0].tensor)
+            output = node.outputs[0]
+            shadows[output] = channels(norm, model, output.tensor, output.place)
             continue
         shadowed = [value for value in node.inputs() if value in shadows]
         if not shadowed or node.name in SHAPES:
@@ -103,7 +104,9 @@ def _moved(node: Node, shadows: dict[Value, Tensor]) -> Iterable[Tensor]:
         found = shadows.get(value)
         if found is not None:
             return found
-        return torch.full_like(value.tensor, -1, dtype=torch.int64) if node.name in ("cat", "stack") else value.tensor
+        if node.name in ("cat", "stack"):
+            return torch.full(value.tensor.shape, -1, device=value.place)
+        return value.tensor
 
     if node.name in ("to_copy", "clone", "contiguous"):
         return [shadows[node.inputs()[0]]]

@@ -114,6 +114,21 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ValueError: the directory was written by something else, or its class is none of transformers.
         OSError: there is no such directory, or it can't be read.
+
+    Examples:
+        LayerNorms that became RMSNorms are in no configuration of GPT-2, so stock transformers can't load them:
+
+        >>> import subprocess, sys, tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> place = tempfile.mkdtemp()
+        >>> config = GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        >>> GPT2LMHeadModel(config).save_pretrained(f"{place}/in")
+        >>> command = [sys.executable, "-m", "rmsnorm", "convert", f"{place}/in", "--to-rms", "--out", f"{place}/out"]
+        >>> subprocess.run(command, capture_output=True).returncode
+        0
+        >>> model = rmsnorm.surgery.load(f"{place}/out")
+        >>> type(model).__name__, type(model.transformer.ln_f).__name__
+        ('GPT2LMHeadModel', 'RMSNorm')
     """
     place = Path(directory) / MANIFEST
     try:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..module import RMSNorm
 from . import norms as table
 from . import stream as streams
-from .edits import Centre, Fill, Plan, Rotate, Scale
+from .edits import Plan
 from .folding import Fates, Kept, fold, owners, refuse_unseen, refuse_unseen_twins, separate
 from .graph import Graph, Node
 from .norms import Norm
 from .readers import follow
 from .rotation import orthogonal
+from .steps import Centre, Fill, Rotate, Scale
 from .views import Untraceable, terminals
 from .walk import Stream
 
@@ -77,9 +78,8 @@ class Swap:
         weight: Any = getattr(old, self.norm.weight) if self.norm.weight else None
         some: Tensor | None = weight if weight is not None else next(old.parameters(), None)
         shape: Any = weight.shape if weight is not None else old.normalized_shape
-        new = RMSNorm(
-            shape, self.norm.eps, weight is not None, *((some.device, some.dtype) if some is not None else ())
-        )
+        place = (some.device, some.dtype) if some is not None else ()
+        new = RMSNorm(shape, self.norm.eps, weight is not None, *place)
         if weight is not None:
             new.weight = weight
         return new.train(old.training)

@@ -7,6 +7,7 @@ of. Weights are leaves, known by their storage, so a slice or a transposed view 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .graph import NORM, STALE, Call, Graph, Node, Value, mapped
+from .graph import NORM, STALE, Call, Graph, Node, Value, mapped, outline
 
 
 def trace(model: nn.Module, norms: Mapping[str, Any], inputs: Iterable[Any]) -> Graph:
@@ -62,12 +63,16 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.norms, self.graph = model, norms, graph
         self.values: dict[int, Value] = {}
-        self.storages: dict[int, list[Tensor]] = {}
+        """Of each tensor that exists, by its id;"""
+        self.ends: dict[int, weakref.ref[Tensor]] = {}
+        """and what forgets it when it ends: another may get its id."""
+        self.storages: dict[int, set[int]] = {}
+        """Of each memory the tensors that lie in it."""
         self.path: list[str] = [""]
         self.inside = 0
         """How deep in a norm: nothing is written down there."""
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._new(tensor).weight = name
+            self._new(tensor, weight=name)
 
     def run(self, given: Any) -> None:
         with ExitStack() as stack:
@@ -90,11 +95,12 @@ class _Tracer(TorchDispatchMode):
         output = func(*args, **kwargs)
         node = Node(func.__name__, self.path[-1], func, *given)
         self._add(node)
+        seen = set()
         for i in written:
             target = args[i] if i < len(args) else kwargs.get(func._schema.arguments[i].name)
             for one in (one for one in tree_leaves(target) if isinstance(one, Tensor)):
                 self._overwritten(one, node)
-        seen = {id(value.tensor) for value in node.outputs}
+                seen.add(id(one))
         for one in tree_leaves(output):
             if isinstance(one, Tensor) and id(one) not in seen:
                 node.outputs.append(self._new(one, node))
@@ -111,18 +117,26 @@ class _Tracer(TorchDispatchMode):
         found = self.values.get(id(tensor))
         return self._new(tensor) if found is None else found
 
-    def _new(self, tensor: Tensor, producer: Node | None = None) -> Value:
-        value = Value(tensor, producer)
-        if id(tensor) not in self.values and tensor.layout is torch.strided:
-            self.storages.setdefault(_storage(tensor), []).append(tensor)
-        self.values[id(tensor)] = value
+    def _new(self, tensor: Tensor, producer: Node | None = None, weight: str = "") -> Value:
+        key = id(tensor)
+        value = Value(tensor if weight else outline(tensor), producer, weight, device=tensor.device)
+        if key not in self.values and tensor.layout is torch.strided:
+            place = _storage(tensor)
+            self.storages.setdefault(place, set()).add(key)
+            self.ends[key] = weakref.ref(tensor, lambda _: self._forget(key, place))
+        self.values[key] = value
         return value
+
+    def _forget(self, key: int, place: int) -> None:
+        self.values.pop(key, None)
+        self.ends.pop(key, None)
+        self.storages[place].discard(key)
 
     def _overwritten(self, tensor: Tensor, node: Node) -> None:
         """Gives it a new value. Who reads another view of its memory afterwards reads what nobody followed."""
-        for other in self.storages.get(_storage(tensor), ()):
-            if other is not tensor:
-                self._new(other, Node(STALE, self.path[-1]))
+        for key in tuple(self.storages.get(_storage(tensor), ())):
+            if key != id(tensor) and (other := self.values.get(key)):
+                self.values[key] = Value(other.tensor, Node(STALE, self.path[-1]), device=other.device)
         node.outputs.append(self._new(tensor, node))
 
     def _enters(self, name: str) -> Any:
@@ -137,6 +151,7 @@ class _Tracer(TorchDispatchMode):
                     self.graph.calls.append(Call(name, key, self._value(one)))
             if name in self.norms:
                 self.inside = 1
+                self._measured(name, [one for _, one in given if isinstance(one, Tensor)][0 if args else -1])
 
         return hook
 
@@ -160,7 +175,9 @@ class _Tracer(TorchDispatchMode):
         node.outputs.append(self._new(output, node))
         owner = self.model.get_submodule(name)
         self.graph.used |= {f"{name}.{own}".lstrip(".") for own, _ in owner.named_parameters()}
-        x = values[0].tensor.double()
+
+    def _measured(self, name: str, given: Tensor) -> None:
+        x = given.double()
         if x.numel():
             least, largest = float(x.square().mean(-1).min()), float(x.abs().max())
             self.graph.least[name] = min(least, self.graph.least.get(name, least))
