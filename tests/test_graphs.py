@@ -113,7 +113,7 @@ def drawn(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.clone().requires_grad_() for t in (*tensors, gains(columns, dtype=dtype) * 0.5)]
 
 
-@pytest.mark.parametrize("columns", [1, 3, 127, 576, 1027])
+@pytest.mark.parametrize("columns", [127, 1027, *(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 3, 576))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", JOINED | LEFT)
 def test_joined_graphs_have_the_bits_of_eager_mode(name, dtype, columns):

@@ -121,6 +121,7 @@ def test_export_and_back(options, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)  # dx cancels: two orders of fp32 sums
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_aot_inductor_package(tmp_path):
     """Compiled ahead of time, loaded from the file, run at another size."""

@@ -45,6 +45,7 @@ def train(steps: int) -> tuple[list[float], list[float], dict[str, int]]:
     return sharded, example["train"](build(8, 128), windows), sent
 
 
+@pytest.mark.heavy
 def test_four_ranks(ranks):
     for sharded, alone, sent in ranks.run(train, 3):
         assert max(abs(ours - theirs) for ours, theirs in zip(sharded, alone, strict=True)) <= BOUND

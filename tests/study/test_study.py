@@ -133,6 +133,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.heavy
 def test_torchrun_spreads_the_arms(unbroken: Path, tmp_path: Path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     folder = tmp_path / "spread"

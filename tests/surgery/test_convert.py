@@ -101,7 +101,7 @@ def test_a_folded_llama_is_a_llama(places: Any, tmp_path: Path) -> None:
     assert said(load(tmp_path / "out")).keys() == said(after).keys()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "whisper", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("whisper", "vit"))])
 def test_what_stock_transformers_cannot_load_it_does_not_load_wrongly(places: Any, tmp_path: Path, name: str) -> None:
     """New norms, biases of Conv1D's heads, Whisper's centred argument: ours loads them, and theirs finds no weights."""
     out = tmp_path / "out"
@@ -140,7 +140,10 @@ def test_half_a_model_is_proven_in_float64_and_stays_half(places: Any, tmp_path:
     assert max(found["rounded"]["outputs"].values()) < 3 * max(found["rounded"]["own"].values())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "mamba2", "t5", "gpt2", "dinov2", "clip"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("gemma", "mamba2", "t5", "dinov2", "clip"))],
+)
 def test_steps_of_all_operations_are_rounded_once(places: Any, tmp_path: Path, name: str) -> None:
     """The truth: the operations carried out on a copy in float64, one after the other, and rounded at the end."""
     cls = type(small.make(name))

@@ -44,6 +44,7 @@ def saved(place: Path, dtype: torch.dtype, **sizes: Any) -> int:
     return sum(one.nbytes for one in model.parameters())
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process took")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_twice_and_no_more(tmp_path: Path, dtype: torch.dtype) -> None:
