@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import types
 import warnings
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import launched
 from pages import Page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,12 +81,10 @@ def test_shard_prints_what_is_shown(tmp_path):
     (tmp_path / "shard.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "shard.py"]
     assert "torchrun --nproc-per-node 2 shard.py" in TASKS.text
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    variables = {}
     if paths := os.environ.get("PYTHONPATH"):  # which may be relative, and the program starts elsewhere
-        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=tmp_path
-    )
+        variables["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    ended = launched(command, 240, cwd=tmp_path, **variables)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout == output
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launched import launched
 from pool import mesh
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process has the ranks
@@ -22,8 +21,7 @@ BOUND = 5e-6  # ten units in the last place of a loss; the example argues it
 def test_two_ranks_under_torchrun():
     """The command of README. No rank waits for another longer than a minute; the limit here is for a slow machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    ended = launched(command, 240)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
     assert "on 2 cpu ranks" in ended.stdout
     losses = [(float(sharded), float(alone)) for sharded, alone in LOSSES.findall(ended.stdout)]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from launched import launched
 from typer.testing import CliRunner
 
 from rmsnorm import cli
@@ -137,15 +138,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path):
 def test_torchrun_spreads_the_arms(unbroken: Path, tmp_path: Path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     folder = tmp_path / "spread"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        command(*SMALL, "--out", folder, launcher=launcher),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
+    ended = launched(command(*SMALL, "--out", folder, launcher=launcher), 300, made=folder)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert outcomes(folder) == outcomes(unbroken)
 
