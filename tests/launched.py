@@ -14,8 +14,8 @@ end, 1 of about 80 with one. Nothing that our tests ask for happens after that."
 
 
 def launched(command: list[str], seconds: float, cwd: Path | None = None, made: Path | None = None, **variables: str):
-    """What came of it, with a thread a rank. Where torch aborted, it is started again, twice at most, and the folder that
-    it ``made`` is removed before."""
+    """What came of it, with a thread a rank. Where torch aborted, it is started again, twice at most; what it ``made``,
+    a folder, is removed before."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     for _ in range(3):
         ended = subprocess.run(
