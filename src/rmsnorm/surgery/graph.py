@@ -20,16 +20,12 @@ class Value:
     tensor: Tensor
     """A weight, or indices. Of what was computed in floating point only sizes and strides, on the device ``meta``: a
     trace that kept its numbers would be as large as all that a forward makes."""
+    device: torch.device
+    """Where its numbers were."""
     producer: Node | None = None
     weight: str = ""
     """The name of the parameter or buffer that it is."""
     readers: list[Node] = field(default_factory=list)
-    device: torch.device | None = None
-    """Where its numbers were, if ``tensor`` doesn't say so."""
-
-    @property
-    def place(self) -> torch.device:
-        return self.device or self.tensor.device
 
 
 @dataclass(eq=False)

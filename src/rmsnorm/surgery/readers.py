@@ -72,7 +72,7 @@ def follow(model: nn.Module, graph: Graph, norm: Norm) -> Followed:
     for node in graph.nodes:
         if node.op == NORM and node.module == norm.name:
             output = node.outputs[0]
-            shadows[output] = channels(norm, model, output.tensor, output.place)
+            shadows[output] = channels(norm, model, output.tensor, output.device)
             continue
         shadowed = [value for value in node.inputs() if value in shadows]
         if not shadowed or node.name in SHAPES:
@@ -105,7 +105,7 @@ def _moved(node: Node, shadows: dict[Value, Tensor]) -> Iterable[Tensor]:
         if found is not None:
             return found
         if node.name in ("cat", "stack"):
-            return torch.full(value.tensor.shape, -1, device=value.place)
+            return torch.full(value.tensor.shape, -1, device=value.device)
         return value.tensor
 
     if node.name in ("to_copy", "clone", "contiguous"):

@@ -119,7 +119,7 @@ class _Tracer(TorchDispatchMode):
 
     def _new(self, tensor: Tensor, producer: Node | None = None, weight: str = "") -> Value:
         key = id(tensor)
-        value = Value(tensor if weight else outline(tensor), producer, weight, device=tensor.device)
+        value = Value(tensor if weight else outline(tensor), tensor.device, producer, weight)
         if key not in self.values and tensor.layout is torch.strided:
             place = _storage(tensor)
             self.storages.setdefault(place, set()).add(key)
@@ -136,7 +136,7 @@ class _Tracer(TorchDispatchMode):
         """Gives it a new value. Who reads another view of its memory afterwards reads what nobody followed."""
         for key in tuple(self.storages.get(_storage(tensor), ())):
             if key != id(tensor) and (other := self.values.get(key)):
-                self.values[key] = Value(other.tensor, Node(STALE, self.path[-1]), device=other.device)
+                self.values[key] = Value(other.tensor, other.device, Node(STALE, self.path[-1]))
         node.outputs.append(self._new(tensor, node))
 
     def _enters(self, name: str) -> Any:
