@@ -83,7 +83,7 @@ models: $(NATIVE) ## the table of docs/models.md: SmolLM2 before and after patch
 gain: $(NATIVE) ## the first table of the README: whole models before and after patch(); ten minutes, on a quiet machine
 	$(BIN)/python tests/models/gains.py
 
-surgery: $(NATIVE) ## the tables of docs/surgery.md: what folds and rotations cost and bring; ten minutes
+surgery: $(NATIVE) ## the tables of docs/surgery.md: what folds and rotations cost and bring; 15 minutes, on a quiet machine
 	$(BIN)/python benchmarks/surgery.py --write
 
 explained: $(NATIVE) ## draw the figures of docs/explained.md, and write what its code and that of docs/tasks.md prints

@@ -10,22 +10,22 @@ Each run is a process for each number of threads, with the allocator settled as 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from neighbours import EPS, noise, tensors_of
+from neighbour_forms import EPS, noise
+from processes import say, tensors_of, what_they_say, where
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm.bench import console, pages, timing, worker
+from rmsnorm.bench import pages, timing
 
 Calls = dict[str, Callable[[], Any]]
 RIVALS = ("zentorch", "sglang")
@@ -178,14 +178,14 @@ def race(given: argparse.Namespace) -> None:
                 apart = check(calls)
                 times = timing.measure(calls, given.seconds)
             medians = {rival: times["rmsnorm"].ratio(times[rival]) for rival in apart}
-            print(json.dumps([name, {who: time.fastest for who, time in times.items()}, medians, apart]), flush=True)
+            say(name, {who: time.fastest for who, time in times.items()}, medians, apart)
 
 
 def ways() -> str:
     return pages.table(["", *RIVALS], [[form, *theirs] for form, theirs in WAYS.items()])
 
 
-def results(runs: list[list[Any]], threads: list[int]) -> str:
+def results(runs: list[tuple[int, list[Any]]], threads: list[int]) -> str:
     """A row for each case: the fastest samples of all runs, as medians say how busy the machine was.
 
     Long calls are never undisturbed then: of those the quotients round by round, and the middle one of the runs.
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
-        import zentorch as _  # it brings operators
+        importlib.import_module("zentorch")  # it brings operators
     except ImportError:
         print("zentorch is not installed", file=sys.stderr)
     if given.sglang:
@@ -232,19 +232,10 @@ def main() -> None:
     if given.one:
         race(given)
         return
-    here, threads, runs = console.machine(), [int(count) for count in given.threads.split(",")], []
-    for _ in range(given.runs):
-        for count in threads:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one"]
-            process = subprocess.run(
-                command, env={**os.environ, **worker.environment(count)}, stdout=subprocess.PIPE, text=True, check=True
-            )
-            for line in process.stdout.splitlines():
-                print(count, line, flush=True)
-                runs.append((count, json.loads(line)))
-    where = f"{here['cpu']}, {here['cores']} cores, CPU target {here['cpu_target']}, torch {here['torch']}, "
-    when = f"{versions(given.sglang)}, {here['date'][:10]}, {given.runs} runs, load average {here['load']:.0f}"
-    content = f"{where}{when}.\n\n{ways()}\n{results(runs, threads)}"
+    threads = [int(count) for count in given.threads.split(",")]
+    head = f"{where()}, {versions(given.sglang)}, {given.runs} runs."
+    runs = list(what_they_say(__file__, given.runs, threads))
+    content = f"{head}\n\n{ways()}\n{results(runs, threads)}"
     print(content)
     if given.write:
         page = Path(__file__).parents[1] / "docs/performance/tables.md"

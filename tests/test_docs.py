@@ -167,7 +167,7 @@ def test_what_is_measured_of_surgery_stands_in_both_languages():
         dict(re.findall(r"<!-- (\w+): made by `make surgery` -->\n(.*?)<!-- end -->", page(name).text, re.DOTALL))
         for name in ("docs/surgery.md", "docs/surgery.zh.md")
     ]
-    assert [*blocks[0]] == [*blocks[1]] == ["fold", "int8", "whisper"]
+    assert [*blocks[0]] == [*blocks[1]] == ["fold", "int8", "whisper", "speed"]
     for key, block in blocks[0].items():
         assert len(re.findall(r"\d", block)) > 40
         assert re.findall(r"[\d.e+–-]*\d", block) == re.findall(r"[\d.e+–-]*\d", blocks[1][key])

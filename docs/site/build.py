@@ -45,6 +45,7 @@ PARTS = [
             "docs/numerics.md": ("The numerics contract", "数值约定"),
             "docs/performance.md": ("Performance", "性能"),
             "docs/performance/tables.md": ("Every measured number", "全部测量数据"),
+            "docs/performance/neighbours.md": ("The neighbourhood, form by form", "邻域：逐个形式"),
             "docs/performance/log.md": ("What was tried for speed", "性能试验记录"),
             "docs/home.md": ("What torch does to a norm", "与 torch 的行为对照"),
             "docs/study/README.md": ("More stable training?", "训练更稳定？"),
