@@ -90,12 +90,21 @@ template <class T, class Sums, class Add>
 RMSNORM_INLINE void sum_columns(Sums& sum, int64_t columns, Add&& add) {
   const auto body = [&](auto span, auto u) __attribute__((always_inline)) { add(span, u.value); };
   int64_t j = 0;
-  for (; __builtin_expect(columns - j > Sums::kBlock, 0); j += Sums::kBlock) {
-    for_whole_columns<T, Sums::kUnroll>(j, j + Sums::kBlock, body);
+  if constexpr (kCompact) {
+    do {
+      const int64_t end = columns - j > Sums::kBlock ? j + Sums::kBlock : columns;
+      for_columns<T, Sums::kUnroll>(j, end, body);
+      sum.end_block();
+      j = end;
+    } while (j < columns);
+  } else {
+    for (; __builtin_expect(columns - j > Sums::kBlock, 0); j += Sums::kBlock) {
+      for_whole_columns<T, Sums::kUnroll>(j, j + Sums::kBlock, body);
+      sum.end_block();
+    }
+    for_columns<T, Sums::kUnroll>(j, columns, body);
     sum.end_block();
   }
-  for_columns<T, Sums::kUnroll>(j, columns, body);
-  sum.end_block();
 }
 
 // The two rules for eps: 1/rms = 1/sqrt(mean square + eps), or, for a negative one, 1/sqrt(max(mean square, -eps)), as
