@@ -94,9 +94,9 @@ class BuildNative(build_ext):
             if name == "avx512bf16":
                 define.append("-DRMSNORM_LENDER=target_avx512")
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
-        facing_torch = [Path("csrc/aten.cpp"), *sorted(Path("csrc").glob("*ops.cpp"))]
+        facing_torch = [Path("csrc/aten.cpp"), Path("csrc/gpu_launches.cpp"), *sorted(Path("csrc").glob("*ops.cpp"))]
         units += [(str(source), f"{source.stem}.o", boundary) for source in facing_torch]
-        units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "older")]
+        units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "launch", "older")]
 
         def compile_unit(unit: tuple[str, str, list[str]]) -> str:
             source, target, flags = unit
