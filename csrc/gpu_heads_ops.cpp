@@ -52,7 +52,7 @@ Matrix Turn::matrix(const Tensor* heads) {
 
 Tensor Turn::room(const Input& input) {
   const int64_t dims = input.sizes.count;
-  std::array<int64_t, kMaxDims> shape;
+  std::array<int64_t, kMaxDims> shape = {};
   std::copy_n(input.sizes.data, dims, shape.data());
   std::swap(shape[dims - 3], shape[dims - 2]);
   return torch::stable::transpose(input.room(shape.data(), dims, input.type), dims - 3, dims - 2);
@@ -150,7 +150,7 @@ Two rope_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bo
 Tensor head_statistic(const Tensor& heads) {
   const Input in(heads, 1);
   const int64_t dims = in.sizes.count;
-  std::array<int64_t, kMaxDims> shape;
+  std::array<int64_t, kMaxDims> shape = {};
   std::copy_n(in.sizes.data, dims, shape.data());
   std::swap(shape[dims - 3], shape[dims - 2]), shape[dims - 1] = 1;
   return in.room(shape.data(), dims, wide(in.type));

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 import torch
-from oracle import EPS
+from oracle import DTYPES, EPS
 from torch import Tensor
 
 COLUMNS = (1, 3, 127, 129, 576, 1027, 5137)
@@ -30,6 +31,19 @@ def laid(layout: str, *sizes: int, dtype: torch.dtype) -> Tensor:
 
 
 LAYOUTS = ("plain", "apart", "odd", "every other", "transposed", "expanded")
+
+
+def kinds(first: str, *layouts: str) -> list:
+    """Types and layouts; those that repeat what a neighbour shows are heavy."""
+    return [
+        pytest.param(
+            *(dtype, layout),
+            id=f"{str(dtype)[6:]}-{layout}",
+            marks=[] if dtype is torch.bfloat16 or layout == first else pytest.mark.heavy,
+        )
+        for dtype in DTYPES
+        for layout in (first, *layouts)
+    ]
 
 
 def sizes(layout: str) -> list[tuple[int, int]]:

@@ -13,8 +13,8 @@ from itertools import product
 import pytest
 import standin
 import torch
-from launches import LAYOUTS, Call, everything, heads, sizes
-from oracle import DTYPES, EPS
+from launches import LAYOUTS, Call, everything, heads, kinds, sizes
+from oracle import EPS
 from torch import Tensor
 
 from rmsnorm import _native, _ops
@@ -63,8 +63,7 @@ def never_python(monkeypatch):
     assert not reached, "C++ handed a call to Python"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "layout"), kinds(*LAYOUTS))
 def test_launches_are_tritons(driver, never_python, dtype, layout):
     """For every awkward size, each form with and without gains, offset and roundings."""
     launched = 0
@@ -80,8 +79,7 @@ def test_launches_are_tritons(driver, never_python, dtype, layout):
     assert launched > 1000
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "layout"), kinds(*LAYOUTS))
 def test_launches_of_modulated_norms_are_tritons(driver, never_python, dtype, layout):
     """With the mean (LayerNorm) and without, with a residual that is gated, and none; rows share their modulation."""
     for columns, rows in sizes(layout):
@@ -93,8 +91,7 @@ def test_launches_of_modulated_norms_are_tritons(driver, never_python, dtype, la
                     assert same(driver, name, arguments, placed)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "layout"), kinds(*LAYOUTS))
 def test_launches_of_the_other_norms_are_tritons(driver, never_python, dtype, layout):
     """With a bias, of some columns, with a floor; lean gradients; sandwiches, and quantised norms."""
     for columns, rows in sizes(layout):
@@ -106,8 +103,7 @@ def test_launches_of_the_other_norms_are_tritons(driver, never_python, dtype, la
                     assert same(driver, name, arguments, layout == "plain" or name != "sandwich_rms_norm_backward")
 
 
-@pytest.mark.parametrize("layout", ["written", *LAYOUTS])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "layout"), kinds("written", *LAYOUTS))
 def test_launches_of_heads_are_tritons(driver, never_python, dtype, layout):
     for columns, batch in product((16, 24, 64, 127, 128, 576), (1, 3)):
         for first, interleaved in product((False, True), repeat=2):
