@@ -180,8 +180,8 @@ def gpu_register(key: str, prefix: str) -> None:
 
 
 def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles: Sequence[int]) -> str | None:
-    """Finds the driver, or says what is missing. The loader gets the key of a kernel that isn't known; what it raises
-    is left to the call's own way in Python, which meets the same."""
+    """Finds the driver, or says what is missing. The loader gets the key of a kernel that isn't known; one for which it
+    raises is Triton's to launch from then on, through Python, which meets the same and says so."""
     global _loader
     assert _library is not None
     functions: list[int | None] = []
@@ -194,9 +194,11 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
     _library.rmsnorm_gpu_open((ctypes.c_void_p * len(functions))(*functions))
 
     def load(key: int, size: int) -> bool:
+        name = ctypes.string_at(key, size)
         try:
-            return loader(ctypes.string_at(key, size))
+            return loader(name)
         except Exception:
+            gpu_kernel(name, 0, 0, 0, b"")
             return False
 
     _loader = _LOADER(load)

@@ -276,14 +276,19 @@ def test_a_kernel_that_triton_has_to_launch(driver, monkeypatch):
     standin.in_cpp("rms_norm")(x, None, 1, EPS, 0.0, False)
     assert len(driver.launches()) == 1
 
+    asked = []
+
     def broken(*arguments, **options):
+        asked.append(arguments)
         raise NotImplementedError("no such kernel")
 
     with monkeypatch.context() as patch:
         patch.setattr(launcher, "kernels", broken)
         patch.setattr(launch, "_launch", broken)
-        with pytest.raises(NotImplementedError, match="no such kernel"):
-            standin.in_cpp("rms_norm")(torch.zeros(3, 128), None, 1, EPS, 0.0, False)
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="no such kernel"):
+                standin.in_cpp("rms_norm")(torch.zeros(3, 128), None, 1, EPS, 0.0, False)
+        assert [len(arguments) for arguments in asked] == [0, 5, 5], "it is asked for once, then Python launches"
 
 
 def test_errors_are_pythons(driver):
