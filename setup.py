@@ -94,9 +94,14 @@ class BuildNative(build_ext):
             if name == "avx512bf16":
                 define.append("-DRMSNORM_LENDER=target_avx512")
             units.append(("csrc/target.cpp", f"target_{name}.o", [*common, *define, *KERNEL_FLAGS, *flags]))
-        facing_torch = [Path("csrc/aten.cpp"), *sorted(Path("csrc").glob("*ops.cpp"))]
-        units += [(str(source), f"{source.stem}.o", boundary) for source in facing_torch]
-        units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "older")]
+        facing_torch = [Path("csrc/aten.cpp"), Path("csrc/gpu_launches.cpp"), *sorted(Path("csrc").glob("*ops.cpp"))]
+        # A GPU's operators do nothing but call: at -O2 they are 390 kB, at -Os 180, for 0.1 µs of a call's 3.
+        small = ["-Os" if flag == "-O2" else flag for flag in boundary]
+        units += [
+            (str(source), f"{source.stem}.o", small if source.stem.startswith("gpu") else boundary)
+            for source in facing_torch
+        ]
+        units += [(f"csrc/{name}.cpp", f"{name}.o", [*common, "-O2"]) for name in ("dispatch", "launch", "older")]
 
         def compile_unit(unit: tuple[str, str, list[str]]) -> str:
             source, target, flags = unit

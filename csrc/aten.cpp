@@ -37,17 +37,15 @@ bool takes(const Tensor& input, const Sizes& shape, OptionalTensor& weight) {
   return good;
 }
 
-// Why torch's formula failed. The stable ABI tells that a call did, not why; _install.py, which holds the formula, says
-// it here on its way out.
+// Why an operator in Python failed. The stable ABI tells that a call did, not why; _native.telling, which is around it,
+// says it here on its way out.
 thread_local std::string failed_as, failed_with;
 
 template <class... Arguments>
 std::tuple<Tensor, Tensor> call(const char* name, const Tensor& first, const Arguments&... others) {
   std::array<StableIValue, 1 + sizeof...(others)> stack{torch::stable::detail::from(first),
                                                         torch::stable::detail::from(others)...};
-  failed_as.clear(), failed_with = "rmsnorm: torch's own formula failed";
-  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
-    raise_as_torch(failed_as, failed_with);
+  dispatch(name, stack.data());
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
@@ -80,6 +78,13 @@ std::unique_ptr<StableLibrary> fill(const char* name, void (*kernel)(StableIValu
 }
 
 }  // namespace
+
+void dispatch(const char* name, StableIValue* stack) {
+  failed_as.clear(), failed_with = std::string(name) + " failed";
+  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+    raise_as_torch(failed_as, failed_with);
+}
+
 }  // namespace rmsnorm
 
 // Returns null, or why it did not work; the text lives until the next call. For _install.py, through ctypes.

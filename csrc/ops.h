@@ -1,4 +1,4 @@
-// The only file that both torch-facing sources include: the operators that one defines and the other calls.
+// The only file that all torch-facing sources include: what one defines and another calls.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,5 +18,9 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight,
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, Tensor rstd,
                                              OptionalTensor weight, int64_t dims, double eps, double offset,
                                              bool need_input, bool need_weight);
+
+// Calls an operator that is written in Python, of ours, with its arguments on the stack, and leaves the results there.
+// What is raised there is raised here, by its name and its words (_native.telling).
+void dispatch(const char* name, StableIValue* stack);
 
 }  // namespace rmsnorm

@@ -23,6 +23,7 @@ struct SourceLocation {  // as c10 has it
 extern const std::type_info torch_not_implemented RMSNORM_OF_TORCH("_ZTIN3c1019NotImplementedErrorE");
 extern const std::type_info torch_value RMSNORM_OF_TORCH("_ZTIN3c1010ValueErrorE");
 extern const std::type_info torch_type RMSNORM_OF_TORCH("_ZTIN3c109TypeErrorE");
+extern const std::type_info torch_out_of_memory RMSNORM_OF_TORCH("_ZTIN3c1016OutOfMemoryErrorE");
 // c10::Error::Error(SourceLocation, std::string), which fills all of them: they add nothing to it.
 void construct_torch_error(void* place, SourceLocation where, std::string text)
     RMSNORM_OF_TORCH("_ZN3c105ErrorC1ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE");
@@ -42,6 +43,7 @@ void* allocate_exception(size_t size) noexcept __asm__("__cxa_allocate_exception
   const std::type_info* type = name == "NotImplementedError" ? &torch_not_implemented
                                : name == "ValueError"        ? &torch_value
                                : name == "TypeError"         ? &torch_type
+                               : name == "OutOfMemoryError"  ? &torch_out_of_memory
                                                              : nullptr;
   if (!type || !construct_torch_error) refuse(text);
   void* object = allocate_exception(1024);  // c10::Error has 128 bytes in torch 2.13

@@ -97,7 +97,14 @@ MAY_IMPORT = {
     "distributed/ranks": {"forms/gated_ops", "reference"},
     "gpu/__init__": {"gpu/route", "gpu/serve"},
     "gpu/route": {"_extras", "_ops", "gpu/backward", "gpu/launch", "reference"},
-    "gpu/serve": {"_form", "_ops", "gpu/forms", "gpu/general", "gpu/heads", "gpu/neighbours", "gpu/route"},
+    "gpu/serve": {
+        *("_form", "_ops", "gpu/forms", "gpu/general", "gpu/heads", "gpu/launcher", "gpu/neighbours", "gpu/route"),
+    },
+    "gpu/launcher": {
+        *("_form", "_native", "gpu/backward", "gpu/launch", "gpu/route", "gpu/steps"),
+        *("gpu/triton_backward", "gpu/triton_forward"),
+        *("gpu/triton_heads", "gpu/triton_quantised", "gpu/triton_sandwich"),
+    },
     "gpu/forms": {
         *("gpu/launch", "gpu/neighbours", "gpu/steps", "gpu/triton_quantised", "gpu/triton_sandwich", "reference"),
     },
@@ -246,7 +253,7 @@ def test_every_file_says_what_it_is_for(path):
                 for name in ("backward", "forward", "gradients", "heads", "numbers", "quantised", "sandwich", "steps")
             ],
         ),
-        ("library.define", ["_form", "_install", "_ops", "_recorded", "forms/in_place"]),
+        ("library.define", ["_form", "_install", "_ops", "_recorded", "forms/in_place", "gpu/launcher"]),
         ("register_vmap", ["_install", "_vmap"]),
         (
             "autograd.Function",

@@ -11,9 +11,10 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("librmsnorm.so")
 KNOWN_TARGETS = ("avx512", "avx2", "baseline")
 
+_LOADER = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64)
+_loader: Any = None  # what C++ holds
 _library: ctypes.CDLL | None = None
 _why_not: str | None = "it was not loaded yet"
 _warned = False
@@ -56,8 +59,27 @@ def load() -> None:
         _library.rmsnorm_cache_bytes.restype = ctypes.c_int64
         _library.rmsnorm_contract.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         _library.rmsnorm_contract.restype = None
+        for name, kinds in _GPU.items():
+            function = getattr(_library, f"rmsnorm_gpu_{name}")
+            function.argtypes, function.restype = kinds[1:], kinds[0]
         if target:
             set_cpu_target(target)
+
+
+# Functions that the launcher asks for, in the order of Driver in csrc/launch.cpp: of the driver, and of torch.
+_DRIVERS = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuGetErrorString")
+_TORCHS = ("aoti_torch_get_current_cuda_stream",)
+# The launcher's functions (csrc/launch.cpp, csrc/gpu_ops.cpp): what each returns, and takes.
+_GPU: dict[str, tuple[Any, ...]] = {
+    "open": (None, ctypes.POINTER(ctypes.c_void_p)),
+    "loader": (None, _LOADER),
+    "tiles": (None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64),
+    "serve": (None, ctypes.c_int, ctypes.c_int),
+    "kernel": (None, *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)),
+    "forget": (None,),
+    "operators": (ctypes.c_char_p,),
+    "register": (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
+}
 
 
 def _why_not_built(system: str, machine: str) -> str:
@@ -139,10 +161,74 @@ def telling() -> Iterator[None]:
         yield
     except Exception as error:
         if _library is not None:
-            kinds = (NotImplementedError, ValueError, TypeError)
+            kinds = (NotImplementedError, ValueError, TypeError, torch.OutOfMemoryError)
             kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "RuntimeError")
             _library.rmsnorm_failed(kind.encode(), str(error).encode())
         raise
+
+
+def gpu_operators() -> list[str]:
+    """The operators that C++ has for a GPU."""
+    return _library.rmsnorm_gpu_operators().decode().split() if _library else []
+
+
+def gpu_register(key: str, prefix: str) -> None:
+    """Serves them for a dispatch key from here on, each under its name with a prefix."""
+    assert _library is not None
+    if error := _library.rmsnorm_gpu_register(key.encode(), prefix.encode()):
+        raise RuntimeError(error.decode())
+
+
+def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles: Sequence[int]) -> str | None:
+    """Finds the driver, or says what is missing. The loader gets the key of a kernel that isn't known; one for which it
+    raises is Triton's to launch from then on, through Python, which meets the same and says so."""
+    global _loader
+    assert _library is not None
+    functions: list[int | None] = []
+    for path, names in ((cuda, _DRIVERS), (torch_cuda, _TORCHS)):
+        try:
+            found = ctypes.CDLL(path)
+            functions += [ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names]
+        except (OSError, AttributeError) as error:
+            return str(error)
+    _library.rmsnorm_gpu_open((ctypes.c_void_p * len(functions))(*functions))
+
+    def load(key: int, size: int) -> bool:
+        name = ctypes.string_at(key, size)
+        try:
+            return loader(name)
+        except Exception:
+            gpu_kernel(name, 0, 0, 0, b"")
+            return False
+
+    _loader = _LOADER(load)
+    _library.rmsnorm_gpu_loader(_loader)
+    gpu_tiles(tiles)
+    return None
+
+
+def gpu_tiles(numbers: Sequence[int]) -> None:
+    """The tables of tiles, in the order of ``Tiles`` in csrc/launch.h."""
+    assert _library is not None
+    _library.rmsnorm_gpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), len(numbers))
+
+
+def gpu_serve(device: int, how: int) -> None:
+    """Who serves a device: 0, Python; 1, torch what it can, and C++ the rest; 2, C++; 3, torch, and Python the rest."""
+    assert _library is not None
+    _library.rmsnorm_gpu_serve(device, how)
+
+
+def gpu_kernel(key: bytes, function: int, threads: int, shared: int, sizes: bytes) -> None:
+    """Makes a kernel known, with the bytes of each argument; function 0 is one that Triton launches itself."""
+    assert _library is not None
+    _library.rmsnorm_gpu_kernel(key, function, threads, shared, sizes, len(sizes))
+
+
+def gpu_forget() -> None:
+    """Forgets all kernels, for the tests."""
+    assert _library is not None
+    _library.rmsnorm_gpu_forget()
 
 
 def warn_if_missing(input: Tensor) -> None:

@@ -20,7 +20,7 @@ from rmsnorm import _form, _native
 from rmsnorm.gpu import backward, forms, general, heads, launch, neighbours, route, serve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED = ["test_bench_device.py", "test_compiled.py", "test_route.py"]
+COMPILED = ["test_bench_device.py", "test_compiled.py", "test_launcher.py", "test_route.py"]
 if INTERPRETED:
     collect_ignore = [*COMPILED, "test_device.py"]
 elif DEVICE:

@@ -13,7 +13,7 @@ from oracle import DTYPES, EPS, Truth, bound, gains, sample
 
 from rmsnorm import _form, _ops, reference, rms_norm
 from rmsnorm.forms import sandwich
-from rmsnorm.gpu import forms, general, heads, neighbours, route, serve
+from rmsnorm.gpu import forms, general, heads, launcher, neighbours, route, serve
 
 ROWS = [made for made in _form.registered if made.form.define is not None]
 FORMS = [made for made in ROWS if made.form.name != "rms_norm" and made.form.same is None]
@@ -51,12 +51,12 @@ def test_the_dispatchers_table(operator):
 
 
 def test_the_everyday_call_is_rms_norm_elsewhere():
-    """Operators with fewer arguments have a kernel for the CPU alone; on each other device they become `rms_norm`."""
+    """Operators with fewer arguments have kernels in C++ alone; on each other device they become `rms_norm`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     few = [f"{add}rms_norm_{mode}" for add in ("", "add_") for mode in ("weighted", "rounded")]
     for name in (f"rmsnorm::{name}" for name in (*few, "rms_norm_weighted_out")):
         assert has(name, "CompositeImplicitAutograd")
-        assert not any(has(name, key) for key in (*OURS, "MPS", "Meta"))
+        assert not any(has(name, key) for key in (*OURS, "MPS", "Meta") if key != "CUDA" or not launcher.available())
     seen = []
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
@@ -205,3 +205,30 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else rea
     assert result.stdout.split() == ["False", "torch"], result.stderr
     result = python(hide + ASK, RMSNORM_CUDA="triton")
     assert "RMSNORM_CUDA=triton has no effect: Triton is missing; pip install 'triton" in result.stderr
+
+
+CUDA_BUILD = """
+import warnings
+warnings.simplefilter("error")
+import torch
+torch.version.cuda = "13.0"
+import rmsnorm
+from rmsnorm import _form, _native
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+names = [made.form.name + end for made in _form.registered if made.form.define is not None for end in made.schemas]
+names += ["rms_norm_out", "add_rms_norm_"]
+ours = _native.gpu_operators()
+print(*(name for name in {*names, *ours} if not has(f"rmsnorm::{name}", "CUDA")), "none missing")
+print(*sorted({*names} - {*ours}), "alone in Python")
+print(*(has(f"rmsnorm::_python_{name}", "CUDA") for name in names if name in ours))
+"""
+
+
+@pytest.mark.skipif(not launcher._native.gpu_operators(), reason="without C++ there is nothing to take over")
+def test_cpp_takes_over_where_torch_has_cuda(python):
+    """A build of torch for CUDA: each operator has a kernel there, and what C++ has stands in front of Python's."""
+    result = python(CUDA_BUILD)
+    missing, alone, behind = result.stdout.splitlines() or [result.stderr] * 3
+    assert missing == "none missing"
+    assert alone == "alone in Python", "every form has its operators in C++"
+    assert set(behind.split()) == {"True"}

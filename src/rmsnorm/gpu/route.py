@@ -10,8 +10,9 @@ a floor (a negative eps)                                          ``reference.py
 ================================================================  ====================================
 
 Either way the same is kept for backward: x, the weight, one fp32 (fp64) per row. torch goes first where it can because
-a call of ours takes 52 µs of Python and torch's 9, though less of the device's time (docs/gpu.md). ROCm answers to
-CUDA's name; other devices (MPS, …) have the definition. Triton is imported by the first call that needs it.
+a call of ours took 52 µs of Python and torch's 9, though less of the device's time, and the call in C++ that there is
+now (launcher.py) has not been timed on a GPU (docs/gpu.md). C++ decides an everyday call by the same rule. ROCm answers
+to CUDA's name; other devices (MPS, …) have the definition. Triton is imported by the first call that needs it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _form, _ops
-from . import route
+from . import launcher, route
 
 
 def rms_norm_add_backward(
@@ -148,11 +148,20 @@ _OURS = {
 
 
 def register(key: str) -> None:
-    """Serves the operators of all rows for a dispatch key from here on."""
-    _form.library.impl("rms_norm_out", route.rms_norm_out, key)
-    _form.library.impl("add_rms_norm_", add_rms_norm_, key)
+    """Serves the operators of all rows for a dispatch key from here on: C++ those that it has, where it can."""
+    serving_now = served()
+    taken = launcher.take_over(key, serving_now) if key == "CUDA" and launcher.available() else set()
+    for name, operator in serving_now.items():
+        if name not in taken:
+            _form.library.impl(name, operator, key)
+
+
+def served() -> dict[str, Callable[..., Any]]:
+    """All of a GPU's operators in Python, by their names."""
+    found: dict[str, Callable[..., Any]] = {"rms_norm_out": route.rms_norm_out, "add_rms_norm_": add_rms_norm_}
     for made in _form.registered:
         if made.form.define is not None:
             for end in made.schemas:
                 name = made.form.name + end
-                _form.library.impl(name, _OURS.get(name) or serving(made, end), key)
+                found[name] = _OURS.get(name) or serving(made, end)
+    return found
