@@ -52,6 +52,12 @@ for (const svg of document.querySelectorAll('svg')) {
 return found"""
 
 
+def options(panel: str, language: str) -> list[str]:
+    """What a reader may guess."""
+    start = f"{panel}.option."
+    return [key.removeprefix(start) for key in texts.load(language) if key.startswith(start)]
+
+
 def resize(driver, width: int, height: int = 900, dark: bool = False) -> None:
     """As a phone's browser reports it; a window of Chromium can't be narrower than 500 pixels."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}

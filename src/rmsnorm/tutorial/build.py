@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
+from html import escape
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -31,10 +32,6 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
 }
 """The tutorial's own outline, and the panels of each part: a panel is the module of that name."""
 PANELS = tuple(panel for panels in CHAPTERS.values() for panel in panels)
-QUESTIONS = {"passes": "cost", "precision": "ulps", "depth": "depth"}
-"""What a panel asks of `rmsnorm learn`: see serve.py."""
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' data:; img-src data:;"
-"""What a page may ask for: nothing. A browser holds it to that."""
 MODULES = ("numbers", "plot", "widgets", "model", *PANELS, "page")
 _TERM = re.compile(r"\{\{(\w+)\|([^}]+)\}\}")
 """`{{ruler|rulers}}` is a word of the glossary."""
@@ -75,7 +72,7 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
     """One page, whole."""
     text = load(language)
     data = {"texts": text, "measured": measured, "study": json.loads(read("study.json")), "corpus": read("corpus.txt")}
-    goal = rf'<a href="{home.rstrip("/")}/blob/main/\1">\2</a>' if home else r"\2 (<code>\1</code>)"
+    goal = rf'<a href="{escape(home.rstrip("/"))}/blob/main/\1">\2</a>' if home else r"\2 (<code>\1</code>)"
 
     def term(found: re.Match[str]) -> str:
         tip = f'<span class="tip" aria-hidden="true">{line(text[f"term.{found[1]}.means"])}</span>'
@@ -93,23 +90,13 @@ def page(language: str, measured: dict[str, Any], live: bool = False, home: str 
         language=language,
         languages=LANGUAGES,
         live=live,
-        policy=POLICY,
         text=text,
-        terms=[key.split(".")[1] for key in text if re.fullmatch(r"term\.\w+", key)],
         chapters=CHAPTERS,
-        options=options,
-        questions=QUESTIONS,
         code=_layer(),
         data=data,
         imports=imports(),
         read=read,
     )
-
-
-def options(panel: str, text: dict[str, str]) -> list[str]:
-    """What a reader may guess."""
-    start = f"{panel}.option."
-    return [key.removeprefix(start) for key in text if key.startswith(start)]
 
 
 def _marked(html: str) -> str:

@@ -14,10 +14,10 @@ export function compute({ x, shift }) {
     const middle = -4 + i / 5, all = centred(x).map(v => v + middle);
     return [middle, apart(norm("layer", all), norm("rms", all))];
   });
-  const cos = mean(moved) / rms(moved), sin = std(moved) / rms(moved);
+  const [middle, away, size] = [mean, std, rms].map(f => f(moved)), cos = middle / size, sin = away / size;
   const gap = apart(root, layer.map(v => sin * v + cos)); // RMSNorm = sin θ · LayerNorm + cos θ · 1
-  return { moved, layer, root, strip, apart: apart(layer, root), mean: mean(moved), std: std(moved), rms: rms(moved),
-    theta: Math.acos(limit(cos, 1)) * 180 / Math.PI, gap };
+  return { moved, layer, root, strip, apart: apart(layer, root), mean: middle, std: away, rms: size, gap,
+    theta: Math.acos(limit(cos, 1)) * 180 / Math.PI };
 }
 
 /** Three directions, as they look from where the reader has turned to: to the right, up, towards the eye. */
