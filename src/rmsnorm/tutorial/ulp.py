@@ -12,7 +12,7 @@ def gaps(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of a type around the exact values (float64)."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1  # |exact| is in [2^exponent, 2^(exponent+1))
-    return torch.ldexp(exact.new_tensor(info.eps), exponent)
+    return torch.ldexp(torch.full_like(exact, info.eps), exponent)
 
 
 def errors(rounded: Tensor, exact: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ export function dragged(element, moved, begin) {
     element.setPointerCapture(event.pointerId);
     [down, active] = [event, false];
   });
+  element.addEventListener("touchstart", event => { // Chromium's touch-action knows nothing of parts of a drawing
+    if (down && element instanceof SVGElement) event.preventDefault();
+  }, { passive: false });
   element.addEventListener("pointermove", event => {
     if (event.pointerId !== down?.pointerId) return;
     const dx = event.clientX - down.clientX, dy = event.clientY - down.clientY;
