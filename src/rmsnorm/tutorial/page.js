@@ -6,7 +6,7 @@ import { Drawing, escape } from "./plot.js";
 import { widget } from "./widgets.js";
 
 const DATA = JSON.parse(document.getElementById("data").textContent), TEXTS = DATA.texts;
-const PHONE = matchMedia("(max-width: 30rem)"), MARKS = { right: "✓", wrong: "✗", answer: "→" };
+const PHONE = matchMedia("(max-width: 30rem)"), MARKS = { right: "✓", wrong: "✗", shown: "→" };
 const panels = [];
 
 /** The panel of a figure, covered; figures are given its `state`, `t`, which finds texts, and `set`. */
@@ -32,7 +32,7 @@ function panel(article, figure) {
   function open(guess) {
     if (own.verdict) return;
     own.guess = guess;
-    own.verdict = guess === null ? "answer" : guess === figure.right ? "right" : "wrong";
+    own.verdict = guess === null ? "shown" : guess === figure.right ? "right" : "wrong";
     find("fieldset").disabled = true;
     find(".question button").remove();
     for (const { value, parentElement } of options)
