@@ -46,7 +46,7 @@ export function draw(d, { t, state: { engine }, result: { done, all }, guess, da
   }
   let top = 56 + SMALL * LINE;
   const chart = (title, rows, unit, marked = 0) => {
-    const left = Math.min(150, 0.36 * d.width), bottom = top + 12 + 28 * rows.length;
+    const left = Math.min(150, 0.4 * d.width), bottom = top + 12 + 28 * rows.length;
     const long = v => (d.width - left) * v / 1.3 / Math.max(marked, ...rows.map(([, value]) => value));
     d.text(0, top, title, "name");
     rows.forEach(([words, value, cls], i) => {
