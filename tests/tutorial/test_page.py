@@ -135,8 +135,9 @@ def test_formulas_are_set_and_fit(chromium, built):
             assert nothing not in chromium.find_element(By.TAG_NAME, "main").text
 
 
-def test_a_word_is_explained_on_focus(chromium, built):
-    fresh(chromium, built)
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_a_word_is_explained_on_focus(chromium, built, width):
+    fresh(chromium, built, width=width)
     word = chromium.find_element(By.CSS_SELECTOR, "#ruler .term")
     tip = word.find_element(By.CLASS_NAME, "tip")
     meaning = chromium.find_element(By.ID, word.get_attribute("aria-describedby"))
@@ -144,6 +145,13 @@ def test_a_word_is_explained_on_focus(chromium, built):
     chromium.execute_script("arguments[0].focus()", word)
     assert tip.is_displayed()
     assert tip.text == meaning.text
+    for place in ("start", "end"):  # of the screen: below the word, or above
+        chromium.execute_script(f"arguments[0].scrollIntoView({{block: '{place}', behavior: 'instant'}})", word)
+        painted(chromium)
+        box = chromium.execute_script("return arguments[0].getBoundingClientRect()", tip)
+        assert min(box["left"], box["top"]) >= 0
+        assert box["right"] <= width
+        assert box["bottom"] <= 900
     press(chromium, Keys.ESCAPE)
     assert not tip.is_displayed()
 
