@@ -38,6 +38,6 @@ def load(language: str) -> dict[str, str]:
 
 def of_locale() -> str:
     """The language of the reader's locale, or else English."""
-    found = map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))
+    found = [os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if name in os.environ]
     name = next(filter(None, found), locale.getlocale()[0]) or ""
     return next((code for code in LANGUAGES if name.lower().startswith(code)), "en")
