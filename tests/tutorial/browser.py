@@ -26,7 +26,7 @@ RIGHT = {
     "sphere": "zero",
     "invariance": "shift_weights",
     "gradient": "smaller",
-    "passes": "seven",
+    "passes": "7",
     "precision": "256",
     "network": "root",
     "depth": "tiny",
@@ -52,10 +52,17 @@ for (const svg of document.querySelectorAll('svg')) {
 return found"""
 
 
+def options(panel: str, language: str) -> list[str]:
+    """What a reader may guess."""
+    start = f"{panel}.option."
+    return [key.removeprefix(start) for key in texts.load(language) if key.startswith(start)]
+
+
 def resize(driver, width: int, height: int = 900, dark: bool = False) -> None:
     """As a phone's browser reports it; a window of Chromium can't be narrower than 500 pixels."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 500})
     looks = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     looks.append({"name": "prefers-reduced-motion", "value": "reduce"})
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": looks})
@@ -116,3 +123,24 @@ def drag(driver, element, dx: int, dy: int) -> None:
     chain = webdriver.ActionChains(driver, duration=20).click_and_hold(element)
     chain.move_by_offset(dx // 2, dy // 2).move_by_offset(dx - dx // 2, dy - dy // 2).release().perform()
     painted(driver)
+
+
+def swipe(driver, element, dx: int, dy: int) -> None:
+    """By a finger, in steps, as a screen reports it."""
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+    painted(driver)
+    box = driver.execute_script("return arguments[0].getBoundingClientRect()", element)
+    x, y, steps = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, 10
+
+    def touch(kind: str, *points: dict[str, float]) -> None:
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", {"x": x, "y": y})
+    for i in range(1, steps + 1):
+        touch("touchMove", {"x": x + dx * i / steps, "y": y + dy * i / steps})
+    touch("touchEnd")
+    painted(driver)
+
+
+HANDS = {"mouse": (drag, WIDTHS["wide"]), "finger": (swipe, WIDTHS["phone"])}
+"""What drags, and the width of the screen that it does so on."""

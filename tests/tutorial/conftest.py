@@ -79,10 +79,11 @@ def script(chromium, tmp_path_factory):
     from rmsnorm.tutorial import build
 
     modules = build.MODULES[:-1]
-    names = ", ".join(f"{name}: ${name}" for name in modules)
+    bring = "".join(f'import * as {name} from "{name}";' for name in modules)
     page = tmp_path_factory.mktemp("script") / "script.html"
     page.write_text(
-        f'<meta charset="utf-8"><script type="module">{build.bundle(*modules)}window.lesson = {{ {names} }};</script>'
+        f'<meta charset="utf-8"><script type="importmap">{build.script(build.imports())}</script>'
+        f'<script type="module">{bring}window.lesson = {{ {", ".join(modules)} }};</script>'
     )
     address = page.as_uri()
 
@@ -138,9 +139,7 @@ def figure(script):
     """What a figure computes with some controls set, the others as they start: ``figure("eps", size=1)``."""
 
     def compute(name: str, data=None, **controls):
-        state = {
-            key: control.get("start") for key, control in script(f"lesson.{name}.{name}.controls.valueOf()").items()
-        }
-        return SimpleNamespace(**script(f"{name}.{name}.compute", state | controls, data or {}))
+        state = {key: control["start"] for key, control in script(f"lesson.{name}.controls.valueOf()").items()}
+        return SimpleNamespace(**script(f"{name}.compute", state | controls, data or {}))
 
     return compute

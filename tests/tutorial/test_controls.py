@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import cmath
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from browser import OVERLAPS, RIGHT, drag, fresh, guess, number, numbers, painted, press, said, wait
+from browser import (
+    HANDS,
+    OVERLAPS,
+    RIGHT,
+    WIDTHS,
+    drag,
+    fresh,
+    guess,
+    number,
+    numbers,
+    painted,
+    press,
+    said,
+    swipe,
+    wait,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import rmsnorm
 
 pytestmark = pytest.mark.xdist_group("browser")
+by_hand = pytest.mark.parametrize(("move", "width"), HANDS.values(), ids=HANDS)
 
 
 def test_the_keyboard_is_enough(chromium, built):
@@ -28,10 +47,12 @@ def test_the_keyboard_is_enough(chromium, built):
 
     go_to("guess-ruler")
     press(chromium, Keys.SPACE)
-    assert number(chromium, "ruler.elsewhere.batch") == "2"
+    assert number(chromium, "ruler.norms.batch.elsewhere") == "2"
     go_to("number")
     press(chromium, Keys.ARROW_UP)
-    assert number(chromium, "ruler.elsewhere.batch") == "2"  # b and a differ from the original now: c's two outputs
+    assert (
+        number(chromium, "ruler.norms.batch.elsewhere") == "2"
+    )  # b and a differ from the original now: c's two outputs
     go_to("guess-layer")
     press(chromium, Keys.ARROW_DOWN)
     press(chromium, Keys.ARROW_DOWN)
@@ -118,8 +139,9 @@ def test_every_control_does_something_by_keys_and_by_mouse(chromium, built):
     assert said(chromium) == []
 
 
-def test_typed_numbers_give_what_the_library_gives(chromium, built):
-    fresh(chromium, built)
+@by_hand
+def test_typed_numbers_and_dragged_bars_give_what_the_library_gives(chromium, built, move, width):
+    fresh(chromium, built, width=width)
     guess(chromium, "layer", "same")
     x = [1.5, -0.7, 0.25, 2.0]
     for cell, value in zip(chromium.find_elements(By.CSS_SELECTOR, "#layer .cells input"), x, strict=False):
@@ -137,22 +159,23 @@ def test_typed_numbers_give_what_the_library_gives(chromium, built):
 
     bar = chromium.find_element(By.CSS_SELECTOR, "#layer .handle")
     before = numbers(chromium, "layer.input")[0]
-    drag(chromium, bar, 0, -30)
-    by_mouse = numbers(chromium, "layer.input")[0]
-    assert by_mouse != before
+    move(chromium, bar, 0, -30)
+    moved = numbers(chromium, "layer.input")[0]
+    assert moved != before
     bar.send_keys(Keys.ARROW_DOWN)
     painted(chromium)
-    assert numbers(chromium, "layer.input")[0] == pytest.approx(by_mouse - 0.1, abs=1e-6)
+    assert numbers(chromium, "layer.input")[0] == pytest.approx(moved - 0.1, abs=1e-6)
     assert bar.get_attribute("aria-valuetext")
     given = torch.tensor(numbers(chromium, "layer.input"))
     assert numbers(chromium, "layer.y") == pytest.approx(rmsnorm.rms_norm(given, (4,), eps=1e-6).tolist(), rel=2**-22)
 
 
-def test_a_dragged_cell_moves_the_tables(chromium, built):
-    fresh(chromium, built)
+@by_hand
+def test_a_dragged_cell_moves_the_tables(chromium, built, move, width):
+    fresh(chromium, built, width=width)
     guess(chromium, "ruler", "all")
     cells = chromium.find_elements(By.CSS_SELECTOR, "#ruler .cells input")
-    drag(chromium, cells[6], 80, 0)
+    move(chromium, cells[6], 80, 0)
     batch = torch.tensor([float(cell.get_attribute("value")) for cell in cells], dtype=torch.float64).view(3, 4)
     assert batch[1, 2] == 65
     expected = [
@@ -166,25 +189,27 @@ def test_a_dragged_cell_moves_the_tables(chromium, built):
         assert [float(one) for one in shown] == pytest.approx(values.flatten().tolist(), rel=5e-3, abs=1e-9)
 
 
-def test_the_sphere_is_turned_by_hand(chromium, built):
-    fresh(chromium, built)
+@by_hand
+def test_the_sphere_is_turned_by_hand(chromium, built, move, width):
+    fresh(chromium, built, width=width)
     guess(chromium, "sphere", "zero")
-    drawing = chromium.find_element(By.CSS_SELECTOR, "#sphere svg")
-    layer = number(chromium, "sphere.layernorm")
+    ball = chromium.find_element(By.CSS_SELECTOR, "#sphere .ball")
+    layer = number(chromium, "sphere.layer")
     before = [chromium.find_element(By.ID, f"sphere-{key}").get_attribute("aria-valuetext") for key in ("yaw", "pitch")]
-    drag(chromium, drawing, 60, 40)
+    move(chromium, ball, 60, 40)
     after = [chromium.find_element(By.ID, f"sphere-{key}").get_attribute("aria-valuetext") for key in ("yaw", "pitch")]
     assert all(one != other for one, other in zip(before, after, strict=True))
     chromium.find_element(By.ID, "sphere-shift").send_keys(Keys.ARROW_RIGHT)
     painted(chromium)
     x = torch.tensor([1.2, -0.6, 0.3], dtype=torch.float64) + 1.25
-    assert numbers(chromium, "sphere.rmsnorm") == pytest.approx(rmsnorm.rms_norm(x, (3,), eps=0.0).tolist(), abs=1e-12)
-    assert numbers(chromium, "sphere.layernorm") == pytest.approx([float(v) for v in layer.split(",")], abs=1e-12)
+    assert numbers(chromium, "sphere.root") == pytest.approx(rmsnorm.rms_norm(x, (3,), eps=0.0).tolist(), abs=1e-12)
+    assert numbers(chromium, "sphere.layer") == pytest.approx([float(v) for v in layer.split(",")], abs=1e-12)
 
 
-def test_the_vector_of_the_sphere_is_dragged(chromium, built):
+@by_hand
+def test_the_vector_of_the_sphere_is_dragged(chromium, built, move, width):
     """Across the screen: seen from the front, (a, b, c) lies a to the right and c up; b, towards the eye, stays."""
-    fresh(chromium, built)
+    fresh(chromium, built, width=width)
     guess(chromium, "sphere", "zero")
     for name, key in (("shift", -4), ("yaw", -4), ("pitch", -5)):  # to 0
         chromium.find_element(By.ID, f"sphere-{name}").send_keys(*[Keys.ARROW_LEFT] * -key)
@@ -192,7 +217,7 @@ def test_the_vector_of_the_sphere_is_dragged(chromium, built):
     cells = chromium.find_elements(By.CSS_SELECTOR, "#sphere .cells input")
     tip = chromium.find_element(By.CSS_SELECTOR, "#sphere .handle")
     unit = 340 / 4.6  # pixels
-    drag(chromium, tip, 37, 0)
+    move(chromium, tip, 37, 0)
     x = [float(cell.get_attribute("value")) for cell in cells]
     assert x == pytest.approx([1.2 + 37 / unit, -0.6, 0.3], abs=0.02)
     tip.send_keys(Keys.ARROW_UP)
@@ -200,9 +225,50 @@ def test_the_vector_of_the_sphere_is_dragged(chromium, built):
     x[2] += 0.1
     assert [float(cell.get_attribute("value")) for cell in cells] == pytest.approx(x, abs=0.011)
     given = torch.tensor([float(cell.get_attribute("value")) for cell in cells], dtype=torch.float64)
-    assert numbers(chromium, "sphere.rmsnorm") == pytest.approx(
-        rmsnorm.rms_norm(given, (3,), eps=0.0).tolist(), abs=1e-12
-    )
+    assert numbers(chromium, "sphere.root") == pytest.approx(rmsnorm.rms_norm(given, (3,), eps=0.0).tolist(), abs=1e-12)
+
+
+@by_hand
+def test_the_vector_whose_gradient_is_drawn_is_dragged(chromium, built, move, width):
+    """From 75° by about 90 pixels to the left and 20 down, around a circle of 76: to another of the slider's stops."""
+    fresh(chromium, built, width=width)
+    guess(chromium, "gradient", "smaller")
+    move(chromium, chromium.find_element(By.CSS_SELECTOR, "#gradient .handle"), -90, 20)
+    angle = int(chromium.find_element(By.ID, "gradient-angle").get_attribute("aria-valuetext").rstrip("°"))
+    tip = complex(76 * math.cos(math.radians(75)) - 90, 76 * math.sin(math.radians(75)) - 20)
+    assert angle == pytest.approx(math.degrees(cmath.phase(tip)), abs=7.5)
+    x = torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))], dtype=torch.float64)
+    x = (10 * math.sqrt(2) * x).requires_grad_()
+    (dx,) = torch.autograd.grad(rmsnorm.rms_norm(x, (2,), eps=0.0), x, torch.tensor([0.9, 0.5], dtype=x.dtype))
+    assert numbers(chromium, "gradient.dx") == pytest.approx(dx.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("where", "dx", "dy", "scrolls"),
+    [
+        ("#ruler > p", 0, -200, True),
+        ("#ruler .cells input", 0, -200, True),  # which is dragged sideways
+        ("#ruler .cells input", 80, 0, False),
+        ("#layer .handle", 0, -60, False),
+        ("#layer figcaption", 0, -200, True),
+        ("#sphere .ball", 0, -100, False),
+        ("#sphere .handle", 0, -60, False),
+        ("#gradient .handle", 0, 60, False),
+    ],
+)
+def test_a_finger_scrolls_the_page_but_where_it_drags(chromium, built, where, dx, dy, scrolls):
+    fresh(chromium, built, width=WIDTHS["phone"])
+    guess(chromium, where.split()[0].removeprefix("#"))
+    element = chromium.find_element(By.CSS_SELECTOR, where)
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+    painted(chromium)
+    before = chromium.execute_script("return scrollY")
+    swipe(chromium, element, dx, dy)
+    places = [before]
+    while len(places) < 6 or len(set(places[-5:])) > 1:  # until it stands still
+        painted(chromium)
+        places.append(chromium.execute_script("return scrollY"))
+    assert abs(places[-1] - before) > 50 if scrolls else abs(places[-1] - before) < 1, places
 
 
 def test_training_runs_and_begins_anew_when_the_rate_is_turned(chromium, built):

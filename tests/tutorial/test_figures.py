@@ -145,7 +145,7 @@ class Traffic(TorchDispatchMode):
 
 
 def test_passes_are_what_operators_read_and_write(figure):
-    passes = figure("passes", step=12).passes
+    passes = figure("passes", step=12).all
     x, w = torch.randn(8, 64), torch.ones(64)
     for name, function in (("chain", F.rms_norm), ("rms", rmsnorm.rms_norm), ("layer", F.layer_norm)):
         with torch.no_grad(), Traffic(x.numel()) as counted:

@@ -57,10 +57,11 @@ def test_a_real_model_reads_the_sentence(chromium, url):
     resize(chromium, WIDTHS["wide"])
     chromium.get(f"{url}en.html")
     guess(chromium, "depth", "half")
-    assert not chromium.find_elements(By.CSS_SELECTOR, '[data-number="depth.norms"]')
+    norms = chromium.find_element(By.CSS_SELECTOR, '[data-number="depth.norms"]')
+    assert not norms.is_displayed()
     chromium.find_element(By.CSS_SELECTOR, "#depth textarea").send_keys(" It slept.")
     chromium.find_element(By.CSS_SELECTOR, "#depth .live button").click()
-    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, '[data-number="depth.norms"]'), "SmolLM2")
+    wait(chromium, norms.is_displayed, "SmolLM2")
     assert number(chromium, "depth.norms") == "61"
     assert int(number(chromium, "depth.tokens")) > 18  # as many as the first sentence has
     assert float(number(chromium, "depth.share").rstrip(" %")) < 10  # the right prediction

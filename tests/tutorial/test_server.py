@@ -19,7 +19,7 @@ def server(quick):
     found = serve.bind(0)
     thread = threading.Thread(target=found.serve_forever, daemon=True)
     thread.start()
-    yield f"http://{serve.HOST}:{found.server_port}/"
+    yield f"http://{serve.HOST}:{found.server_address[1]}/"
     found.shutdown()
     found.server_close()
     thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from xml.etree import ElementTree
 
@@ -29,6 +30,11 @@ def test_chinese_is_chinese():
     )
     foreign = [key for key, text in chinese.items() if not re.search("[\u4e00-\u9fff]", text)]
     assert [key for key in foreign if re.sub(names, "", chinese[key]) and key != "depth.sentence.start"] == []
+
+
+def test_chinese_has_no_line_break_that_a_browser_shows_as_a_space():
+    broken = "[\u3000-\u9fff\uff00-\uffef]\n[\u3000-\u9fff\uff00-\uffef]"
+    assert [key for key, text in texts.load("zh").items() if re.search(broken, text)] == []
 
 
 def test_both_languages_have_the_same_formulas():
@@ -87,9 +93,9 @@ def test_the_outline_is_the_tutorials():
         assert heading in title
 
 
-@pytest.mark.parametrize("text", ["title: words", "# a\nb:\n", "# a\nb: words\nb: words", "# a\nwords"])
+@pytest.mark.parametrize("text", ["title: words", "[a]\nb:\n", "[a]\nb: words\nb: words", "[a]\nwords"])
 def test_a_text_without_panel_words_or_name_of_its_own_is_refused(text):
-    with pytest.raises(ValueError, match=r"needs a panel|no words"):
+    with pytest.raises((configparser.Error, ValueError), match=r"no section|no words|already exists|parsing errors"):
         texts.parse(text)
 
 

@@ -6,6 +6,10 @@ Annotations are evaluated by typer, hence no ``from __future__ import annotation
 
 import importlib.util
 import tempfile
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +18,7 @@ from . import texts
 if TYPE_CHECKING:
     import typer
 
-NEEDED = ("markdown_it", "pygments")
+NEEDED = ("markdown_it", "pygments", "jinja2")
 
 
 def register(app: "typer.Typer") -> "typer.Typer":
@@ -48,8 +52,10 @@ def register(app: "typer.Typer") -> "typer.Typer":
 
             refuse(f"{', '.join(absent)} missing: {extra_line('tutorial')}")
         if export_to is not None:
-            if reason := unwritable(export_to):
-                refuse(f"--export: {reason}")
+            remedy = "free some room, or choose another directory"
+            with refused(refuse, f"--export: {export_to} can't be written to", remedy):  # before anything is measured
+                export_to.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=export_to).close()
             from rich.console import Console
 
             with Console(stderr=True).status("importing torch …") as status:
@@ -60,39 +66,30 @@ def register(app: "typer.Typer") -> "typer.Typer":
                 hush()
                 found = measured.everything(lambda what: status.update(f"Measuring: {what}"))
             for name, page in build.pages(found, home=home).items():
-                try:
+                with refused(refuse, f"{export_to / name} can't be written", remedy):
                     export.replace(export_to / name, page)
-                except OSError as error:
-                    reason = (error.strerror or str(error)).lower()
-                    refuse(
-                        f"{export_to / name} can't be written: {reason}; free some room, or choose another directory"
-                    )
                 typer.echo(export_to / name)
             return
 
         from . import serve
 
-        try:
+        with refused(refuse, f"port {port} of {serve.HOST} can't be used", "leave --port out for a free one"):
             server = serve.bind(port)
-        except serve.Unavailable as reason:
-            refuse(str(reason))
-        url = serve.address(server, lang)
+        url = f"http://{serve.HOST}:{server.server_address[1]}/{lang}.html"
 
-        def ready() -> None:
-            typer.echo(f"{url}  (Ctrl-C ends it)")
-            if browser:
-                serve.open_browser(url)
-
-        serve.serve(server, ready)
+        typer.echo(f"{url}  (Ctrl-C ends it)")
+        if browser:  # some of them keep their caller waiting for the page
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
+        with server, suppress(KeyboardInterrupt):
+            server.serve_forever()
 
     return app
 
 
-def unwritable(directory: Path) -> str | None:
-    """Why nothing can be written there, or None; makes the directory. Known before anything is measured."""
+@contextmanager
+def refused(refuse: Callable[[str], None], what: str, remedy: str) -> Iterator[None]:
+    """What the system says no to ends in one line, with the remedy."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return None
+        yield
     except OSError as error:
-        return f"{directory} can't be written to: {(error.strerror or str(error)).lower()}; choose another directory"
+        refuse(f"{what}: {(error.strerror or str(error)).lower()}; {remedy}")

@@ -27,62 +27,57 @@ def mathml(source: str, block: bool = False) -> str:
         ValueError: a bracket is left open, or there is a sign that this notation doesn't have.
     """
     left = _TOKEN.findall(source)[::-1]
+
+    def row(closing: str = "") -> str:
+        """Up to the closing bracket, or to the end."""
+        out = last = ""
+        while (left or closing) and left[-1][1] != closing:
+            space, token = left[-1]
+            if token in _OPERATORS:
+                out += f"<mo>{left.pop()[1]}</mo>"
+            else:
+                if last and last not in _OPERATORS:
+                    given = last.isalpha() and token == "(" and not space
+                    out += _APPLY if given else _OF if last in ("sin", "cos") else _TIMES
+                out += quotient()
+            last = token
+        if closing:
+            left.pop()
+        return out
+
+    def quotient() -> str:
+        upper = factor()
+        while left and left[-1][1] == "/":
+            left.pop()
+            lower = factor()
+            upper = f"<mfrac>{_bare(upper)}{_bare(lower)}</mfrac>" if block else f"{upper}<mo>/</mo>{lower}"
+        return upper
+
+    def factor() -> str:
+        token = left.pop()[1]
+        if token == "√":
+            return f"<msqrt>{_bare(factor())}</msqrt>"
+        if token == "(":
+            out = _OPEN + row(")") + _CLOSED
+        elif token[0].isdigit() or token == "∞":
+            out = f"<mn>{token}</mn>"
+        elif token.endswith("\u0302"):
+            out = f'<mover accent="true"><mi>{token[:-1]}</mi><mo stretchy="false">^</mo></mover>'
+        elif token.isalpha():
+            out = f"<mi>{token}</mi>"
+        else:
+            raise KeyError(token)
+        if left and left[-1][1] == "²":
+            left.pop()
+            return f"<msup>{out}<mn>2</mn></msup>"
+        return out
+
     try:
-        inside = _row(left, "", block)
+        return f'<math display="{"block" if block else "inline"}">{row()}</math>'
     except IndexError:
         raise ValueError(f"{source}: the formula ends too early") from None
     except KeyError as sign:
         raise ValueError(f"{source}: {sign} is no sign of a formula") from None
-    return f'<math display="{"block" if block else "inline"}">{inside}</math>'
-
-
-def _row(left: list[tuple[str, str]], closing: str, block: bool) -> str:
-    """Up to the closing bracket, or to the end."""
-    parts: list[str] = []
-    last = ""
-    while (left or closing) and left[-1][1] != closing:
-        space, token = left[-1]
-        if token in _OPERATORS:
-            parts.append(f"<mo>{token}</mo>")
-            left.pop()
-        else:
-            if last and last not in _OPERATORS:
-                given = last.isalpha() and token == "(" and not space
-                parts.append(_APPLY if given else _OF if last in ("sin", "cos") else _TIMES)
-            parts.append(_quotient(left, block))
-        last = token
-    if closing:
-        left.pop()
-    return "".join(parts)
-
-
-def _quotient(left: list[tuple[str, str]], block: bool) -> str:
-    upper = _factor(left, block)
-    while left and left[-1][1] == "/":
-        left.pop()
-        lower = _factor(left, block)
-        upper = f"<mfrac>{_bare(upper)}{_bare(lower)}</mfrac>" if block else f"{upper}<mo>/</mo>{lower}"
-    return upper
-
-
-def _factor(left: list[tuple[str, str]], block: bool) -> str:
-    token = left.pop()[1]
-    if token == "√":
-        return f"<msqrt>{_bare(_factor(left, block))}</msqrt>"
-    if token == "(":
-        out = _OPEN + _row(left, ")", block) + _CLOSED
-    elif token[0].isdigit() or token == "∞":
-        out = f"<mn>{token}</mn>"
-    elif token[0].isalpha():
-        name = token.removesuffix("\u0302")
-        hat = '<mover accent="true">{}<mo stretchy="false">^</mo></mover>' if name != token else "{}"
-        out = hat.format(f"<mi>{name}</mi>")
-    else:
-        raise KeyError(token)
-    if left and left[-1][1] == "²":
-        left.pop()
-        return f"<msup>{out}<mn>2</mn></msup>"
-    return out
 
 
 def _bare(part: str) -> str:

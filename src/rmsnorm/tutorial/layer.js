@@ -1,87 +1,76 @@
 // The only file that runs the ten lines on the reader's own numbers: each line lights up with its value, mistakes too.
 
-import { layerIn, meanSquare, round, rms, shown, ulp } from "./numbers.js";
-import { bars, escape, ghosts, text } from "./plot.js";
+import { layerIn, limit, meanSquare, rms, round, shown, sum, ulps } from "./numbers.js";
 import { handle } from "./widgets.js";
 
 const TIMES = { double: 2, half: 0.5, same: 1, square: 4 };
-// By the line of ten_lines.py that the value belongs to.
-const LINES = { wide: 6, square: 7, mean: 7, r: 8, normalised: 8, y: 9 };
+const HALF = 104, LOWER = 66 + HALF; // the height of either drawing of bars, and where the second begins
 
-function compute({ x, weight, factor, dtype, mistake, eps }) {
-  const narrow = mistake === "float", type = narrow ? dtype : "float32", to = v => round(v, type);
-  const input = x.map(v => round(round(v, dtype) * factor, dtype));
+export function compute({ x, weight, factor, dtype, mistake, eps }) {
+  const narrow = mistake === "float", early = narrow || mistake === "type_as";
+  const to = v => round(v, narrow ? dtype : "float32"), out = v => round(v, dtype);
+  const input = x.map(v => out(out(v) * factor)), gain = weight.map(out);
   const wide = input.map(to), square = wide.map(v => to(v * v));
-  const mean = narrow ? meanSquare(wide, dtype) : to(square.reduce((a, b) => a + b, 0) / x.length);
-  const inside = to(mean + (mistake === "eps" ? 0 : eps));
-  const r = to(mistake === "rsqrt" ? 0.5 / Math.sqrt(inside) : 1 / Math.sqrt(inside));
-  const normalised = wide.map(v => to(v * r)), gain = weight.map(v => round(v, dtype));
-  const y = mistake === "type_as" || narrow
-    ? normalised.map((v, i) => round(round(v, dtype) * gain[i], dtype))
-    : normalised.map((v, i) => round(to(v * gain[i]), dtype));
-  const exact = layerIn("float64", "once", input, gain, eps);
-  const ulps = Math.max(...y.map((v, i) => (Number.isFinite(v) ? Math.abs(v - exact[i]) / ulp(exact[i], dtype)
-    : Infinity)));
-  return { input, wide, square, mean, r, normalised, y, exact, ulps, dtype };
+  const mean = narrow ? meanSquare(wide, dtype) : to(sum(square) / x.length);
+  const root = Math.sqrt(to(mean + (mistake === "eps" ? 0 : eps)));
+  const r = to((mistake === "rsqrt" ? 0.5 : 1) / root), normalised = wide.map(v => to(v * r));
+  const y = normalised.map((v, i) => out(to((early ? out(v) : v) * gain[i])));
+  return { input, wide, square, mean, r, normalised, y, rms: Math.sqrt(mean), before: rms(input), after: rms(y),
+    ulps: Math.max(...ulps(y, layerIn("float64", "once", input, gain, eps), dtype)) };
 }
 
-export const layer = {
-  right: "same",
-  hands: true,
-  controls: {
-    x: { kind: "cells", start: [0.1, 0.1, 0.2, 0.3] },
-    factor: { kind: "slider", stops: [0, 1e-4, 0.01, 0.1, 0.5, 1, 2, 10, 100, 1000, 3000], start: 2 },
-    weight: { kind: "cells", start: [1, 1, 1, 1] },
-    dtype: { kind: "choice", options: ["float32", "bfloat16", "float16"], start: "float32" },
-    eps: { kind: "slider", stops: [0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 0.1], start: 1e-6 },
-    mistake: { kind: "choice", options: ["none", "float", "type_as", "rsqrt", "eps"], start: "none" },
-  },
-  compute,
-  attach(panel, box) {
-    const { svg, state } = panel;
-    const self = {};
-    const lit = document.createElement("div");
-    lit.className = "code";
-    lit.append(document.getElementById("ten-lines").content.cloneNode(true));
-    box.querySelector("figure").before(lit);
-    const put = (i, value) => {
-      state.x[i] = Math.max(-1, Math.min(1, Math.round(20 * value) / 20));
-      panel.refresh();
-      panel.later();
-    };
-    const handles = state.x.map((_, i) => handle(svg, {
-      name: `x ${i + 1}`, get: () => state.x[i], range: { "aria-valuemin": -1, "aria-valuemax": 1 },
-      pull: (_dx, dy, start) => put(i, start - dy / self.unit), press: by => put(i, state.x[i] + by / 20),
-    }));
-    return ({ ends, unit, result, mistake }) => {
-      self.unit = unit;
-      ends.forEach(([x, y], i) => handles[i](x, y));
-      const words = {};
-      for (const [key, place] of Object.entries(LINES))
-        (words[place] ??= []).push([result[key]].flat().map(v => shown(v)).join(", "));
-      for (const [place, values] of Object.entries(words)) {
-        const row = lit.children[place], value = values.join(" → ");
-        row.classList.toggle("lit", row.dataset.value !== undefined && row.dataset.value !== value);
-        row.classList.toggle("wrong", MISTAKEN[mistake] === Number(place));
-        row.dataset.value = value;
-      }
-    };
-  },
-  draw({ width, t, state, result, guess, mine }) {
-    const half = 104, room = { left: 8, width: width - 16, height: half, shown: v => shown(v, 3) };
-    const upper = bars({ ...room, top: 34, values: state.x, largest: 1, cls: "x", lift: 16 });
-    const largest = Math.max(2, ...result.y.map(v => (Number.isFinite(v) ? 1.25 * Math.abs(v) : 0)));
-    const lower = bars({ ...room, top: 66 + half, values: result.y, largest, cls: result.ulps > 1e3 ? "lost" : "rms" });
-    let body = text(8, 16, t("input"), "name") + upper.out + upper.words
-      + text(8, 52 + half, t("output"), "name") + lower.out;
-    if (guess) {
-      const base = layerIn("float64", "once", state.x, state.weight, state.eps);
-      body += ghosts({ ...room, top: 66 + half, values: base.map(v => v * TIMES[guess]), largest });
-      body += text(width - 8, 52 + half, `◆ ${mine}`, "flag", "end");
-    }
-    return { height: 2 * half + 76, body: body + lower.words, ends: upper.ends, unit: upper.unit, result, mistake: state.mistake };
-  },
-  numbers: ({ input, mean, r, y, ulps }) => ({ input, mean, rms: Math.sqrt(mean), r, y, after: rms(y), ulps }),
-  quotes: ({ input, y }) => ({ before: rms(input), after: rms(y) }),
+/** Bars above and below a line; `foreseen` are outlines, by a guess. Returns the bars' ends, and a unit's pixels. */
+function bars(d, top, values, largest, cls, lift, foreseen = []) {
+  const step = (d.width - 16) / values.length, zero = top + HALF / 2, unit = HALF / 2 / largest;
+  const bar = (share, look) => (value, i) => {
+    const x = 8 + (i + 0.5) * step, y = zero - unit * limit(value || 0, largest);
+    d.rect(x - share * step / 2, Math.min(zero, y), share * step, Math.abs(zero - y), look);
+    return [x, y];
+  };
+  d.segment(8, zero, d.width - 8, zero, "axis");
+  const ends = values.map(bar(0.64, `area ${cls}`));
+  foreseen.forEach(bar(0.8, "guess"));
+  ends.forEach(([x, y], i) => d.text(x, y <= zero ? y - lift : y + lift + 9, shown(values[i], 3), "value", "middle"));
+  return { ends, unit };
+}
+
+export const right = "same";
+export const controls = {
+  x: { start: [0.1, 0.1, 0.2, 0.3] },
+  factor: { stops: [0, 1e-4, 0.01, 0.1, 0.5, 1, 2, 10, 100, 1000, 3000], start: 2 },
+  weight: { start: [1, 1, 1, 1] },
+  dtype: { options: ["float32", "bfloat16", "float16"], start: "float32" },
+  eps: { stops: [0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 0.1], start: 1e-6 },
+  mistake: { options: ["none", "float", "type_as", "rsqrt", "eps"], start: "none" },
 };
-const MISTAKEN = { none: -1, float: 6, type_as: 9, rsqrt: 8, eps: 8 };
+
+export function attach(panel, article) {
+  const { state } = panel;
+  let unit;
+  const put = (i, value) => panel.set("x", state.x.with(i, limit(Math.round(20 * value) / 20, 1)));
+  const handles = [...article.querySelectorAll(".handle")].map((element, i) => handle(element, { get: () => state.x[i],
+    pull: (_dx, dy, start) => put(i, start - dy / unit), press: by => put(i, state.x[i] + by / 20) }));
+  return drawn => {
+    unit = drawn.unit;
+    drawn.ends.forEach((end, i) => handles[i](end));
+    for (const { dataset, classList } of article.querySelectorAll("[data-lit]")) { // lines, and the values they have
+      const words = key => [drawn.result[key]].flat().map(v => shown(v)).join(", ");
+      const value = dataset.lit.split(" ").map(words).join(" → ");
+      classList.toggle("lit", dataset.value !== undefined && dataset.value !== value);
+      classList.toggle("wrong", dataset.wrong.split(" ").includes(state.mistake));
+      dataset.value = value;
+    }
+  };
+}
+
+export function draw(d, { t, state, result, guess }) {
+  d.text(8, 16, t("input"), "name");
+  const upper = bars(d, 34, state.x, 1, "x", 16);
+  d.text(8, LOWER - 14, t("output"), "name");
+  d.flag(d.width - 8, LOWER - 14, "end");
+  const largest = Math.max(2, ...result.y.filter(Number.isFinite).map(v => 1.25 * Math.abs(v)));
+  const guessed = layerIn("float64", "once", state.x, state.weight, state.eps).map(v => v * TIMES[guess]);
+  bars(d, LOWER, result.y, largest, result.ulps > 1e3 ? "lost" : "rms", 6, guess ? guessed : []);
+  d.height = LOWER + HALF + 10; // whatever the bars
+  return { ...upper, result };
+}

@@ -1,87 +1,72 @@
 // The only file that shows what a kernel does: who touches which row when, and the bytes that cross the memory bus.
 
-import { shown } from "./numbers.js";
-import { flag, rect, segment, text } from "./plot.js";
+import { mapped, range, shown, sum } from "./numbers.js";
 
-const SMALL = 6; // rows that are drawn
+const SMALL = 6, LINE = 24; // rows that are drawn, and their height
 // By engine: operators, each over all rows before the next one; or passes over a row before the next row.
-// full: readings and writings of a number of the row; "cached" ones stay in a core's first cache.
+// A step's readings and writings of a number of the row; one that is "cached" reads it in a core's first cache.
 const ENGINES = {
-  chain: { byRow: false, steps: [["x²", 1, 1], ["mean", 1, 0], ["x · r", 1, 1], ["· w", 1, 1]] },
-  rms: { byRow: true, steps: [["Σ x²", 1, 0], ["x · r · w", "cached", 1]] },
-  layer: { byRow: true, steps: [["Σ x", 1, 0], ["Σ (x − m)²", "cached", 0], ["(x − m) · r · w + b", "cached", 1]] },
+  chain: { steps: [["x²", 1, 1], ["mean", 1, 0], ["x · r", 1, 1], ["· w", 1, 1]] },
+  rms: { byRow: true, steps: [["Σ x²", 1, 0], ["x · r · w", 0, 1, "cached"]] },
+  layer: { byRow: true, steps: [["Σ x", 1, 0], ["Σ (x − m)²", 0, 0, "cached"],
+    ["(x − m) · r · w + b", 0, 1, "cached"]] },
 };
 const ITEM = { float32: 4, bfloat16: 2 };
+const count = steps => sum(steps.map(([, reads, writes]) => reads + writes));
 
-function compute({ engine, step, rows, dtype }) {
-  const { byRow, steps } = ENGINES[engine], events = [];
-  const outer = byRow ? SMALL : steps.length, inner = byRow ? steps.length : SMALL;
-  for (let i = 0; i < outer; i++) for (let j = 0; j < inner; j++) {
-    const [name, reads, writes] = steps[byRow ? j : i];
-    events.push({ name, row: byRow ? i : j, reads: reads === "cached" ? 0 : reads, cached: reads === "cached",
-      writes });
-  }
-  const done = events.slice(0, Math.round(step / 12 * events.length));
-  const count = list => list.reduce((total, e) => total + e.reads + e.writes, 0) / SMALL;
-  const passes = Object.fromEntries(Object.entries(ENGINES).map(([name, { steps: all }]) =>
-    [name, all.reduce((total, [, reads, writes]) => total + (reads === "cached" ? 0 : reads) + writes, 0)]));
-  return { events, done, now: done.at(-1), crossed: count(done), passes,
-    bytes: passes[engine] * rows * 4096 * ITEM[dtype] };
+export function compute({ engine, step, rows, dtype }) {
+  const { byRow, steps } = ENGINES[engine], n = steps.length;
+  const events = range(SMALL * n, i => (byRow ? { row: Math.floor(i / n), step: steps[i % n] }
+    : { row: i % SMALL, step: steps[Math.floor(i / SMALL)] }));
+  const done = events.slice(0, Math.round(step / 12 * events.length)), all = mapped(ENGINES, one => count(one.steps));
+  return { done, crossed: count(done.map(event => event.step)) / SMALL, all, passes: all[engine],
+    bytes: all[engine] * rows * 4096 * ITEM[dtype] };
 }
 
-export const passes = {
-  right: "seven",
-  live: { name: "cost", asks: ({ rows, dtype }) => ({ rows, dtype }) },
-  controls: {
-    engine: { kind: "choice", options: ["chain", "rms", "layer"], start: "chain" },
-    step: { kind: "slider", stops: Array.from({ length: 13 }, (_, i) => i), start: 7,
-      words: v => `${Math.round(100 * v / 12)} %` },
-    rows: { kind: "slider", stops: [1, 128, 4096, 32768], start: 4096, words: v => `${v} × 4096` },
-    dtype: { kind: "choice", options: ["float32", "bfloat16"], start: "float32" },
-  },
-  compute,
-  draw({ width, t, state, result, guess, mine, data }) {
-    const { engine } = state, lane = (width - 24) / 2, h = 20;
-    let body = text(0, 16, t("memory"), "name") + text(lane + 24, 16, t("written"), "name");
-    for (let row = 0; row < SMALL; row++) {
-      const y = 26 + row * (h + 4), of = result.done.filter(e => e.row === row),
-        last = result.now?.row === row ? result.now : null;
-      const state = { read: of.some(e => e.reads), now: last?.reads, cached: last?.cached };
-      body += rect(0, y, lane, h, `cell ${Object.keys(state).filter(key => state[key]).join(" ")}`);
-      const written = of.filter(e => e.writes).length;
-      body += rect(lane + 24, y, lane, h, `cell${written ? " written" : ""}${last?.writes ? " now" : ""}`);
-      if (written > 1) body += text(lane + 32, y + 15, `× ${written}`, "value bare");
-      if (last) body += text(8, y + 15, `${last.name}${last.cached ? `  (${t("cache")})` : ""}`, "value bare");
-    }
-    let top = 26 + SMALL * (h + 4) + 30;
-    const chart = (title, rows, unit, marked) => {
-      const left = Math.min(150, 0.36 * width), most = 1.3 * Math.max(...rows.map(([, v]) => v), marked ?? 0);
-      body += text(0, top, title, "name");
-      rows.forEach(([name, value, cls], i) => {
-        const y = top + 12 + 28 * i, length = (width - left) * value / most;
-        body += text(left - 8, y + 15, name, "tick", "end") + rect(left, y, length, 20, `area ${cls}`)
-          + text(left + length + 6, y + 15, `${shown(value, 3)}${unit}`, "value");
-      });
-      const bottom = top + 12 + 28 * rows.length;
-      if (marked) {
-        const x = left + (width - left) * marked / most;
-        body += segment(x, top + 8, x, bottom, "line guess")
-          + flag(x, bottom + 12, mine, x > 0.7 * width ? "end" : "start");
-      }
-      top = bottom + (marked ? 40 : 26);
-    };
-    chart(t("passes"), Object.entries(result.passes).map(([name, v]) =>
-      [t(`engine.${name}`), v, name === engine ? "rms" : "soft"]), "", GUESSED[guess]);
-    const cost = data.measured.cost;
-    if (cost?.seconds) {
-      const unit = Math.max(...Object.values(cost.seconds)) < 1e-3 ? ["µs", 1e6] : ["ms", 1e3];
-      chart(`${t("time")}, ${cost.shape}, ${cost.dtype}`,
-        Object.entries(cost.seconds).map(([name, s]) =>
-        [name, s * unit[1], name.startsWith("rmsnorm") ? "rms" : "soft"]), ` ${unit[0]}`);
-    }
-    return { height: top, body };
-  },
-  numbers: ({ crossed, passes: all, bytes }, { engine }) => ({ crossed, passes: all[engine], bytes }),
-  quotes: ({ passes: all }) => ({ chain: all.chain, kernel: all.rms, layer: all.layer }),
+export const right = "7";
+export const controls = {
+  engine: { options: Object.keys(ENGINES), start: "chain" },
+  step: { stops: range(13), start: 7, words: v => `${Math.round(100 * v / 12)} %` },
+  rows: { stops: [1, 128, 4096, 32768], start: 4096, words: v => `${v} × 4096` },
+  dtype: { options: ["float32", "bfloat16"], start: "float32" },
 };
-const GUESSED = { two: 2, three: 3, seven: 7, twenty: 20 };
+
+export function draw(d, { t, state: { engine }, result: { done, all }, guess, data }) {
+  const lane = (d.width - 24) / 2, right = lane + 24;
+  const last = done.at(-1), [name, , writes, cached] = last?.step ?? [];
+  d.text(0, 16, t("memory"), "name");
+  d.text(right, 16, t("written"), "name");
+  for (let row = 0; row < SMALL; row++) {
+    const y = 26 + row * LINE, steps = done.filter(event => event.row === row).map(event => event.step);
+    const now = last?.row === row, read = steps.some(([, from]) => from), written = sum(steps.map(([, , to]) => to));
+    d.rect(0, y, lane, 20, `cell ${read ? "read" : ""} ${now ? cached ?? "now" : ""}`);
+    d.rect(right, y, lane, 20, `cell ${written ? "written" : ""} ${now && writes ? "now" : ""}`);
+    if (written > 1) d.text(right + 8, y + 15, `× ${written}`, "value bare");
+    if (now) d.text(8, y + 15, cached ? `${name}  (${t("cache")})` : name, "value bare");
+  }
+  let top = 56 + SMALL * LINE;
+  const chart = (title, rows, unit, marked = 0) => {
+    const left = Math.min(150, 0.4 * d.width), bottom = top + 12 + 28 * rows.length;
+    const long = v => (d.width - left) * v / 1.3 / Math.max(marked, ...rows.map(([, value]) => value));
+    d.text(0, top, title, "name");
+    rows.forEach(([words, value, cls], i) => {
+      const y = top + 12 + 28 * i;
+      d.text(left - 8, y + 15, words, "tick", "end");
+      d.rect(left, y, long(value), 20, `area ${cls}`);
+      d.text(left + long(value) + 6, y + 15, shown(value, 3) + unit, "value");
+    });
+    if (marked) {
+      const x = left + long(marked);
+      d.segment(x, top + 8, x, bottom, "line guess");
+      d.flag(x, bottom + 12, x > 0.7 * d.width ? "end" : "start");
+    }
+    top = bottom + (marked ? 40 : 26);
+  };
+  chart(t("passes"), Object.entries(all).map(([key, v]) => [t(`engine.${key}`), v, key === engine ? "rms" : "soft"]),
+    "", Number(guess));
+  const { seconds, shape, dtype } = data.measured.cost ?? {};
+  if (!seconds) return;
+  const [unit, factor] = Math.max(...Object.values(seconds)) < 1e-3 ? [" µs", 1e6] : [" ms", 1e3];
+  chart(`${t("time")}, ${shape}, ${dtype}`,
+    Object.entries(seconds).map(([who, s]) => [who, s * factor, who.startsWith("rmsnorm") ? "rms" : "soft"]), unit);
+}

@@ -1,94 +1,104 @@
-// The only file that draws: SVG as text, from scales, lines, bars and words. Colours are classes of style.css.
+// The only file that draws: SVG as text, from scales, lines, arrows and words. Colours are classes of style.css.
 
-import { raised } from "./numbers.js";
+import { raised, range, shown } from "./numbers.js";
 
-export const escape = text => String(text).replace(/[&<>"]/g,
-  c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-export const tag = (name, attributes, inner = "") =>
-  `<${name}${Object.entries(attributes).map(([key, value]) => ` ${key}="${value}"`).join("")}>${inner}</${name}>`;
-export const text = (x, y, words, cls = "", anchor = "start") =>
-  tag("text", { x: x.toFixed(1), y: y.toFixed(1), class: cls, "text-anchor": anchor }, escape(words));
-export const path = (points, cls, close = false) => {
-  const d = points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("") + (close ? "Z" : "");
-  return points.length ? tag("path", { d, class: cls }) : "";
-};
-export const segment = (x1, y1, x2, y2, cls) => path([[x1, y1], [x2, y2]], cls);
-export const dot = (x, y, r, cls) => tag("circle", { cx: x.toFixed(1), cy: y.toFixed(1), r, class: cls });
-export const rect = (x, y, w, h, cls) =>
-  tag("rect", { x: x.toFixed(1), y: y.toFixed(1), width: Math.max(w, 0).toFixed(1), height: Math.max(h, 0).toFixed(1),
-    class: cls });
+export const escape = text => String(text).replace(/[&<>"]/g, c => `&#${c.charCodeAt()};`);
 
-/** An arrow with a head, for vectors. */
-export function arrow(x1, y1, x2, y2, cls) {
-  const length = Math.hypot(x2 - x1, y2 - y1) || 1, ux = (x2 - x1) / length, uy = (y2 - y1) / length,
-    s = Math.min(9, length);
-  const head = [[x2, y2], [x2 - s * ux - s / 2 * uy, y2 - s * uy + s / 2 * ux],
-    [x2 - s * ux + s / 2 * uy, y2 - s * uy - s / 2 * ux]];
-  return segment(x1, y1, x2 - s * ux, y2 - s * uy, `line ${cls}`) + path(head, `area ${cls}`, true);
-}
-
-/** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; ticks are [value,
- *  words]; `title` stands above, and above the legend, if there is one. Returns what draws into it. */
-export function axes({ left, top, width, height, x, y, log = "", xticks, yticks, xname = "", title = "",
-  legend = [] }) {
-  const scale = ([low, high], from, to, logarithmic) => {
-    const f = logarithmic ? v => Math.log10(Math.max(v, 1e-300)) : v => v;
-    return v => from + (f(v) - f(low)) / (f(high) - f(low)) * (to - from);
-  };
-  const X = scale(x, left, left + width, log.includes("x")), Y = scale(y, top + height, top, log.includes("y"));
-  let out = rect(left, top, width, height, "box");
-  for (const [value, words] of xticks ?? [])
-    out += segment(X(value), top, X(value), top + height, "grid")
-      + text(X(value), top + height + 19, words, "tick", "middle");
-  for (const [value, words] of yticks ?? [])
-    out += segment(left, Y(value), left + width, Y(value), "grid") + text(left - 6, Y(value) + 4, words, "tick", "end");
-  if (xname) out += text(left + width / 2, top + height + 38, xname, "name", "middle");
-  if (title) out += text(0, top - (legend.length ? 33 : 14), title, "name");
-  legend.forEach(([words, cls], i) => {
-    out += text(left + i * width / legend.length, top - 11, `— ${words}`, `value ink-${cls}`);
-  });
-  const inside = ([px, py]) => [px, Math.min(Math.max(py, top), top + height)];
-  const line = (points, cls) => path(points.map(([a, b]) => inside([X(a), Y(b)])), `line ${cls}`);
-  const mark = value => line([[value, y[0]], [value, y[1]]], "mark");
-  const flagged = (points, mine) => line(points, "guess")
-    + flag(left + width, top - (legend.length ? 33 : 14), mine, "end");
-  return { X, Y, out, line, mark, flagged };
-}
-
-/** Ticks at powers of ten, every so many. */
+/** Ticks at powers of ten, every so many, as [value, words]. */
 export const decades = (low, high, every = 1) => {
-  const ticks = [];
-  for (let p = Math.ceil(Math.log10(low)); p <= Math.log10(high) + 1e-9; p += every) ticks.push([10 ** p, power(p)]);
-  return ticks;
+  const first = Math.ceil(Math.log10(low)), count = Math.floor((Math.log10(high) + 1e-9 - first) / every) + 1;
+  return range(count, i => first + i * every).map(p => [10 ** p, p >= 0 && p <= 3 ? 10 ** p : `10${raised(p)}`]);
 };
-const power = p => (p >= 0 && p <= 3 ? String(10 ** p) : `10${raised(p)}`);
-export const even = (low, high, steps) =>
-  Array.from({ length: steps + 1 }, (_, i) => low + (high - low) * i / steps).map(v =>
-    [v, String(Number(v.toPrecision(3))).replace("-", "−")]);
 
-/** Bars of a vector, above and below a zero line. Returns the drawing, its words, and where each bar ends. */
-export function bars({ left, top, width, height, values, largest, cls, shown, lift = 6 }) {
-  const step = width / values.length, zero = top + height / 2, unit = height / 2 / largest;
-  const clip = v => Math.max(-largest, Math.min(largest, Number.isFinite(v) ? v : 0));
-  let out = segment(left, zero, left + width, zero, "axis"), words = "";
-  const ends = values.map((value, i) => {
-    const length = clip(value) * unit, x = left + (i + 0.18) * step;
-    out += rect(x, Math.min(zero, zero - length), 0.64 * step, Math.abs(length), `area ${cls}`);
-    const above = length >= 0 ? -lift : lift + 9;
-    words += text(left + (i + 0.5) * step, zero - length + above, shown(value), "value", "middle");
-    return [left + (i + 0.5) * step, zero - length];
-  });
-  return { out, words, ends, unit };
+/** Ticks that are given, as values or [value, words]; or so many steps; or, on a logarithmic scale, `decades`. */
+function ticks([low, high], logarithmic, given = []) {
+  const values = Array.isArray(given) ? given : logarithmic ? decades(low, high, given)
+    : range(given + 1, i => low + (high - low) * i / given);
+  return values.map(one => (Array.isArray(one) ? one : [one, shown(one, 3)]));
 }
 
-/** Outlines where the reader's guess would have put the bars. */
-export const ghosts = ({ left, width, height, top, values, largest }) => {
-  const step = width / values.length, zero = top + height / 2, unit = height / 2 / largest;
-  return values.map((value, i) => {
-    const length = Math.max(-largest, Math.min(largest, value)) * unit;
-    return rect(left + (i + 0.1) * step, Math.min(zero, zero - length), 0.8 * step, Math.abs(length), "guess");
-  }).join("");
-};
+/** A drawing of a width, as high as what is drawn. `mine` are the words for the reader's guess, if there is one. */
+export class Drawing {
+  body = "";
+  height = 0;
 
-/** The flag of the reader's guess: words in the guess's colour with a small mark. */
-export const flag = (x, y, words, anchor = "start") => text(x, y, `◆ ${words}`, "flag", anchor);
+  constructor(width, mine) {
+    Object.assign(this, { width, mine });
+  }
+
+  add(name, attributes, inner = "") {
+    const words = Object.entries(attributes).map(([key, value]) =>
+      ` ${key}="${typeof value === "number" ? +value.toFixed(1) : value}"`);
+    this.body += `<${name}${words.join("")}>${inner}</${name}>`;
+  }
+
+  text(x, y, words, cls = "", anchor = "start") {
+    this.height = Math.max(this.height, y + 8);
+    this.add("text", { x, y, class: cls, "text-anchor": anchor }, escape(words));
+  }
+
+  rect(x, y, width, height, cls) {
+    this.height = Math.max(this.height, y + height + 2);
+    this.add("rect", { x, y, width: Math.max(width, 0), height: Math.max(height, 0), class: cls });
+  }
+
+  /** Through points [x, y]; a third value that is true lifts the pen before its point. */
+  path(points, cls, end = "") {
+    const d = points.map(([x, y, lifted], i) => `${i && !lifted ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`);
+    this.add("path", { d: d.join("") + end, class: cls });
+  }
+
+  segment(x1, y1, x2, y2, cls) {
+    this.path([[x1, y1], [x2, y2]], cls);
+  }
+
+  dot(cx, cy, r, cls) {
+    this.add("circle", { cx, cy, r, class: cls });
+  }
+
+  /** With a head, for vectors. */
+  arrow(x1, y1, x2, y2, cls) {
+    const length = Math.hypot(x2 - x1, y2 - y1) || 1, head = Math.min(9, length) / length;
+    const u = head * (x2 - x1), v = head * (y2 - y1), x = x2 - u, y = y2 - v;
+    this.segment(x1, y1, x, y, `line ${cls}`);
+    this.path([[x2, y2], [x - v / 2, y + u / 2], [x + v / 2, y - u / 2]], `area ${cls}`, "Z");
+  }
+
+  /** Marks the reader's guess, in words. */
+  flag(x, y, anchor = "start", more = "") {
+    if (this.mine) this.text(x, y, `◆ ${this.mine}${more}`, "flag", anchor);
+  }
+
+  /** A box with scales: `x`, `y` are [low, high]; `log` names logarithmic ones, "x", "y" or "xy"; `title` stands above,
+   *  and above the legend, if there is one. Returns its scales, and what draws into it. */
+  axes({ left = 52, top = 48, width = this.width - left - 12, height, x, y, log = "", xticks, yticks, xname, title,
+    legend = [] }) {
+    const scale = ([low, high], from, to, logarithmic) => {
+      const f = logarithmic ? v => Math.log10(Math.max(v, 1e-300)) : v => v;
+      return v => from + (f(v) - f(low)) / (f(high) - f(low)) * (to - from);
+    };
+    const bottom = top + height, above = top - (legend.length ? 33 : 14);
+    const X = scale(x, left, left + width, log.includes("x")), Y = scale(y, bottom, top, log.includes("y"));
+    this.rect(left, top, width, height, "box");
+    for (const [value, words] of ticks(x, log.includes("x"), xticks)) {
+      this.segment(X(value), top, X(value), bottom, "grid");
+      this.text(X(value), bottom + 19, words, "tick", "middle");
+    }
+    for (const [value, words] of ticks(y, log.includes("y"), yticks)) {
+      this.segment(left, Y(value), left + width, Y(value), "grid");
+      this.text(left - 6, Y(value) + 4, words, "tick", "end");
+    }
+    if (xname) this.text(left + width / 2, bottom + 38, xname, "name", "middle");
+    if (title) this.text(0, above, title, "name");
+    legend.forEach(([words, cls], i) =>
+      this.text(left + i * width / legend.length, top - 11, `— ${words}`, `value ink-${cls}`));
+    const line = (points, cls) => this.path(points.filter(point => point.every(v => !Number.isNaN(v)))
+      .map(([a, b]) => [X(a), Math.min(Math.max(Y(b), top), bottom)]), `line ${cls}`);
+    const guess = (points, more) => {
+      if (!this.mine) return;
+      line(points, "guess");
+      this.flag(left + width, above, "end", more);
+    };
+    return { X, Y, line, guess, mark: value => line([[value, y[0]], [value, y[1]]], "mark") };
+  }
+}

@@ -7,16 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-_DIGITS = {torch.float16: (11, -14), torch.bfloat16: (8, -126), torch.float32: (24, -126)}
-"""By type: the bits of the significand, and the exponent of the smallest normal number."""
-
 
 def gaps(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of a type around the exact values (float64)."""
-    digits, smallest = _DIGITS[dtype]
-    exponent = torch.frexp(exact).exponent - 1  # |exact| is in [2^exponent, 2^(exponent+1))
-    exponent = torch.where(exact == 0, smallest, exponent.clamp(min=smallest))
-    return torch.ldexp(torch.ones_like(exact), exponent - digits + 1)
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1  # |exact| is in [2^exponent, 2^(exponent+1))
+    return torch.ldexp(torch.full_like(exact, info.eps), exponent)
 
 
 def errors(rounded: Tensor, exact: Tensor) -> Tensor:

@@ -1,109 +1,93 @@
 // The only file with controls: sliders that speak their values, choices, cells that are typed in or dragged, handles.
 
-import { shown } from "./numbers.js";
+import { limit, range, shown } from "./numbers.js";
 import { escape } from "./plot.js";
 
-const make = html => {
-  const template = document.createElement("template");
-  template.innerHTML = html.trim();
-  return template.content.firstElementChild;
-};
+const made = html => document.createRange().createContextualFragment(html).firstElementChild;
 
-/** A range over the stops of a control; `aria-valuetext` and the number beside it say the value, not the place. */
-export function slider(id, name, control, state, key, changed) {
-  const words = value => (control.words ?? shown)(value);
-  const box = make(`<div class="dial"><label for="${id}">${escape(name)}</label><output for="${id}"></output>
-    <input type="range" id="${id}" min="0" max="${control.stops.length - 1}" step="1"></div>`);
-  const input = box.querySelector("input"), output = box.querySelector("output");
-  const say = () => {
-    output.textContent = words(state[key]);
-    input.setAttribute("aria-valuetext", output.textContent);
+/** What moves a figure. A control that has `stops` is a slider, one with `options` a choice; others are cells, number
+ *  fields for a vector or a matrix. `set` hears of a new value, `show` of the widget that is returned shows one. */
+export const widget = (id, name, control, set, words) =>
+  (control.stops ? slider : control.options ? choice : cells)(id, escape(name), control, set, words);
+
+/** `aria-valuetext` and the number beside it say the value, not its place among the stops. */
+function slider(id, name, { stops, words = shown }, set) {
+  const box = made(`<div class="dial"><label for="${id}">${name}</label><output for="${id}"></output>
+    <input type="range" id="${id}" min="0" max="${stops.length - 1}"></div>`);
+  const [output, input] = box.querySelectorAll("output, input");
+  input.addEventListener("input", () => set(stops[input.value]));
+  const show = value => {
+    input.value = stops.indexOf(value);
+    output.textContent = words(value);
+    input.setAttribute("aria-valuetext", words(value));
   };
-  input.value = control.stops.indexOf(state[key]);
-  input.addEventListener("input", () => { state[key] = control.stops[input.value]; say(); changed(); });
-  say();
-  box.put = value => { // the stop that is nearest
-    const away = control.stops.map(stop => Math.abs(stop - value));
-    input.value = away.indexOf(Math.min(...away));
-    input.dispatchEvent(new Event("input"));
-  };
-  return box;
+  return { box, show };
 }
 
-/** Radio buttons in a group with a name. */
-export function choice(id, name, control, state, key, changed, words) {
-  const radios = control.options.map(option => {
-    const checked = option === state[key] ? " checked" : "";
-    return `<label><input type="radio" name="${id}" value="${option}"${checked}> ${escape(words(option))}</label>`;
-  });
-  const box = make(`<fieldset class="choice"><legend>${escape(name)}</legend>${radios.join("")}</fieldset>`);
-  box.addEventListener("change", event => { state[key] = event.target.value; changed(); });
-  return box;
+function choice(id, name, { options }, set, words) {
+  const radios = options.map(option =>
+    `<label><input type="radio" name="${id}" value="${option}"> ${escape(words(option))}</label>`);
+  const box = made(`<fieldset class="choice"><legend>${name}</legend>${radios.join("")}</fieldset>`);
+  box.addEventListener("change", event => set(event.target.value));
+  return { box, show: value => { box.querySelector(`[value="${value}"]`).checked = true; } };
 }
 
-/** Number fields, one for each value of a vector or a matrix: type, press arrow keys, or drag sideways. */
-export function cells(id, name, control, state, key, changed) {
-  const rows = Array.isArray(state[key][0]) ? state[key] : [state[key]];
-  const step = control.step ?? 0.1, round = value => Number(value.toFixed(6));
-  const named = (i, j) => (rows.length > 1 ? `${name}, ${control.rows[i]}${j + 1}` : `${name} ${j + 1}`);
-  const fields = rows.flatMap((row, i) => row.map((value, j) =>
-    `<input type="number" step="${step}" value="${value}" aria-label="${escape(named(i, j))}">`));
-  const box = make(`<div class="cells" role="group" aria-label="${escape(name)}">
-    <span class="name">${escape(name)}</span>
-    <div class="grid" style="--columns:${rows[0].length}">${fields.join("")}</div></div>`);
+/** Type, press arrow keys, or drag sideways. */
+function cells(id, name, { start, rows = [""], step = 0.1 }, set) {
+  const n = start.flat().length / rows.length, rounded = value => Number(value.toFixed(6));
+  const fields = rows.flatMap(row => range(n, j => `<input type="number" step="${step}"
+    aria-label="${name}${row ? `, ${row}` : " "}${j + 1}">`));
+  const box = made(`<div class="cells" role="group" aria-label="${name}"><span class="name">${name}</span>
+    <div class="grid" style="--columns:${n}">${fields.join("")}</div></div>`);
   const inputs = [...box.querySelectorAll("input")];
+  let values;
+  const show = given => {
+    values = given.flat();
+    inputs.forEach((input, i) => { // whoever types "0." is not interrupted
+      if (input.valueAsNumber !== rounded(values[i])) input.value = rounded(values[i]);
+    });
+  };
   const put = (place, value) => {
-    rows[Math.floor(place / rows[0].length)][place % rows[0].length] = Math.max(-1e4, Math.min(1e4, value));
-    changed(place);
+    const all = values.with(place, limit(value, 1e4));
+    set(rows[0] ? rows.map((_, i) => all.slice(n * i, n * i + n)) : all);
   };
   inputs.forEach((input, place) => {
     input.addEventListener("input", () => {
       if (Number.isFinite(input.valueAsNumber)) put(place, input.valueAsNumber);
     });
-    input.addEventListener("change", () => { if (!Number.isFinite(input.valueAsNumber)) box.refresh(); });
-    dragged(input, (dx, _, start) => {
-      input.value = round(Math.round((start + dx * step / 4) / step) * step);
-      put(place, input.valueAsNumber);
-    }, () => input.valueAsNumber || 0);
+    input.addEventListener("change", () => show(values));
+    dragged(input, (dx, _, at) => put(place, rounded(Math.round((at + dx * step / 4) / step) * step)),
+      () => values[place]);
   });
-  box.refresh = () => inputs.forEach((input, place) => {
-    const value = round(rows[Math.floor(place / rows[0].length)][place % rows[0].length]);
-    if (input.valueAsNumber !== value) input.value = value; // whoever types "0." is not interrupted
-  });
-  return box;
+  return { box, show };
 }
 
-/** Calls `moved(dx, dy, start)` while a pointer is down and has moved; a click stays a click. */
-export function dragged(element, moved, begin = () => null) {
+/** Calls `moved(dx, dy, start)` while a pointer that went down here is moved, wherever it goes; a click stays a click.
+ *  `begin` says what `start` is, or null where nothing is to be dragged. */
+export function dragged(element, moved, begin) {
+  let down = null, start, active;
   element.addEventListener("pointerdown", event => {
-    if (event.button) return;
+    start = event.button ? null : begin(event);
+    if (start === null) return;
     event.stopPropagation(); // a handle is dragged, and not the drawing that it is in
-    const { clientX, clientY, pointerId } = event, start = begin(event);
-    let active = false;
-    const move = next => {
-      if (next.pointerId !== pointerId) return;
-      const dx = next.clientX - clientX, dy = next.clientY - clientY;
-      if (!active && Math.hypot(dx, dy) < 4) return;
-      active = true;
-      next.preventDefault();
-      moved(dx, dy, start, next);
-    };
-    const end = next => {
-      if (next.pointerId !== pointerId) return;
-      removeEventListener("pointermove", move);
-      for (const name of ["pointerup", "pointercancel"]) removeEventListener(name, end);
-    };
-    addEventListener("pointermove", move);
-    for (const name of ["pointerup", "pointercancel"]) addEventListener(name, end);
+    element.setPointerCapture(event.pointerId);
+    [down, active] = [event, false];
   });
+  element.addEventListener("touchstart", event => { // Chromium's touch-action knows nothing of parts of a drawing
+    if (down && element instanceof SVGElement) event.preventDefault();
+  }, { passive: false });
+  element.addEventListener("pointermove", event => {
+    if (event.pointerId !== down?.pointerId) return;
+    const dx = event.clientX - down.clientX, dy = event.clientY - down.clientY;
+    active ||= Math.hypot(dx, dy) >= 4;
+    if (active) moved(dx, dy, start);
+  });
+  for (const name of ["pointerup", "pointercancel"]) element.addEventListener(name, () => { down = null; });
 }
 
-/** Handles in a drawing, for mouse, finger and keys: `pull(dx, dy, start, event)` is told by pointers, `press(by, up)`
- *  by arrow keys, up and down or sideways; `get` is what `start` is; the function returned says where it is drawn. */
-export function handle(svg, { name, get, pull, press, say = get, range = {} }) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", "circle");
-  const put = attributes => Object.entries(attributes).forEach(([key, value]) => element.setAttribute(key, value));
-  put({ r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": name, ...range });
+/** A handle in a drawing, for mouse, finger and keys: `pull(dx, dy, start)` is told by pointers, `press(by, up)` by
+ *  arrow keys, up and down or sideways; `get` is what `start` is; the function returned says where it is drawn. */
+export function handle(element, { get, pull, press }) {
   dragged(element, pull, get);
   element.addEventListener("keydown", event => {
     const by = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10 }[event.key];
@@ -111,7 +95,9 @@ export function handle(svg, { name, get, pull, press, say = get, range = {} }) {
     event.preventDefault();
     press(by, !/Left|Right/.test(event.key));
   });
-  svg.append(element);
-  return (cx, cy) => put({ cx, cy, "aria-valuenow": [get()].flat()[0], "aria-valuetext": [say()].flat().map(v =>
-    shown(v, 3)).join(", ") });
+  return ([cx, cy]) => {
+    const values = [get()].flat(), said = values.map(v => shown(v, 3)).join(", ");
+    for (const [key, value] of Object.entries({ cx, cy, "aria-valuenow": values[0], "aria-valuetext": said }))
+      element.setAttribute(key, value);
+  };
 }
