@@ -199,6 +199,7 @@ class Kept(CustomGraphPass):
         self.seen: list[Counter[str]] = []
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        graph.lint()  # nobody is read before it is made: Inductor sorts graphs later
         self.seen.append(ours(graph))
 
     def uuid(self) -> None:
