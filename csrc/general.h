@@ -142,6 +142,8 @@ class General {
       }
       if (rows.gain[r]) y = y * element_as(f.gain_type, rows.gain[r], i);
       if (f.bias) y = y + element_as(f.bias_type, f.bias, i);
+      // As in safe rows, which are float32 before they are stored: so a cast behind the norm may be done here.
+      if (std::is_same_v<T, float> && size_of(f.output) == 2) y = round_element<float>(y);
       set_element_as(f.output, rows.output[r], i, y);
     }
     set_row(row, scaled);

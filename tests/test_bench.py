@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmsnorm.bench import bars, cases, contenders, memory, race, results, timing, worker
+from rmsnorm.bench import bars, cases, contenders, memory, neighbourhoods, race, results, timing, worker
 from rmsnorm.bench.cases import Case
 from rmsnorm.bench.contenders import BY_NAME, FLOOR, OURS, TORCH, Contender
 
@@ -308,3 +308,23 @@ def test_every_bar_can_be_measured() -> None:
 def test_verdicts(medians: list[float], minima: list[float], verdict: str) -> None:
     bar = next(bar for bar in bars.BARS if bar.bound == 1.0)
     assert bars.Outcome(bar, 1, medians, minima).verdict == verdict
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", neighbourhoods.NAMES)
+def test_neighbourhoods_compute_the_same_with_either_norm(name: str, direction: str, monkeypatch) -> None:
+    """Uncompiled here; and a wrong one isn't timed."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    place = neighbourhoods.Place(name, cases.Case(3, 128, "float32", direction))
+    calls = neighbourhoods._bound(place)
+    assert [*calls] == [neighbourhoods.OURS, neighbourhoods.THEIRS]
+    wrong = dict(neighbourhoods.NEIGHBOURHOODS[neighbourhoods.OURS])
+    right = wrong[name]
+    wrong[name] = lambda *tensors: _scaled(right(*tensors))
+    monkeypatch.setattr(neighbourhoods, "NEIGHBOURHOODS", neighbourhoods.NEIGHBOURHOODS | {neighbourhoods.OURS: wrong})
+    with pytest.raises(ArithmeticError, match="ours and the formula disagree"):
+        neighbourhoods._bound(place)
+
+
+def _scaled(value):
+    return tuple(1.1 * one for one in value) if isinstance(value, tuple) else 1.1 * value

@@ -28,7 +28,19 @@ from typer.testing import CliRunner
 
 from rmsnorm import cli
 from rmsnorm._extras import extra_line
-from rmsnorm.bench import bars, cases, console, contenders, fitting, memory, pages, published, worker
+from rmsnorm.bench import (
+    bars,
+    cases,
+    console,
+    contenders,
+    fitting,
+    graph,
+    memory,
+    neighbourhoods,
+    pages,
+    published,
+    worker,
+)
 from rmsnorm.bench.results import FLOOR, Footprint, Line, Report, Result
 
 TINY = ["bench", "--rows", "2", "--cols", "8", "--seconds", "0.01", "--against", "F.rms_norm,F.layer_norm"]
@@ -348,3 +360,40 @@ def test_a_page_without_its_block_is_left_alone(site: Path) -> None:
     assert (site / "README.md").read_text() == before
     with pytest.raises(FileNotFoundError, match="make results"):
         published.newest(site)
+
+
+def test_graph_shows_a_number_for_each_run_and_writes_the_table(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter([0.5, 0.8, 2.0, 0.5] * 2)
+
+    def races(asked: Any, seconds: float) -> Iterator[tuple[float, float]]:
+        yield from ((next(given), 1e-3) for _ in asked)
+
+    monkeypatch.setattr(neighbourhoods, "races", races)
+    page = tmp_path / "tables.md"
+    page.write_text(f"before\n<!-- {graph.BLOCK} -->\nold\n<!-- end -->\nafter\n")
+    arguments = ["--rows", "3", "--cols", "128", "--only", "norm, add", "--direction", "forward", "--threads", "1"]
+    result = invoke("graph", *arguments, "--runs", "2", "--write", str(page))
+    assert result.exit_code == 0, result.output
+    written = page.read_text()
+    assert written.startswith("before\n")
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert "| norm, add (Gemma, OLMo 2) | 0.50 0.50 | 0.80 0.80 |" in written
+    assert "| norm, add, norm (Gemma) | 2.00 2.00 | 0.50 0.50 |" in written
+    assert "geometric mean 0.80, largest 2.00, above 1 in 2 of 8" in written
+    assert "geometric mean 0.80, largest 2.00, above 1 in 2 of 8" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "good"),
+    [
+        (["--direction", "add"], "'add' is not one of forward, backward"),
+        (["--only", "attention"], "'attention' is in none of norm, add, norm"),
+        (["--write", "no/such.md"], "no/such.md has no comment 'graph: made by"),
+    ],
+)
+def test_graph_refuses_what_it_cannot_do(arguments: list[str], good: str) -> None:
+    result = invoke("graph", *arguments)
+    assert result.exit_code == 2
+    assert good in result.output

@@ -154,6 +154,34 @@ def test_the_gradient_of_a_residual_stream_is_added_where_that_changes_no_bit(dt
     assert (found.args[1] is not None) is joined
 
 
+@pytest.mark.parametrize("columns", [127, 1027])
+@pytest.mark.parametrize(("low", "joined"), [(torch.bfloat16, True), (torch.float16, True), (torch.float64, False)])
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_a_cast_to_a_half_type_is_done_where_the_sum_is_normed(mode, low, joined, columns):
+    """Rows whose squares overflow or vanish are rounded twice, too."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+        return norm(s := x + r, w, mode).to(low), s
+
+    def read_twice(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+        return (y := norm(x + r, w, mode)).to(low), y
+
+    for one, names in ((function, {"general_add_rms_norm": 1}), (read_twice, {"add_rms_norm": 1})):
+        torch.compiler.reset()
+        seen: list[Counter[str]] = []
+        compiled = torch.compile(one, fullgraph=True, dynamic=False, backend=joining(seen))
+        leaves = [leaf.detach() for leaf in drawn(40, columns, torch.float32)]
+        for i, scale in enumerate((1e30, 1e-30, 0.0)):
+            leaves[0][i::8] *= scale
+            leaves[1][i::8] *= scale
+        assert all(map(same_bits, compiled(*leaves), one(*leaves)))
+        assert seen == [names if joined else {"add_rms_norm": 1}]
+        leaves = drawn(6, columns, torch.float32)
+        mine, eager = (results(f, leaves, 6, columns) for f in (compiled, one))
+        assert all(map(same_bits, mine, eager))
+        assert {"add_rms_norm_forward": 1} in seen
+
+
 def test_a_graph_without_our_operators_is_left_as_it_is():
     def function(x: Tensor, r: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x + r, x.shape[-1:]) + r
@@ -171,6 +199,7 @@ class Kept(CustomGraphPass):
         self.seen: list[Counter[str]] = []
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        graph.lint()  # nobody is read before it is made: Inductor sorts graphs later
         self.seen.append(ours(graph))
 
     def uuid(self) -> None:
@@ -218,7 +247,7 @@ def test_places_that_others_use_are_left_to_them():
             taken, theirs
         )
         with torch._inductor.config.patch(places):
-            _graphs._prepare()
+            _graphs.prepare()
             now = {place: getattr(torch._inductor.config, place) for place in places}
         assert all(now[place] is theirs for place in taken)
         assert [type(one) for place, one in now.items() if place not in taken] == [Neighbours] * (2 - len(taken))

@@ -28,8 +28,13 @@ MAY_IMPORT = {
     "_extras": set(),
     "_onnx": {"reference"},
     "_arguments": {"reference"},
-    "_neighbours": set(),
-    "_graphs": {"_neighbours"},  # when torch.compile meets a norm
+    "_nodes": set(),
+    "_turned": {"_nodes"},
+    "_called": {"_native"},
+    "_template": {"_called"},
+    "_direct": {"_called"},
+    "_neighbours": {"_called", "_nodes", "_turned"},
+    "_graphs": {"_called", "_direct", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},

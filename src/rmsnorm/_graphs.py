@@ -6,19 +6,21 @@ from contextlib import suppress
 
 MODES = ("exact", "inductor")
 
-_mode = "exact"
+chosen = "exact"
+"""What set_compile_mode() was told last; dynamo, which traces who reads it, makes a graph anew when it has changed."""
 
 
 def set_compile_mode(mode: str) -> None:
     """What ``torch.compile`` makes of our norms from now on, in functions, layers and patched models.
 
-    ``"exact"``, as it is unless this is called: our operators, with the bits of eager mode, forward and backward. On
-    the CPU those that stand beside a residual add are joined with it into one pass over memory
-    (:func:`rmsnorm.add_rms_norm`, :func:`rmsnorm.rms_norm_add`, :func:`rmsnorm.sandwich_rms_norm`), where that changes
-    no bit. ``"inductor"``: torch's own operators, as if the norm had been written out. Inductor fuses them with
-    what stands beside them, whatever it is, and the graph is as fast, and rounds, as that of a model which has never
-    heard of us: half types keep float32 between the steps that are fused, statistics are summed in float32 in an order
-    that depends on the machine, rows whose squares overflow are not rescued, and backward is Inductor's, too.
+    ``"exact"``, as it is unless this is called: our kernels, with the bits of eager mode, forward and backward. On the
+    CPU a residual add beside a norm is joined with it into one pass over memory (:func:`rmsnorm.add_rms_norm`,
+    :func:`rmsnorm.rms_norm_add`, :func:`rmsnorm.sandwich_rms_norm`), and so is rotary embedding behind the norms of
+    query and key (:func:`rmsnorm.heads_rms_norm_rope`), where that changes no bit; what else follows a norm, code of
+    Inductor's does while the rows are in a cache. ``"inductor"``: torch's own operators, as if the norm were written
+    out. The graph is that of a model which has never heard of us, and rounds as that: half types keep float32 between
+    steps that are fused, statistics are summed in float32 in an order that depends on the machine, rows whose squares
+    overflow are not rescued, and backward is Inductor's, too.
 
     For the whole process. Graphs made in the other mode are made anew when they are called next; eager mode, exported
     programs and ``install()`` know no mode.
@@ -33,21 +35,21 @@ def set_compile_mode(mode: str) -> None:
         >>> set_compile_mode("inductor")
         >>> set_compile_mode("exact")
     """
-    global _mode
+    global chosen
     if mode not in MODES:
         raise ValueError(f"set_compile_mode: unknown mode {mode!r}; choose one of {', '.join(map(repr, MODES))}")
-    _mode = mode
+    chosen = mode
 
 
 def hands_over() -> bool:
-    """Whether Inductor gets the formula. dynamo, which traces this, remembers what was asked: a graph holds as long as
-    the mode does."""
-    _prepare()
-    return _mode == "inductor"
+    """Whether Inductor gets the formula."""
+    prepare()
+    return chosen == "inductor"
 
 
-def _prepare() -> None:
-    """Puts our pass among Inductor's, in the one of two places which nobody uses; dynamo calls it while it traces."""
+def prepare() -> None:
+    """Tells Inductor about our operators; dynamo calls it while it traces. Our pass comes among Inductor's, in the one
+    of two places which nobody uses."""
     with suppress(ImportError, AttributeError):  # a torch whose Inductor is another: norms are joined with nothing
         from torch._inductor import config
 
@@ -57,7 +59,15 @@ def _prepare() -> None:
         taken = [getattr(config, place) for place in places]
         if not any(isinstance(one, Neighbours) for one in taken) and None in taken:
             setattr(config, places[taken.index(None)], Neighbours())
+    with suppress(ImportError, AttributeError):  # or our kernels are called as operators
+        from . import _called
+
+        if _called.ready():
+            from . import _direct, _template
+
+            _direct.register()
+            _template.register()
 
 
 # What torch.compiler.assume_constant_result says, which imports all of dynamo: called when it compiles, not traced.
-_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -146,6 +146,14 @@ def set_large_bytes(count: int) -> None:
     _library.rmsnorm_set_large_bytes(count)
 
 
+def publish(name: str) -> bool:
+    """Whether the library has such a function, which code that is loaded from now on then finds by its name."""
+    if _library is None or not hasattr(_library, name):
+        return False
+    ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    return True
+
+
 def fill_slot(on: bool) -> str | None:
     """Puts the kernels into the CPU slot of torch's own operator, or takes them out; returns what went wrong."""
     assert _library is not None

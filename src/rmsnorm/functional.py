@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _arguments, _autograd, _everyday, _foreign, _ops, _serve, reference
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
 
 
 ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _arguments.EPS_DOUBLE
-_resolve = _arguments.resolve
-_weighted, _unweighted = _everyday.weighted, _ops.rms_norm._op  # found sooner here
+_resolve, _weighted, _unweighted = _arguments.resolve, _everyday.weighted, _ops.rms_norm._op  # found sooner here
 _rounded: Callable[..., Any] = _ops.rms_norm_rounded._op
-_lean, _short_way = lean.everyday, _everyday.short_way
+_lean, _short_way, _in_graph = lean.everyday, _everyday.short_way, _everyday.in_graph
 _into, _weighted_into, _as_shape = _everyday.into, _everyday.weighted_into, _arguments.as_shape
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 further: dict[str, Callable[..., Any]] = {}
@@ -99,7 +99,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             **{"offset": offset, "casting_mode": casting_mode, "out": out, "memory": memory, **more},
         )
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        if way := _short_way(input, weight, out):
+        if is_dynamo_compiling():
+            if (y := _in_graph(input, normalized_shape, weight, eps, offset, casting_mode, out, memory)) is not None:
+                return y
+        elif way := _short_way(input, weight, out):
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
@@ -109,9 +112,8 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                 plain = not offset and casting_mode == "torch"
                 if out is not None:
                     if plain and way is _weighted:
-                        _weighted_into(input, weight, eps, out)
-                    else:
-                        _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
+                        return _weighted_into(input, weight, eps, out) or out
+                    _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
                     return out
                 if way is _weighted:
                     if plain:
@@ -126,11 +128,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     ):
                         raise RuntimeError  # what is kept is decided below
                     return output
-                return (
-                    way(input, weight, len(shape), eps)
-                    if plain
-                    else way(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
-                )
+                if plain:
+                    return way(input, weight, len(shape), eps)
+                return way(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
@@ -244,7 +244,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
 
 
-def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, first: bool) -> None:
     _arguments.check_tensors("rms_norm", out=out)
-    dtype = reference.result_dtype(input, weight, round_first)
-    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), _autograd.needed(input, weight, out))
+    dtype, recorded = reference.result_dtype(input, weight, first), _autograd.needed(input, weight, out)
+    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), recorded)

@@ -1,11 +1,10 @@
-"""The only file that reads the options of `bench`, `bars`, `graph` and `report`: it parses, calls, and prints.
+"""The only file that reads the options of `bench`, `bars` and `report`: it parses, calls, and prints.
 
 Imported when the command line is built, as typer and rich are an extra. Annotations are evaluated then, hence no
 ``from __future__ import annotations`` in this file.
 """
 
-import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,15 +12,12 @@ import torch
 import typer
 from rich.console import Console
 
-from . import asked, bars, cases, console, contenders, export, memory, race, worker
-from .results import Report, Result, verdict
+from . import asked, bars, cases, console, contenders, export, graph, memory, race, worker
+from .options import SECONDS_PER_RACE, Seconds, Threads, check_device, check_file, one_of, sizes, thread_counts
+from .results import Report, Result
 
-SECONDS_PER_RACE = 1.5
-FILES = {"--json": (".json",), "--csv": (".csv",), "--report": (".html", ".png")}
 AGAINST = ", ".join(contenders.CHOICES)
 
-Threads = Annotated[str, typer.Option(help="Thread counts, separated by commas; each gets a process of its own.")]
-Seconds = Annotated[float, typer.Option(min=0.001, help="For each race; at least 7 rounds are run.")]
 JSON = f"Write the results here, as JSON; in a directory, named after the machine. {asked.HELP}"
 Json = Annotated[Path | None, typer.Option(metavar=asked.METAVAR, help=JSON)]
 
@@ -31,7 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="bench", cls=asked.Command)(run_bench)
     app.command(name="report")(redraw)
     app.command(name="bars", cls=asked.Command)(run_bars)
-    app.command(name="graph")(run_graph)
+    app.command(name="graph")(graph.run)
 
 
 def run_bench(
@@ -177,68 +173,3 @@ def run_bars(
     out.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
     if not complete or (strict and {"missed", "not measured"} & {*verdicts}):
         raise typer.Exit(1 if complete else 130)
-
-
-def run_graph(
-    rows: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1,512,4096",
-    cols: Annotated[str, typer.Option(help="Columns, separated by commas.")] = "4096",
-    seconds: Seconds = SECONDS_PER_RACE,
-) -> None:
-    """Inside torch.compile: our operator against the code that Inductor makes of the formula."""
-    todo = cases.grid([(r, c) for r in sizes("--rows", rows) for c in sizes("--cols", cols)])
-    out = Console()
-    out.print(console.header(console.machine()))
-    for form, pair in contenders.IN_GRAPH.items():
-        done: list[Result] = []
-        complete = console.watch(todo, (race.race(case, pair, seconds) for case in todo), done)
-        out.print(form, console.tables(done), verdict(done, pair[1].name), sep="\n")
-        if not complete:
-            raise typer.Exit(130)
-
-
-def one_of(option: str, text: str, known: Collection[str]) -> list[str]:
-    """A list of names as the command line gives it."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}", param_hint=option)
-    return names
-
-
-def sizes(option: str, text: str) -> list[int]:
-    """A list of sizes as the command line gives it."""
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if 0 in numbers:
-        good = "whole numbers from 1 up, separated by commas, like 1,512,4096"
-        raise typer.BadParameter(f"{text!r} is not a list of sizes; give {good}", param_hint=option)
-    return numbers
-
-
-def thread_counts(text: str) -> list[int] | None:
-    """A list of thread counts, or None: what torch would take."""
-    if not text:
-        return None
-    counts, most = sizes("--threads", text), os.cpu_count() or 1
-    if max(counts) > most:
-        raise typer.BadParameter(f"{max(counts)} threads on {most} cores can't be timed", param_hint="--threads")
-    return counts
-
-
-def check_device(name: str) -> None:
-    """Refuses a device that isn't here, in one line."""
-    try:
-        there = name == "cpu" or torch.get_device_module(name).is_available()
-        reason = f"torch {torch.__version__} finds no such device on this machine, so nothing was timed"
-    except RuntimeError:
-        there, reason = False, "not a device that torch knows; give cpu, cuda or xpu"
-    if not there:
-        Console(stderr=True).print(f"--device {name}: {reason}", markup=False, soft_wrap=True)
-        raise typer.Exit(2)
-
-
-def check_file(option: str, file: Path | None, *suffixes: str) -> None:
-    """Refuses a file that can't be written, before anything is measured."""
-    if option == "--json" and file == asked.STDOUT:
-        return
-    if file and (reason := export.refusal(file, *(suffixes or FILES[option]))):
-        Console(stderr=True).print(f"{option}: {reason}", markup=False, soft_wrap=True)
-        raise typer.Exit(2)

@@ -20,6 +20,8 @@ from rich.text import Text
 from .._info import info
 from .bars import Outcome
 from .fitting import Fitted, add_numbers, kept
+from .neighbourhoods import Place
+from .neighbourhoods import summary as of_neighbourhoods
 from .results import OURS, Report, Result, first, verdict
 from .timing import human
 
@@ -192,6 +194,22 @@ def _bars(outcomes: Sequence[Outcome], gone: Collection[str]) -> Table:
         verdict = f"[{VERDICTS[one.verdict]}]{one.verdict}[/]"
         grid.add_row(f"÷ {one.bar.other}", *kept(titles, (f"{one.bar.bound:.2f}", *runs), gone), verdict)
     return grid
+
+
+def neighbourhoods(places: Sequence[Place]) -> RenderableType:
+    """Ours ÷ Inductor's in graphs: a table for each thread count and direction, a number for each run."""
+    parts: list[RenderableType] = []
+    for count, direction in dict.fromkeys((one.case.threads, one.case.direction) for one in places):
+        mine = [one for one in places if (one.case.threads, one.case.direction) == (count, direction)]
+        parts.append(Text(f"{direction}, {count} thread{'s' * (count > 1)}", style="bold"))
+        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        grid.add_column("ours ÷ Inductor's", min_width=24)
+        for title in dict.fromkeys(f"{one.case.shape}\n{one.case.dtype}" for one in mine):
+            grid.add_column(title, justify="right", no_wrap=True)
+        for name in dict.fromkeys(one.name for one in mine):
+            grid.add_row(name, *(" ".join(map(_ratio, one.ratios)) for one in mine if one.name == name))
+        parts += [grid, Text(of_neighbourhoods(mine))]
+    return Group(*parts, Text("all: " + of_neighbourhoods(places)))
 
 
 def mebibytes(size: int) -> str:

@@ -204,19 +204,6 @@ REFERENCES = (
 )
 BY_NAME = {one.name: one for one in (OURS, *TORCH, *PEERS, FLOOR, FRESH_FLOOR, *REFERENCES)}
 
-# Inside one compiled graph: our operator, which Inductor calls, against Inductor's own code for the formula, which it
-# can fuse with its neighbours. Each form has the add before, and the multiply after, in the graph or not.
-IN_GRAPH = {
-    "alone": (
-        Contender("our operator", compiled(lambda x, w: rms_norm(x, w.shape, w, EPS))),
-        Contender("Inductor's code", compiled(_torch_rms_norm)),
-    ),
-    "between an add and a multiply": (
-        Contender("our operator", compiled(lambda x, w: rms_norm(x + 1, w.shape, w, EPS) * x), is_rms_norm=False),
-        Contender("Inductor's code", compiled(lambda x, w: _torch_rms_norm(x + 1, w) * x), is_rms_norm=False),
-    ),
-}
-
 
 def named(names: str) -> list[Contender]:
     """Ours, those of a comma-separated list of names and groups, and the floor.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import export, figures
 from .cases import README_SHAPES, Case
 from .console import mebibytes
+from .neighbourhoods import Place, summary
 from .pages import replace_block, table
 from .results import FLOOR, OURS, Report, Result, first
 from .timing import human
@@ -143,6 +144,20 @@ def lost(report: Report) -> str:
     rows = [[f"{case}, {case.threads} threads", name, f"{ratio:.2f}"] for case, name, ratio in cases]
     text = f"First in {won} of {contested} cases, against {', '.join(_rms_norms(report)[1:])}. {where(report)}.\n"
     return text + ("\n" + table(("not in", "the first is", "rmsnorm ÷ it"), rows) if rows else "")
+
+
+def graph(machine: dict[str, Any], places: Sequence[Place]) -> str:
+    """What neighbourhoods of a norm take in graphs, ours ÷ Inductor's code: a number for each run."""
+    text = f"Time of ours ÷ time of the code that Inductor makes of the formula. {where(Report(machine))}.\n"
+    for count, direction in dict.fromkeys((one.case.threads, one.case.direction) for one in places):
+        mine = [one for one in places if (one.case.threads, one.case.direction) == (count, direction)]
+        titles = dict.fromkeys(f"{one.case.shape} {one.case.dtype}" for one in mine)
+        rows = [
+            [name, *(" ".join(map(_ratio, one.ratios)) for one in mine if one.name == name)]
+            for name in dict.fromkeys(one.name for one in mine)
+        ]
+        text += f"\n{direction}, {_count(count)}: {summary(mine)}.\n\n" + table(["", *titles], rows)
+    return text + f"\nAll: {summary(places)}.\n"
 
 
 def layer_norm(report: Report) -> str:

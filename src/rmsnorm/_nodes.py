@@ -1,0 +1,105 @@
+"""The only file that knows nodes of a graph of Inductor's: who reads whom, what is in memory, who takes whose place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of which there are kernels."""
+_VIEWS = frozenset(
+    {getattr(aten, name).default for name in ("view", "_unsafe_view", "reshape", "permute", "t", "unsqueeze", "expand")}
+    | {aten.squeeze.dim, aten.squeeze.dims, aten.transpose.int}
+)
+_WRITTEN = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+"""Operators of aten's whose results Inductor writes to memory; most others it computes where they are read."""
+
+
+def filled(node: Node) -> list[Any]:
+    """Its arguments, and the defaults of those that weren't given."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    return [*node.args, *(argument.default_value for argument in schema.arguments[len(node.args) :])]
+
+
+def results(node: Node, place: int) -> list[Node]:
+    """Where a result of an operator is taken from the tuple; the node itself, if there is only one."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return [node] if place == 0 else []
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] == place]
+
+
+def producer(node: Any) -> Node | None:
+    """The operator whose first result it is."""
+    if isinstance(node, Node) and node.target is operator.getitem:
+        return node.args[0] if node.args[1] == 0 else None  # type: ignore[return-value]
+    return node if isinstance(node, Node) else None
+
+
+def only_user(nodes: Sequence[Node]) -> Node | None:
+    users = [user for node in nodes for user in node.users]
+    return users[0] if len(nodes) == 1 and len(users) == 1 else None
+
+
+def precede(node: Node, *others: Any) -> bool:
+    return all(not isinstance(one, Node) or one < node for one in others)
+
+
+def follow(node: Node, taken: Iterable[Node]) -> bool:
+    """Whether nothing before it uses these."""
+    return all(node < user for one in taken for user in one.users)
+
+
+def is_own_type(norm: Node) -> bool:
+    """Whether the output has the input's type."""
+    first: Any = norm.args[0]
+    value = norm.meta["val"]
+    return (value if isinstance(value, Tensor) else value[0]).dtype is first.meta["val"].dtype
+
+
+def known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and statically_known_true(sym_eq(tuple(a), tuple(b)))
+
+
+def is_written(node: Node) -> bool:
+    """Whether it lies in memory anyway: to write what Inductor would compute where it is read costs the pass over
+    memory that joining saves."""
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op != "call_function" or node.target is operator.getitem or node.target in _WRITTEN:
+        return True
+    return getattr(node.target, "namespace", "aten") not in ("aten", "prims")
+
+
+def call(graph: Graph, target: Any, *arguments: Any) -> Node:
+    """A node, with what it would compute, without data."""
+    node = graph.call_function(target, arguments)
+    node.meta["val"] = target(*map_arg(arguments, lambda one: one.meta["val"]))
+    return node
+
+
+def replace(graph: Graph, joined: Node, taken: Sequence[Sequence[Node]]) -> None:
+    """Its results take the place of these nodes."""
+    for place, old in enumerate(taken):
+        if not old:
+            continue
+        new = joined
+        if not isinstance(joined.meta["val"], Tensor):
+            new = graph.call_function(operator.getitem, (joined, place))
+            new.meta["val"] = joined.meta["val"][place]
+        for node in old:
+            node.replace_all_uses_with(new)
+
+
+def erase(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Those of them that nobody uses."""
+    for node in sorted(set(nodes), reverse=True):
+        if not node.users:
+            graph.erase_node(node)

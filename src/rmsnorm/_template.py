@@ -1,0 +1,129 @@
+"""The only file that gives Inductor a norm as a template: a kernel of ours around which it writes code of its own.
+
+Inductor knows templates from its matrix products. Rows are normed by our kernel a few at a time, into a cache, and what
+reads them there, products, sums, casts and activations, is its own code in the same loop. The norm has its own bits,
+what follows has those that it has behind an operator, and nothing takes another pass over memory. For inference: where
+gradients are wanted, backward reads the norm's output again in most of these places, and it is written anyway.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch._inductor import ir, lowering
+from torch._inductor.codegen import cpp_gemm_template
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import parse_expr_with_index_symbols
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V
+
+from . import _called
+
+_ours = torch.ops.rmsnorm
+_LOCAL = "rows_done"
+_BEGIN, _END = "row_begin", "row_end"
+
+
+def register() -> None:
+    """Inductor asks for the lowerings of users' operators first."""
+    lowering.user_lowerings.setdefault(_ours.rms_norm.default, _lower)
+
+
+class RowsTemplate(CppTemplate):
+    """The norm of rows: ``[rows, columns]`` to the same."""
+
+    def __init__(self, inputs: list[Any], layout: Any, options: dict[str, Any]) -> None:
+        super().__init__("rms_norm", inputs, layout, parallel_num_threads())
+        self.options = options
+
+    def render(  # type: ignore[override] # as Inductor's own
+        self,
+        kernel: Any,
+        template_buffer_node: Any = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[Any] | None = None,
+        **_: Any,
+    ) -> str:
+        x, *weight = self.input_nodes
+        y: Any = self.output_node if template_buffer_node is None else template_buffer_node
+        kept = not epilogue_nodes or flag_template_buffer_has_other_users
+        output = y if kept or not epilogue_nodes else epilogue_nodes[-1]
+        inputs = dict(zip(("X", "W"), self.input_nodes, strict=False))
+        # Before the rest: its other tensors are named after these.
+        head = kernel.def_kernel(inputs=inputs, outputs={"Y": output})
+        values = self.options | {
+            "rows": kernel.size(x, 0),
+            "columns": kernel.size(x, 1),
+            "x": f"&{kernel.index(x, [0, 0])}",
+            "weight": f"&{kernel.index(weight[0], [0])}" if weight else "nullptr",
+            "output": "Y" if kept else "nullptr",
+        }
+        before = ""
+        if epilogue_nodes:
+            type = DTYPE_TO_CPP[y.get_dtype()]
+            before = (
+                f"auto rest = [&](const int64_t {_BEGIN}, const int64_t {_END}, const {type}* {_LOCAL}) {{\n"
+                f"{_rest(kernel, y, epilogue_nodes, bool(kept))}\n}};"
+            )
+            values |= {
+                "rest": "[](void* context, int64_t begin, int64_t end, void* rows) "
+                f"{{ (*static_cast<decltype(rest)*>(context))(begin, end, static_cast<const {type}*>(rows)); }}",
+                "context": "&rest",
+            }
+        body = f"{{\n{before}\n{_called.statement(values)}\n}}\n"
+        return f'{self.header().getvalue()}\n{_called.PREAMBLE}\nextern "C" {head}\n{body}'
+
+
+def _rest(kernel: Any, y: Any, nodes: list[Any], kept: bool) -> str:
+    """What Inductor does with rows that are done: they are the norm's output, or in a cache."""
+    reindexers: list[Any] = []
+    to, reindexers = cpp_gemm_template.gen_2d_view_of_epilogue_buf(nodes[-1], y, nodes, reindexers, [None] * len(nodes))
+    if kept:
+        done = kernel.slice_nd(y, [(_BEGIN, _END), ()])
+    else:
+        count = parse_expr_with_index_symbols(f"{_END} - {_BEGIN}")
+        layout = ir.FixedLayout(torch.device("cpu"), y.get_dtype(), [count, y.get_size()[1]])
+        kernel.local_buffers[_LOCAL] = done = ir.Buffer(name=_LOCAL, layout=layout)
+    code: str = kernel.store_output(
+        kernel.slice_nd(to, [(_BEGIN, _END), ()]), done, y, nodes, offsets=[_BEGIN, "0"], reindexers=reindexers
+    )
+    return code
+
+
+def _lower(
+    input: Any, weight: Any, dims: int, eps: float, offset: float = 0.0, round_first: bool = False
+) -> ir.TensorBox | None:
+    """The norm as a template; None where it stays an operator."""
+    if V.graph.cpp_wrapper or V.graph.aot_mode or not _is_plain(input):
+        return None
+    dtype, sizes = input.get_dtype(), input.get_size()
+    fits = weight is None or (_is_plain(weight) and [*weight.get_size()] == [*sizes[len(sizes) - dims :]])
+    if not fits or not _called.is_known(dtype):
+        return None
+    weight_type = None if weight is None else weight.get_dtype()
+    if weight_type not in (None, dtype) and (round_first or weight_type is not torch.float32):
+        return None
+    columns = prod(sizes[len(sizes) - dims :])
+    rows = ir.ExternKernel.realize_input(lowering.view(input, [prod(sizes[: len(sizes) - dims]), columns]))
+    inputs: list[Any] = [rows]
+    if weight is not None:
+        inputs.append(ir.ExternKernel.realize_input(lowering.view(weight, [columns])))
+    inputs = [*ir.InputsKernel.unwrap_storage(inputs)]
+    if len({one.get_name() for one in inputs}) < len(inputs):
+        return None
+    options = {"kind": _called.KINDS["rms_norm"], "type": dtype, "output_type": dtype, "weight_type": weight_type}
+    options |= {"round_first": round_first, "eps": eps, "offset": offset}
+    layout = ir.FixedLayout(torch.device("cpu"), dtype, rows.get_size())
+    made = RowsTemplate(inputs, layout, options).generate().output_node()  # type: ignore[no-untyped-call]
+    return lowering.view(made, sizes)
+
+
+def _is_plain(box: Any) -> bool:
+    """Whether it is on the CPU, and its elements lie in their order."""
+    if box.get_device().type != "cpu":
+        return False
+    box.realize()
+    return bool(ir.is_contiguous_storage_and_layout(box))
