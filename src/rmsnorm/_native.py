@@ -211,14 +211,8 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
 
     _loader = _LOADER(load)
     _library.rmsnorm_gpu_loader(_loader)
-    gpu_tiles(tiles)
+    _library.rmsnorm_gpu_tiles((ctypes.c_int64 * len(tiles))(*tiles), len(tiles))  # as Tiles in csrc/launch.h
     return None
-
-
-def gpu_tiles(numbers: Sequence[int]) -> None:
-    """The tables of tiles, in the order of ``Tiles`` in csrc/launch.h."""
-    assert _library is not None
-    _library.rmsnorm_gpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), len(numbers))
 
 
 def gpu_serve(device: int, how: int) -> None:
