@@ -5,17 +5,15 @@ and an operator that does nothing.
 
 A stand-in for the driver takes the launches (tests/gpu/driver.c), so tensors are the CPU's and nothing is computed.
 What a real driver and torch's allocator for CUDA take comes on top of each column. Contenders take turns; what is
-printed is the median of blocks of calls, and the medians of the ratios of neighbouring blocks.
+printed is the median of samples of calls, and the medians of the ratios round by round.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,12 @@ import pytest
 import torch
 
 from rmsnorm import _form
+from rmsnorm.bench.timing import measure
 from rmsnorm.gpu import serve
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import standin  # noqa: E402 - it is the tests'
-
-BLOCK = 200
 
 
 def empty_operator(folder: Path) -> Callable[..., Any]:
@@ -64,20 +61,6 @@ def calls(rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[Any, .
     }
 
 
-def timed(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Microseconds of a call, block by block."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(found.values()))) < 5:
-        for name, call in contenders.items():
-            call()
-            start = time.perf_counter()
-            for _ in range(BLOCK):
-                call()
-            found[name].append((time.perf_counter() - start) / BLOCK * 1e6)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
@@ -100,12 +83,9 @@ def main() -> None:
                     "C++": lambda op=ours, given=arguments: op(*given),
                     "empty": lambda: empty(*nothing),
                 }
-                found = timed(contenders, seconds)
-                middle = {key: statistics.median(values) for key, values in found.items()}
-                ratios = [
-                    statistics.median(a / b for a, b in zip(found["C++"], found[other], strict=True))
-                    for other in ("Python", "empty")
-                ]
+                found = measure(contenders, seconds)
+                middle = {key: 1e6 * times.median for key, times in found.items()}
+                ratios = [found["C++"].ratio(found[other]) for other in ("Python", "empty")]
                 print(
                     f"{operator:20} {middle['Python']:8.2f} {middle['C++']:8.2f} {middle['empty']:8.2f} "
                     f"{ratios[0]:11.3f} {ratios[1]:10.2f}"
