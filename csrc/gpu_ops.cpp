@@ -209,7 +209,7 @@ extern "C" __attribute__((visibility("default"))) const char* rmsnorm_gpu_regist
       for (const auto& one : *served) libraries.back()->impl((prefix + std::string(one.name)).c_str(), one.boxed);
     return nullptr;
   } catch (const std::exception& caught) {
-    error = caught.what();
+    error = std::string(caught.what());  // not assigned as text: torch's libraries for macOS never ask libc++ for that
     return error.c_str();
   }
 }
