@@ -40,6 +40,14 @@ constexpr double coefficient(int k) {
   return Degree == 6 ? best[k - 2] : inverse_factorial(k);
 }
 
+// Σ coefficient(k)·r^(k - K), k from K on. Not a loop: the baseline is compiled for size, and would keep it.
+template <int Degree, int K, class S, class Register>
+RMSNORM_INLINE Register polynomial(Register r) {
+  constexpr S first = (S)coefficient<Degree>(K);
+  if constexpr (K == Degree) return Register{} + first;
+  else return polynomial<Degree, K + 1, S>(r) * r + first;
+}
+
 // exp(-|x|); NaN of NaN.
 template <int Degree, class Register>
 RMSNORM_INLINE Register exp_minus_abs(Register x) {
@@ -50,9 +58,7 @@ RMSNORM_INLINE Register exp_minus_abs(Register x) {
   const Register t = zero < magnitude ? zero : magnitude;
   const Register rounded = t * (S)0x1.71547652b82fep+0 + E::kRound, n = rounded - E::kRound;
   const Register r = (n * E::kLn2High - t) + n * E::kLn2Low;
-  Register p = Register{} + (S)coefficient<Degree>(Degree);
-  for (int k = Degree - 1; k > 1; --k) p = p * r + (S)coefficient<Degree>(k);
-  p = (r + r * r * p) + 1;
+  const Register p = (r + r * r * polynomial<Degree, 2, S>(r)) + 1;
   // 2⁻ⁿ may be below the normal numbers, so it is made too large, and the last product rounds.
   const Bits exponent = (Bits)(Register{} + E::kRound) + (E::kBias + E::kMantissa + 1) - (Bits)rounded;
   return p * (Register)(exponent << E::kMantissa) * (S)(0.5 / ((int64_t)1 << E::kMantissa));

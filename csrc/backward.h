@@ -165,17 +165,18 @@ template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bo
 void backward(const Backward& b, const BackwardRows& rows) {
   using T = typename Norm::Element;
   constexpr bool may_stream = kStreams && NeedInput && !Add;
+  constexpr int kTogether = kEmulates ? 1 : 2;
   bool stream = may_stream && rows.stream;
   for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
     if (!is_safe<T>(rows, r)) {
       backward_alone<Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
-    } else if (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1)) {
+    } else if (kTogether == 2 && (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1))) {
       backward_rows<1, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (stream) {
-      backward_rows<2, may_stream, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+      backward_rows<kTogether, may_stream, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += kTogether;
     } else {
-      backward_rows<2, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 2;
+      backward_rows<kTogether, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += kTogether;
     }
   }
 }

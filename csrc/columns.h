@@ -36,13 +36,16 @@ struct Full {
   }
 };
 
-// The portable baseline has one copy of a loop's body for all columns of a row, instead of up to nine: its vectors are
-// four registers or eight, and what it lacks it emulates. That is 1.4 MB of code instead of 3.1, built in 26 s.
+// Kernels with one copy of a loop's body for all columns of a row, instead of up to nine: those of the portable
+// baseline, whose vectors are four registers or eight, and which emulates what it lacks, and those of fp64, whose sums
+// are long.
 #if defined(__AVX2__) || defined(RMSNORM_NEON)
-constexpr bool kCompact = false;
+constexpr bool kEmulates = false;
 #else
-constexpr bool kCompact = true;
+constexpr bool kEmulates = true;
 #endif
+template <class Row>
+constexpr bool kCompact = kEmulates || sizeof(Row) == 8;
 
 // Fewer elements than a vector has, between a row and a buffer, without touching a byte beyond. A function of its own,
 // as inlined wherever a row ends it is a fifth of the library.
@@ -66,7 +69,7 @@ __attribute__((noinline)) void copy_few(T* to, const T* from, int64_t count) {
 #endif
 }
 
-// The last columns: absent lanes load as zero and are not stored. In compact kernels any columns: none may be absent.
+// The last columns, or, where a body is written once, any: absent lanes load as zero and are not stored.
 template <class Row>
 struct Tail {
   int64_t j;
@@ -78,7 +81,7 @@ struct Tail {
     } else {
       T lanes[kStep<Row>];
       const T* from = row + j;
-      if (!kCompact || count < kStep<Row>) {
+      if (count < kStep<Row>) {
         for (T& lane : lanes) lane = T{};
         copy_few(lanes, from, count);
         from = lanes;
@@ -93,7 +96,7 @@ struct Tail {
       store_few(row + j, x, count);
     } else {
       T lanes[kStep<Row>];
-      const bool few = !kCompact || count < kStep<Row>;
+      const bool few = count < kStep<Row>;
       store_for<Row>(few ? lanes : row + j, x);
       if (few) copy_few(row + j, lanes, count);
     }
@@ -101,7 +104,7 @@ struct Tail {
   template <class T, class V>
   RMSNORM_INLINE V store_back(T* row, const V& x) const {
     T lanes[kStep<Row>];
-    const bool few = !kCompact || count < kStep<Row>;
+    const bool few = count < kStep<Row>;
     const V back = store_back_for<Row>(few ? lanes : row + j, x);
     if (few) copy_few(row + j, lanes, count);
     return back;
@@ -114,6 +117,7 @@ struct Tail {
   // The vector with zeros in the absent lanes.
   template <class V>
   RMSNORM_INLINE V present(const V& x) const {
+    if (count == kStep<Row>) return x;
     std::remove_cvref_t<decltype(x.v[0][0])> lanes[kStep<Row>];
     store_for<Row>(lanes, x);
     for (int64_t i = count; i < kStep<Row>; ++i) lanes[i] = 0;
@@ -129,7 +133,7 @@ template <class Row, bool Twice = false, class Body>
 RMSNORM_INLINE void for_columns(int64_t columns, bool back, Body&& body) {
   constexpr int64_t step = kStep<Row>;
   const int64_t whole = columns - columns % step, by = back ? -step : step;
-  if constexpr (kCompact) {
+  if constexpr (kCompact<Row>) {
     for (int64_t j = 0; j < columns; j += step) {
       const int64_t left = columns - j;
       body(Tail<Row>{back && left >= step ? whole - step - j : j, left < step ? left : step});
@@ -173,38 +177,28 @@ RMSNORM_INLINE int64_t for_whole_columns(int64_t begin, int64_t end, Body&& body
 }
 
 // The same to the end. A column's lane and accumulator follow from its index, whatever the width of a vector: of 64
-// lanes (Unroll · step), the last columns, fewer than 32, take the second half; of 32 or 16, those that come next.
+// lanes (Unroll · step), the last columns, fewer than 32, take the second half; of 32 or 16, those that come next. They
+// share a body, which gets its accumulator at run time: the body may be long, and was written up to nine times.
 template <class Row, int Unroll, class Body>
 RMSNORM_INLINE void for_columns(int64_t begin, int64_t end, Body&& body) {
   constexpr int64_t step = kStep<Row>;
   constexpr int lanes = Unroll * (int)step;
   static_assert(lanes == 16 || lanes == 32 || lanes == 64);
-  if constexpr (kCompact) {
-    Any u = {0};
-    for (int64_t j = begin; j < end; j += step) {
-      const int64_t left = end - j;
-      if (lanes == 64 && u.value == 0 && left < 32) u.value = 2;
-      body(Tail<Row>{j, left < step ? left : step}, u);
-      u.value = (u.value + 1) % Unroll;
-    }
-  } else {
-    int64_t j = for_whole_columns<Row, Unroll>(begin, end, body);
+  int64_t j = begin;
+  if constexpr (!kCompact<Row>) {
+    j = for_whole_columns<Row, Unroll>(begin, end, body);
     if (__builtin_expect(j == end, 1)) return;
-    if constexpr (lanes == 64) {
-      if (j + 32 <= end) {
-        body(Full<Row>{j}, Index<0>{});
-        if constexpr (step == 16) body(Full<Row>{j + step}, Index<1>{});
-        j += 32;
-      }
-    }
-    constexpr int next = lanes == 64 ? Unroll / 2 : 0;
-    if constexpr (step == 16 && Unroll > 1) {
-      if (j + step <= end) {
-        body(Full<Row>{j}, Index<next>{}), j += step;
-        if (j < end) body(Tail<Row>{j, end - j}, Index<next + 1>{});
-        return;
-      }
-    }
-    if (j < end) body(Tail<Row>{j, end - j}, Index<next>{});
   }
+  for (Any u = {0}; j < end; j += step, u.value = (u.value + 1) % Unroll) {
+    const int64_t left = end - j;
+    if (lanes == 64 && u.value == 0 && left < 32) u.value = Unroll / 2;
+    body(Tail<Row>{j, left < step ? left : step}, u);
+  }
+}
+
+// Calls act(i) for i = u of `Count` accumulators. Each i is a constant: by one that is not, all would be in memory.
+template <int Count, class Act>
+RMSNORM_INLINE void for_accumulator(int u, const Act& act) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      __attribute__((always_inline)) { ((u == I ? act(I) : (void)0), ...); }(std::make_integer_sequence<int, Count>{});
 }

@@ -42,7 +42,9 @@ struct GatedRms : Rms<T> {
     template <class Span>
     RMSNORM_INLINE void add(Sum<T>& sums, int u, const Work<T>& z, Span) const {
       if constexpr (sizeof(T) == 8) sums.add_square(u, z);
-      else sums.part[u] = sums.part[u] + z * z;
+      else
+        for_accumulator<Sum<T>::kUnroll>(
+            u, [&](int i) __attribute__((always_inline)) { sums.part[i] = sums.part[i] + z * z; });
     }
   };
   RMSNORM_INLINE static Square adder(const T*, int64_t) { return {}; }

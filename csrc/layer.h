@@ -19,8 +19,10 @@ struct Moments {  // half types
   Eight total_first = {}, total_second = {};
 
   RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) {
-    first[u] = first[u] + a;
-    second[u] = fma(a, b, second[u]);
+    for_accumulator<kUnroll>(u, [&](int i) __attribute__((always_inline)) {
+      first[i] = first[i] + a;
+      second[i] = fma(a, b, second[i]);
+    });
   }
   template <class Span>
   RMSNORM_INLINE void add_deviation(int u, const Vector<T>& x, const Vector<T>& shift, Span span) {

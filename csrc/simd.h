@@ -322,6 +322,16 @@ RMSNORM_INLINE F load_few(const float* p, int64_t count) {
 RMSNORM_INLINE void store_few(float* p, const F& x, int64_t count) {
   _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)x.v[0]);
 }
+RMSNORM_INLINE D load_few(const double* p, int64_t count) {
+  return D::of([&](int i) __attribute__((always_inline)) {
+    return (DoubleReg)_mm512_maskz_loadu_pd((((1u << count) - 1) >> 8 * i) & 255, p + 8 * i);
+  });
+}
+RMSNORM_INLINE void store_few(double* p, const D& x, int64_t count) {
+  D::each([&](int i) __attribute__((always_inline)) {
+    _mm512_mask_storeu_pd(p + 8 * i, (((1u << count) - 1) >> 8 * i) & 255, (__m512d)x.v[i]);
+  });
+}
 #elif defined(__AVX2__)
 RMSNORM_INLINE __m256i first_lanes(int64_t count, int i) {
   static constexpr int32_t ones_then_zeros[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};

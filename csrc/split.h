@@ -12,6 +12,20 @@ using Split = Vector<bf16>;
 
 RMSNORM_INLINE Split unpack(BitsReg both) { return {{(FloatReg)(both << 16), (FloatReg)(both & 0xffff0000u)}}; }
 
+// Two registers of bits whose upper halves are bf16, as one.
+RMSNORM_INLINE BitsReg merge(BitsReg evens, BitsReg odds) {
+#if defined(RMSNORM_AVX512)
+  return (evens >> 16) | (odds & 0xffff0000u);
+#else
+  return (BitsReg)_mm256_blend_epi16((__m256i)(evens >> 16), (__m256i)odds, 0xaa);
+#endif
+}
+
+// pack() of anything, NaNs too. A function of its own, as pack() stands some hundred times in a target.
+__attribute__((noinline, cold)) BitsReg pack_unusual(FloatReg evens, FloatReg odds) {
+  return merge(bf16_bits(evens) << 16, bf16_bits(odds) << 16);
+}
+
 // Rounded to nearest even; NaNs as bf16_bits() treats them. `Usual`: there are none, nor subnormal numbers but 0.
 template <bool Usual = false>
 RMSNORM_INLINE BitsReg pack(const Split& x) {
@@ -28,24 +42,21 @@ RMSNORM_INLINE BitsReg pack(const Split& x) {
   if (__builtin_expect(!_mm512_testn_epi16_mask((__m512i)packed, (__m512i)magnitude), 1)) return packed;
   if (_mm512_kortestz(_mm512_fpclass_ps_mask((__m512)x.v[0], 0x20), _mm512_fpclass_ps_mask((__m512)x.v[1], 0x20)))
     return packed;
-#endif
-  BitsReg rounded[2];
-  for (int i = 0; i < 2; ++i) {
-    const BitsReg bits = (BitsReg)x.v[i];
-    rounded[i] = bits + 0x7fff + ((bits >> 16) & 1);
-  }
+  return pack_unusual(x.v[0], x.v[1]);
+#else
 #if defined(RMSNORM_AVX512)
   const bool nan = _mm512_cmp_ps_mask((__m512)x.v[0], (__m512)x.v[1], _CMP_UNORD_Q);
 #else
   const __m256 unordered = _mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q);
   const bool nan = !_mm256_testz_ps(unordered, unordered);
 #endif
-  if (__builtin_expect(nan, 0))
-    for (int i = 0; i < 2; ++i) rounded[i] = bf16_bits(x.v[i]) << 16;
-#if defined(RMSNORM_AVX512)
-  return (rounded[0] >> 16) | (rounded[1] & 0xffff0000u);
-#else
-  return (BitsReg)_mm256_blend_epi16((__m256i)(rounded[0] >> 16), (__m256i)rounded[1], 0xaa);
+  if (__builtin_expect(nan, 0)) return pack_unusual(x.v[0], x.v[1]);
+  BitsReg rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const BitsReg bits = (BitsReg)x.v[i];
+    rounded[i] = bits + 0x7fff + ((bits >> 16) & 1);
+  }
+  return merge(rounded[0], rounded[1]);
 #endif
 }
 
@@ -68,10 +79,10 @@ RMSNORM_INLINE void store_split(bf16* p, const Split& x) { store_register(p, pac
 
 #if defined(RMSNORM_AVX512)
 RMSNORM_INLINE Split load_few(const bf16* p, int64_t count) {
-  return unpack((BitsReg)_mm512_maskz_loadu_epi16((1u << count) - 1, p));
+  return unpack((BitsReg)_mm512_maskz_loadu_epi16(~0u >> (32 - count), p));
 }
 RMSNORM_INLINE void store_few(bf16* p, const Split& x, int64_t count) {
-  _mm512_mask_storeu_epi16(p, (1u << count) - 1, (__m512i)pack(x));
+  _mm512_mask_storeu_epi16(p, ~0u >> (32 - count), (__m512i)pack(x));
 }
 #endif
 
@@ -178,7 +189,7 @@ constexpr bool kMasked =
 #if defined(RMSNORM_EMULATE_AVX512)
     false;
 #elif defined(RMSNORM_AVX512)
-    std::is_same_v<T, bf16> ? kSplit<Row> : !kSplit<Row> && sizeof(T) < 8;
+    std::is_same_v<T, bf16> ? kSplit<Row> : !kSplit<Row>;
 #elif defined(__AVX2__)
     std::is_same_v<T, float> && !kSplit<Row>;
 #else

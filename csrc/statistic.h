@@ -18,8 +18,13 @@ struct Sum {  // half types
   Vector<T> part[kUnroll] = {};
   Eight total = {};
 
-  RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) { part[u] = fma(a, b, part[u]); }
-  RMSNORM_INLINE void add_square(int u, const Vector<T>& x) { part[u] = add_exact_product(x, x, part[u]); }
+  RMSNORM_INLINE void add(int u, const Vector<T>& a, const Vector<T>& b) {
+    for_accumulator<kUnroll>(u, [&](int i) __attribute__((always_inline)) { part[i] = fma(a, b, part[i]); });
+  }
+  RMSNORM_INLINE void add_square(int u, const Vector<T>& x) {
+    for_accumulator<kUnroll>(u,
+                             [&](int i) __attribute__((always_inline)) { part[i] = add_exact_product(x, x, part[i]); });
+  }
   RMSNORM_INLINE void end_block() {
     Vector<T> sums[kUnroll / 2];
     for (int u = 0; u < kUnroll / 2; ++u) sums[u] = part[u] + part[u + kUnroll / 2];
@@ -35,8 +40,12 @@ struct Sum<float> {
   D part[2] = {};
   D total;
 
-  RMSNORM_INLINE void add(int u, const F& a, const F& b) { part[u] = add_exact_product(widen(a), widen(b), part[u]); }
-  RMSNORM_INLINE void add_square(int u, const D& x) { part[u] = add_exact_product(x, x, part[u]); }
+  RMSNORM_INLINE void add(int u, const D& a, const D& b) {
+    for_accumulator<kUnroll>(u,
+                             [&](int i) __attribute__((always_inline)) { part[i] = add_exact_product(a, b, part[i]); });
+  }
+  RMSNORM_INLINE void add(int u, const F& a, const F& b) { add(u, widen(a), widen(b)); }
+  RMSNORM_INLINE void add_square(int u, const D& x) { add(u, x, x); }
   RMSNORM_INLINE void add_square(int u, const F& x) { add_square(u, widen(x)); }
   RMSNORM_INLINE void end_block() { total = part[0] + part[1]; }
 };
@@ -90,21 +99,12 @@ template <class T, class Sums, class Add>
 RMSNORM_INLINE void sum_columns(Sums& sum, int64_t columns, Add&& add) {
   const auto body = [&](auto span, auto u) __attribute__((always_inline)) { add(span, u.value); };
   int64_t j = 0;
-  if constexpr (kCompact) {
-    do {
-      const int64_t end = columns - j > Sums::kBlock ? j + Sums::kBlock : columns;
-      for_columns<T, Sums::kUnroll>(j, end, body);
-      sum.end_block();
-      j = end;
-    } while (j < columns);
-  } else {
-    for (; __builtin_expect(columns - j > Sums::kBlock, 0); j += Sums::kBlock) {
-      for_whole_columns<T, Sums::kUnroll>(j, j + Sums::kBlock, body);
-      sum.end_block();
-    }
-    for_columns<T, Sums::kUnroll>(j, columns, body);
+  do {
+    const int64_t end = columns - j > Sums::kBlock ? j + Sums::kBlock : columns;
+    for_columns<T, Sums::kUnroll>(j, end, body);
     sum.end_block();
-  }
+    j = end;
+  } while (j < columns);
 }
 
 // The two rules for eps: 1/rms = 1/sqrt(mean square + eps), or, for a negative one, 1/sqrt(max(mean square, -eps)), as

@@ -34,7 +34,8 @@ RMSNORM_INLINE void stream_to(const Full<Row>& span, T* row, const V& x) {
 }
 template <class Row, class T, class V>
 RMSNORM_INLINE void stream_to(const Tail<Row>& span, T* row, const V& x) {
-  span.store_to(row, x);
+  if (kCompact<Row> && span.count == kStep<Row>) stream_to(Full<Row>{span.j}, row, x);
+  else span.store_to(row, x);
 }
 
 // Asks for the same columns of another row. Level 3 means L1, level 2 the cache behind it.
