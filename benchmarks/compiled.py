@@ -40,7 +40,7 @@ def race(dtype: str, layers: int, tokens: int, seconds: float) -> None:
     size = both["plain"].get_input_embeddings().num_embeddings
     ids = torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(0))
     torch.compiler.reset()
-    compiled = {name: torch.compile(model, dynamic=False) for name, model in both.items()}
+    compiled: dict[str, Any] = {name: torch.compile(model, dynamic=False) for name, model in both.items()}
     with torch.inference_mode():
         says = [model(ids, use_cache=False).logits.float() for model in compiled.values()]
     assert (says[0] - says[1]).abs().max() <= 0.05 * says[0].abs().max(), (

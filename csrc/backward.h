@@ -134,6 +134,8 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
         V h = dy;
         if constexpr (HasGain) h = h * gain;
         dx[k] = norm[k].dx(h, normalised);
+        if constexpr (Add && sizeof(T) == 2)
+          if (b.round_add) dx[k] = round_own<T>(dx[k]);
         if constexpr (Add) dx[k] = dx[k] + span.load_from((const T*)rows.grad_sum[r]);
         if constexpr (Stream) prefetch_both<T>(rows, r, Rows, span);
       }

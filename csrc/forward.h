@@ -24,10 +24,12 @@ class Plain {
   template <bool Ask, bool Keep>
   class Loader {
    public:
-    RMSNORM_INLINE Loader(const Forward&, const ForwardRows& rows, int64_t r, int64_t)
+    RMSNORM_INLINE Loader(const Forward& f, const ForwardRows& rows, int64_t r, int64_t)
         : x_((const T*)rows.input[r]),
           residual_((const T*)rows.residual[r]),
           sum_((T*)rows.sum[r]),
+          scaled_(f.scale),
+          factor_(splat<T>((Scalar<T>)f.factor)),
           soon_(rows.keep_gain ? rows.gain[r] : rows.input[r]) {}
     template <class Span>
     RMSNORM_INLINE auto operator()(Span span) const {
@@ -35,7 +37,8 @@ class Plain {
       // last row's output leaves (512x4096 fp32 on a Zen 5: 1.6 times memcpy without, 1.5 with).
       if constexpr (kKeepsGain) __builtin_prefetch((const T*)soon_ + span.j, 0, 3);
       if constexpr (Add) {
-        const Vector<T> x = round_to<T>(span.load_from(x_) + span.load_from(residual_));
+        const Vector<T> given = span.load_from(x_);
+        const Vector<T> x = round_to<T>(scaled_ ? given * factor_ : given + span.load_from(residual_));
         if constexpr (Keep) span.store_to(sum_, x);
         return x;
       } else if constexpr (std::is_same_v<T, float> && !Norm::kBias) {
@@ -50,6 +53,8 @@ class Plain {
         std::is_same_v<T, float> && std::is_same_v<Gain, T> && !Add && !Norm::kBias && !Ask;
     const T *x_, *residual_;
     T* sum_;
+    bool scaled_;
+    Vector<T> factor_;
     const void* soon_;
   };
   RMSNORM_INLINE static const void* const* rows_of(const ForwardRows& rows) { return Add ? rows.sum : rows.input; }
@@ -78,6 +83,7 @@ class Plain {
     if constexpr (RoundFirst) y = round_to<T>(y);
     if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain_);
     if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias_);
+    if constexpr (kRoundsOutput<T, Gain, Out>) y = round_own<T>(y);
     return y;
   }
 
@@ -240,6 +246,9 @@ ForwardKernel forward_of_half(const Forward& f) {
   if (f.add_after || f.twice) return sandwich_of<T>(f);
   if (f.gate != Gate::none) return f.output == f.input ? gated_of<T, T>(f) : gated_of<T, float>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
+  if (f.round_output)
+    return f.round_first ? &forward<Plain<Rms<T>, T, float, true, true>>
+                         : &forward<Plain<Rms<T>, T, float, false, true>>;
   if (f.gain_type == f.input) return f.round_first ? forward_of<T, T, T, true>(f) : forward_of<T, T, T, false>(f);
   if (f.output == Type::f32) return forward_of<T, float, float, true>(f);
   return f.round_first ? forward_of<T, float, T, true>(f) : forward_of<T, float, T, false>(f);

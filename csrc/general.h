@@ -124,6 +124,8 @@ class General {
     if (f_.round_first) round_as<T>(f_.sum, y);
     if (gain_) put(y, y * load_as<T>(span, f_.gain_type, gain_));
     if (f_.bias) put(y, y + load_as<T>(span, f_.bias_type, f_.bias));
+    if constexpr (sizeof(T) == 2)
+      if (f_.round_output) put(y, round_own<T>(y));
     store_as<T, Stream>(span, f_.output, output_, y);
   }
 
@@ -143,7 +145,7 @@ class General {
       if (rows.gain[r]) y = y * element_as(f.gain_type, rows.gain[r], i);
       if (f.bias) y = y + element_as(f.bias_type, f.bias, i);
       // As in safe rows, which are float32 before they are stored: so a cast behind the norm may be done here.
-      if (std::is_same_v<T, float> && size_of(f.output) == 2) y = round_element<float>(y);
+      if (f.round_output || (std::is_same_v<T, float> && size_of(f.output) == 2)) y = round_element<T>(y);
       set_element_as(f.output, rows.output[r], i, y);
     }
     set_row(row, scaled);

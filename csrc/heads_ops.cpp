@@ -192,8 +192,9 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, co
           "rmsnorm: what was kept must be what the forward operator returned for this input");
   const Tensor dx = rows.empty_by_tokens();
   const Tensor dw = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
-  run_backward(*gain.target, b, rows.operands<kBackwardOperands>({&rows.x, &dy, &dx}, kXGate, kGradSum), r, nullptr,
-               {need_weight ? &dw : nullptr, nullptr});
+  run_backward(*gain.target, b, rows.operands<kBackwardOperands>({&rows.x, &dy, &dx}, kXGate, kGradSum),
+               static_cast<const char*>(r.data_ptr()), nullptr,
+               {GradWeight(need_weight ? &dw : nullptr), GradWeight()});
   return {need_input ? dx : none(type), dw};
 }
 

@@ -57,17 +57,21 @@ struct Forward {
   Type output;       // the input's, or f32 for a half input that is rounded before an f32 gain
   Type gain_type;    // none, the input's, or wide(input)
   bool round_first;  // round to the input's type before the gain (Llama) instead of after it (torch)
-  bool add;          // sum = input + residual first
-  bool add_after;    // the output is residual + the norm's
+  bool add;          // sum = input + residual first, or,
+  bool scale;        // with it, input · factor
+  bool add_after;    // the output is residual + the norm's, or,
+  bool times;        // with it, residual · the norm's
   bool twice;        // sum = that, with the first norm's gain and eps, and the output is the sum's norm
   WeightRows gain;   // of these: of the input's type and without the offset, or formed, wide, in the kernel's own order
   WeightRows first_gain;
-  double offset, first_eps;
+  double offset, first_eps, factor;
   bool layer;        // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
   const void* bias;  // or of the general form, of
   Type bias_type;
   Gate gate;           // the gain is there then, and as in Backward
   bool gate_first;     // output may be f32 only then
+  bool round_output;   // with add, an output in fp32 is rounded to the input's type first; gain_type is that type, or
+                       // the form is the general one
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
   Turn turn;           // pairs of columns are turned while they are stored (heads.h); output is the input's type
   bool interleaved;    // the pairs are neighbours, not columns of two halves
@@ -126,7 +130,8 @@ struct Backward {
   Type input;  // also the gradient's type
   bool need_input;
   bool need_weight;
-  bool add;         // a gradient arrives at the sum itself
+  bool add;         // a gradient arrives at the sum itself, and is added
+  bool round_add;   // to what is rounded first, as by two steps
   WeightRows gain;  // wide(input), or null; what make_gain() made for this type of row, unless that is f32 or f64
   bool layer;       // LayerNorm; add is false
   Gate gate;        // there is a gain then; add is false
@@ -182,6 +187,8 @@ struct Target {
   // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
   void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
                  void* grad_weight);
+  // The same of a single partial, which is all there is: as flush() and finish() would have it, without totals.
+  void (*finish_one)(Type row, void* partial, int64_t count, Type type, void* grad_weight);
   // What decides the bits, as text of at most `room` bytes.
   void (*describe)(char* text, int64_t room);
   // Bytes and a scale for a row of any type but f64, in int8 or float8.

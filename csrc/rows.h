@@ -160,7 +160,7 @@ inline int64_t grad_rows(const Backward& b) { return b.layer || b.need_bias ? 2 
 inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
 // Rows of one chunk; `scratch` has scratch_bytes(); `partial` is zeros, wide(input)[grad_rows][padded(columns)];
-// `total` is double[grad_rows][columns]; or both are null.
+// `total` is double[grad_rows][columns], or null, as both may be: then there are no more rows than kFlush.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, const double* mean, char* scratch, char* partial, double* total,
                           int64_t begin, int64_t end) {
@@ -193,7 +193,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     }
     kernel(b, rows);
     const int64_t done = row + rows.count - begin;
-    if (partial && (done % flush == 0 || begin + done == end))
+    if (total && (done % flush == 0 || begin + done == end))
       for (int64_t k = 0; k < grad_rows(b); ++k)
         target.flush(b.input, partial + k * grad_stride(b), total + k * b.columns, b.columns, done <= flush);
   }

@@ -42,7 +42,7 @@ double rescued(const ScaledRow& row, bool round_first, double x) {
   return sizeof(T) == 2 && round_first ? round_element<T>(y) : y;
 }
 
-// norm + add: a store step, and the load step of the norm behind it.
+// norm + add: a store step, and the load step of the norm behind it. Or norm · factor, as compiled graphs ask for it.
 template <class T, class Gain>
 class NormAdd {
  public:
@@ -60,13 +60,15 @@ class NormAdd {
         residual_((const T*)rows.residual[r]),
         gain_(f, gain),
         round_first_(f.round_first),
+        times_(f.times),
         normalised_(row) {}
   RMSNORM_INLINE NormAdd(const Forward& f, const ForwardRows& rows, int64_t r, int64_t, const Rstd<Scalar<T>>& row)
       : NormAdd(f, rows, r, rows.gain[r], row) {}
   template <class Span>
   RMSNORM_INLINE Vector<T> operator()(Span span) const {
     const Vector<T> y = round_if<T>(round_first_, normalised_(span.load_from(x_))) * gain_(span);
-    return round_own<T>(y) + span.load_from(residual_);
+    const Vector<T> other = span.load_from(residual_);
+    return times_ ? round_own<T>(y) * other : round_own<T>(y) + other;
   }
 
   __attribute__((noinline, cold)) static void rescue_to(T* to, const Forward& f, const ForwardRows& rows, int64_t r,
@@ -76,7 +78,8 @@ class NormAdd {
     const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, f.columns, eps, false);
     for (int64_t i = 0; i < f.columns; ++i) {
       const double y = rescued<T>(scaled, f.round_first, element(x, i)) * gains.at(i);
-      set_element(to, i, round_element<T>(y) + element(residual, i));
+      const double other = element(residual, i);
+      set_element(to, i, f.times ? round_element<T>(y) * other : round_element<T>(y) + other);
     }
     set_row(row, scaled);
   }
@@ -87,7 +90,7 @@ class NormAdd {
  private:
   const T *x_, *residual_;
   Gains<T, Gain> gain_;
-  bool round_first_;
+  bool round_first_, times_;
   typename Norm::Normaliser normalised_;
 };
 

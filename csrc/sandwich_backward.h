@@ -6,7 +6,7 @@
 // So they have the bits of the two operators called one after the other, in chunks of the same rows.
 #pragma once
 
-#include "rows.h"
+#include "tensors.h"
 
 namespace rmsnorm {
 
@@ -24,7 +24,7 @@ inline int64_t sandwich_block(const Backward& b) {
 }
 inline int64_t sandwich_scratch(const Backward& b) { return sandwich_block(b) * padded(b.columns) * size_of(b.input); }
 
-// Rows of one chunk, as backward_rows(); `partial` and `total` are a norm's each, or null; `scratch` is for ds where
+// Rows of one chunk, as backward_rows(); `partial` and `total` are a norm's each; `scratch` is for ds where
 // nobody asked for it.
 inline void sandwich_backward_rows(const Target& target, const SandwichBackward& s,
                                    const Operands<kSandwichOperands>& operands, const std::array<char*, 2>& partial,
@@ -60,11 +60,44 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     for (int k = 1; k >= 0; --k) {
       rows[k].rstd = s.rstd[k] + row * stride;
       kernel[k](s.norm[k], rows[k]);
-      if (partial[k] && (done % kFlush == 0 || begin + done == end))
+      if (total[k] && (done % kFlush == 0 || begin + done == end))
         target.flush(s.norm[k].input, partial[k], total[k], columns, done <= kFlush);
     }
   }
   if (rows[0].stream) finish_streaming();
+}
+
+// All rows. Of a norm whose weight's gradient nobody wants, need_weight is false.
+inline void run_sandwich_backward(const Target& target, const SandwichBackward& s,
+                                  const Operands<kSandwichOperands>& operands,
+                                  const std::array<GradWeight, 2>& grad_weights) {
+  const int64_t columns = s.norm[0].columns, padded_bytes = grad_stride(s.norm[0]);
+  const bool weights = grad_weights[0].data || grad_weights[1].data;
+  const int64_t rows = operands.rows, each = weights ? chunk_rows(s.norm[0], rows) : 1;
+  const int64_t chunks = (rows + each - 1) / each;
+  const bool few = rows <= kFlush;
+  std::unique_ptr<double[]> totals[2];
+  for (int k = 0; k < 2; ++k)
+    if (grad_weights[k].data && !few) totals[k].reset(new double[chunks * columns]);
+  parallel(chunks, std::max<int64_t>(1, grain_rows(columns) / each), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[sandwich_scratch(s.norm[0])]);
+    std::unique_ptr<char[]> partial[2];
+    for (int k = 0; k < 2; ++k)
+      if (grad_weights[k].data) partial[k] = std::make_unique<char[]>(padded_bytes);  // zeros
+    const auto run = [&](int64_t chunk, int64_t first, int64_t last) {
+      sandwich_backward_rows(target, s, operands, {partial[0].get(), partial[1].get()},
+                             {totals[0] ? totals[0].get() + chunk * columns : nullptr,
+                              totals[1] ? totals[1].get() + chunk * columns : nullptr},
+                             scratch.get(), first, last);
+    };
+    if (!weights) return run(0, begin, end);
+    for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, chunk * each, std::min(rows, (chunk + 1) * each));
+    for (int k = 0; k < 2; ++k)
+      if (few && partial[k])
+        target.finish_one(s.norm[k].input, partial[k].get(), columns, grad_weights[k].type, grad_weights[k].data);
+  });
+  for (int k = 0; k < 2; ++k)
+    if (!few || rows == 0) finish_weight(target, totals[k].get(), chunks, columns, grad_weights[k]);
 }
 
 }  // namespace rmsnorm

@@ -93,40 +93,13 @@ void run_both(const Target& target, SandwichBackward s, const std::array<const T
   }
   const Tensor& x = *plain[kTheX];
   std::array<OptionalTensor, 2> statistics;
-  const int64_t columns = shape.columns, padded_bytes = padded(columns) * size_of(wide(type_of(x)));
   for (int k = 0; k < 2; ++k) {
     statistics[k] = with_plain_rows(rstd[k], 0);
     s.rstd[k] = static_cast<const char*>(statistics[k]->data_ptr());
-    s.norm[k].columns = columns, s.norm[k].input = type_of(x), s.norm[k].need_weight = grad_weights[k];
+    s.norm[k].columns = shape.columns, s.norm[k].input = type_of(x), s.norm[k].need_weight = grad_weights[k];
   }
-  const auto operands = operands_of<kSandwichOperands>(x, shape.outer, addresses);
-  const bool weights = grad_weights[0] || grad_weights[1];
-  const int64_t rows = operands.rows, each = weights ? chunk_rows(s.norm[0], rows) : 1;
-  const int64_t chunks = (rows + each - 1) / each;
-  std::unique_ptr<double[]> totals[2];
-  for (int k = 0; k < 2; ++k)
-    if (grad_weights[k]) totals[k].reset(new double[chunks * columns]);
-  parallel(chunks, std::max<int64_t>(1, grain_rows(columns) / each), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[sandwich_scratch(s.norm[0])]);
-    std::unique_ptr<char[]> partial[2];
-    for (int k = 0; k < 2; ++k)
-      if (grad_weights[k]) partial[k] = std::make_unique<char[]>(padded_bytes);  // zeros
-    const auto run = [&](int64_t chunk, int64_t first, int64_t last) {
-      sandwich_backward_rows(target, s, operands, {partial[0].get(), partial[1].get()},
-                             {totals[0] ? totals[0].get() + chunk * columns : nullptr,
-                              totals[1] ? totals[1].get() + chunk * columns : nullptr},
-                             scratch.get(), first, last);
-    };
-    if (!weights) return run(0, begin, end);
-    for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, chunk * each, std::min(rows, (chunk + 1) * each));
-  });
-  for (int k = 0; k < 2; ++k) {
-    if (!grad_weights[k]) continue;
-    parallel(columns, grain_rows(chunks), [&](int64_t begin, int64_t end) {
-      target.finish(totals[k].get(), chunks, columns, begin, end, type_of(*grad_weights[k]),
-                    grad_weights[k]->data_ptr());
-    });
-  }
+  run_sandwich_backward(target, s, operands_of<kSandwichOperands>(x, shape.outer, addresses),
+                        {GradWeight(grad_weights[0]), GradWeight(grad_weights[1])});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_rms_norm_backward(

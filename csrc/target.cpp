@@ -77,6 +77,6 @@ namespace {
 
 extern const Target RMSNORM_TARGET;
 const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish,
-                               &describe,           &quantise};
+                               &finish_one,         &describe,       &quantise};
 
 }  // namespace rmsnorm

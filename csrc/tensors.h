@@ -263,15 +263,20 @@ inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
 
 // Forward, for all rows of operands that are known.
 inline void run_forward(const Forward& f, const Operands<kForwardOperands>& operands, const Target& target,
-                        const Tensor* rstd, const Tensor* mean, const Tensor* first_rstd = nullptr) {
-  const auto data = [](const Tensor* kept) { return kept ? static_cast<char*>(kept->data_ptr()) : nullptr; };
-  const Statistics kept = {data(rstd), data(first_rstd), reinterpret_cast<double*>(data(mean))};
+                        const Statistics& kept) {
   const int64_t bytes = scratch_bytes(f);
   parallel(operands.rows, grain_rows(f.columns), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(bytes ? new char[bytes + 63] : nullptr);
     char* lines = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);  // whole ones of the cache
     forward_rows(target, f, operands, kept, lines, begin, end);
   });
+}
+
+// The same, where what is kept is tensors.
+inline void run_forward(const Forward& f, const Operands<kForwardOperands>& operands, const Target& target,
+                        const Tensor* rstd, const Tensor* mean, const Tensor* first_rstd = nullptr) {
+  const auto data = [](const Tensor* kept) { return kept ? static_cast<char*>(kept->data_ptr()) : nullptr; };
+  run_forward(f, operands, target, {data(rstd), data(first_rstd), reinterpret_cast<double*>(data(mean))});
 }
 
 // Calls run(f, operands), with what tensors say filled in. `other` is the gate if there is one, else the residual or
@@ -299,38 +304,57 @@ inline void run_forward(Forward f, const Tensor& input, const Tensor* other, con
   });
 }
 
+// Where the gradient of a weight, or of a bias, goes; nobody wants it if there is no data.
+struct GradWeight {
+  char* data = nullptr;
+  Type type = Type::none;
+  int64_t count = 0;
+  GradWeight() = default;
+  GradWeight(char* data, Type type, int64_t count) : data(data), type(type), count(count) {}
+  explicit GradWeight(const Tensor* tensor) {
+    if (tensor) data = static_cast<char*>(tensor->data_ptr()), type = type_of(*tensor), count = tensor->numel();
+  }
+};
+
+// The gradient of a weight, of `chunks` totals of so many columns each.
+inline void finish_weight(const Target& target, const double* totals, int64_t chunks, int64_t columns,
+                          const GradWeight& to) {
+  if (!to.data) return;
+  parallel(to.count, grain_rows(chunks),
+           [&](int64_t begin, int64_t end) { target.finish(totals, chunks, columns, begin, end, to.type, to.data); });
+}
+
 // Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:
 // finish() adds those of the columns asked for.
 inline void run_backward(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
-                         const Tensor& rstd, const Tensor* mean, const std::array<const Tensor*, 2>& grad_weights) {
-  const char* statistic = static_cast<const char*>(rstd.data_ptr());
-  const double* means = mean ? static_cast<const double*>(mean->data_ptr()) : nullptr;
+                         const char* rstd, const double* means, const std::array<GradWeight, 2>& grad_weights) {
   const int64_t grain = grain_rows(b.columns), bytes = scratch_bytes(b);
   const auto room = [&] { return std::unique_ptr<char[]>(bytes ? new char[bytes] : nullptr); };
   if (!b.need_weight && !b.need_bias) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
-      backward_rows(target, b, operands, statistic, means, scratch.get(), nullptr, nullptr, begin, end);
+      backward_rows(target, b, operands, rstd, means, scratch.get(), nullptr, nullptr, begin, end);
     });
     return;
   }
   const int64_t rows = operands.rows, each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
+  if (rows > 0 && rows <= kFlush && grad_rows(b) == 1 && grad_weights[0].data) {
+    const auto scratch = room();
+    const auto partial = std::make_unique<char[]>(grad_stride(b));  // zeros
+    backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), nullptr, 0, rows);
+    target.finish_one(b.input, partial.get(), b.columns, grad_weights[0].type, grad_weights[0].data);
+    return;
+  }
   const int64_t columns = grad_rows(b) * b.columns;
   const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
     const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      backward_rows(target, b, operands, statistic, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
+      backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
                     chunk * each, std::min(rows, (chunk + 1) * each));
   });
-  for (int k = 0; k < 2; ++k) {
-    if (!grad_weights[k]) continue;
-    const double* first = totals.get() + k * b.columns;
-    parallel(grad_weights[k]->numel(), grain_rows(chunks), [&](int64_t begin, int64_t end) {
-      target.finish(first, chunks, columns, begin, end, type_of(*grad_weights[k]), grad_weights[k]->data_ptr());
-    });
-  }
+  for (int k = 0; k < 2; ++k) finish_weight(target, totals.get() + k * b.columns, chunks, columns, grad_weights[k]);
 }
 
 // The same of tensors.
@@ -348,7 +372,9 @@ inline void run_backward(const Target& target, Backward b, const Tensor* grad, c
   const OptionalTensor m = with_plain_rows(mean, 0), g = with_plain_rows(gate, shape.outer);
   const auto operands = operands_of<kBackwardOperands>(
       x, shape.outer, {&x, address(dy), b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
-  run_backward(target, b, operands, r, address(m), grad_weights);
+  run_backward(target, b, operands, static_cast<const char*>(r.data_ptr()),
+               m ? static_cast<const double*>(m->data_ptr()) : nullptr,
+               {GradWeight(grad_weights[0]), GradWeight(grad_weights[1])});
 }
 
 }  // namespace rmsnorm

@@ -76,3 +76,21 @@ void finish(const double* totals, int64_t chunks, int64_t columns, int64_t begin
     });
   });
 }
+
+void finish_one(Type row, void* partial, int64_t count, Type type, void* grad_weight) {
+  const auto convert = [&](auto tag) {
+    const auto* from = (const decltype(tag)*)partial;
+    with_type(type, [&](auto weight_tag) {
+      using W = decltype(weight_tag);
+      for_columns<float>(count, [&](auto span) {
+        const auto part = span.load_from(from);
+        span.store_to((W*)grad_weight, to_wide(part + decltype(part){}, Scalar<W>{}));
+      });
+    });
+  };
+  if (row == Type::bf16) {
+    float* raw = (float*)partial;
+    for_columns<bf16>(count, [&](auto span) { span.store_to(raw, span.load_raw(raw)); });
+  }
+  row == Type::f64 ? convert(double{}) : convert(float{});
+}

@@ -16,7 +16,7 @@ from test_graphs import drawn, norm, results
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from rmsnorm import _called, _native, _ops, rms_norm, sandwich_rms_norm
+from rmsnorm import _called, _native, _nodes, _ops, rms_norm, sandwich_rms_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -33,12 +33,12 @@ def wider(x: Tensor) -> torch.dtype:
 def around(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
     """One step each behind a norm: with two, Inductor leaves out what eager mode rounds between them."""
     return (
-        norm(x, w) * r,
+        norm(x, w) * 0.3,
         norm(r, v, "llama") + 1,
         norm(x, v, "gemma").to(wider(x)),
         norm(r, None) * v,
         norm(x.view(2, -1, x.shape[-1]), w).abs(),
-        norm(x * 2, w).neg(),
+        norm(x.abs(), w).neg(),
     )
 
 
@@ -95,7 +95,7 @@ def test_what_follows_a_norm_is_done_in_its_loop_with_the_same_bits(dtype, colum
     assert all(map(same_bits, mine, eager))
     assert [y.dtype for y in mine] == [y.dtype for y in eager]
     assert "torch.ops.rmsnorm" not in code
-    assert code.count(f'"{_called.SYMBOL}"') == len(eager)
+    assert code.count(f'"{_called.ROWS.symbol}"') == len(eager)
     assert code.count("auto rest = ") == len(eager)
 
 
@@ -135,9 +135,83 @@ def test_operators_are_called_without_torchs_dispatcher(dtype):
     eager = results(sums, leaves, 6, 576)
     outputs = len(inferred(sums, leaves)) * 2  # Inductor adds gradients of half types up without rounding in between
     assert all(map(same_bits, *((mine, eager) if dtype is torch.float32 else (mine[:outputs], eager[:outputs]))))
+    assert "torch.ops.rmsnorm" not in code
+    assert f'"{_called.ROWS.symbol}"' in code
+    assert f'"{_called.GRADIENTS.symbol}"' in code
+
+
+def test_what_no_kernel_is_called_for_is_called_without_the_python_of_torchs_operators():
+    """A weight of another type, here."""
+    torch.compiler.reset()
+    leaves = drawn(6, 576, torch.bfloat16)
+    leaves[2] = leaves[2].detach().float().requires_grad_()
+
+    def function(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+        return norm(x + r, w)
+
+    mine, code = code_of(results, torch.compile(function, fullgraph=True, dynamic=False), leaves, 6, 576)
+    assert all(map(same_bits, mine, results(function, leaves, 6, 576)))
     lines = [line.strip() for line in code.splitlines() if "torch.ops.rmsnorm" in line and "assert_" not in line]
     assert lines
-    assert all(line.endswith("_backward.default._op") for line in lines)
+    assert all(line.endswith(".default._op") for line in lines)
+
+
+def beside(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+    """Steps that are done in a norm's kernel, with each rounding and kind of gain that kernels know."""
+    scaled, halved = x * 24.0, r * 0.5
+    sums = x + r, r + x, x + x
+    return (
+        *(norm(x, w) * r, norm(x, w, "llama") * r, norm(r, v, "gemma") * x, norm(r, None) * x),
+        *(norm(scaled, w, "gemma"), scaled, norm(halved, v, "llama"), halved),
+        *(norm(sums[0], w, "llama").to(wider(x)), sums[0], norm(sums[1], v).to(wider(x)), sums[1]),
+        *(norm(sums[2], w, "gemma").to(wider(x)), sums[2]),
+    )
+
+
+def uneven(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """With rows whose squares overflow or vanish, and of zeros."""
+    leaves = drawn(rows, columns, dtype)
+    with torch.no_grad():
+        for i, scale in enumerate((1e2, 1e-5, 0.0) if dtype is torch.float16 else (1e30, 1e-30, 0.0)):
+            leaves[0][i::7] *= scale
+            leaves[1][i::7] *= scale
+    return leaves
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 127), (6, 576), pytest.param(70, 1027, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("dtype", _nodes.TYPES[:3], ids=str)
+def test_a_step_beside_a_norm_is_done_in_its_kernel_with_the_same_bits(dtype, rows, columns):
+    torch.compiler.reset()
+    leaves = uneven(rows, columns, dtype)
+    mine, code = code_of(inferred, torch.compile(beside, fullgraph=True, dynamic=False), leaves)
+    eager = inferred(beside, leaves)
+    assert all(map(same_bits, mine, eager))
+    assert [y.dtype for y in mine] == [y.dtype for y in eager]
+    assert "torch.ops.rmsnorm" not in code
+    assert "auto rest = " not in code
+
+
+def add_norm(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+    return norm(s := x + r, w), s
+
+
+def sandwich(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
+    s = r + norm(x, w, "gemma")
+    return norm(s, v, "gemma", 1e-3), s
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 576), (40, 127), pytest.param(70, 1027, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("dtype", _nodes.TYPES, ids=str)
+@pytest.mark.parametrize("function", [add_norm, sandwich])
+def test_gradients_have_the_bits_of_eager_mode(function, dtype, rows, columns):
+    """Of up to 32 rows, whose weights' gradients are a single sum, and of more. What arrives at the sum is added in the
+    kernel: there is none of Inductor's, neither forward, with gradients and without, nor backward."""
+    torch.compiler.reset()
+    leaves = uneven(rows, columns, dtype)
+    mine, code = code_of(results, torch.compile(function, fullgraph=True, dynamic=False), leaves, rows, columns)
+    assert all(map(same_bits, mine, results(function, leaves, rows, columns)))
+    assert "torch.ops.rmsnorm" not in code
+    assert code.count("async_compile.cpp_pybinding") == 3
 
 
 def test_shapes_may_change():
@@ -157,6 +231,14 @@ def test_a_library_without_the_entry_leaves_operators(monkeypatch):
 
 
 def test_numbers_of_a_call_are_written_exactly():
-    values = {"eps": 1e-5, "offset": 1, "round_first": True, "type": torch.bfloat16, "weight_type": None, "x": "p"}
-    text = _called.statement(values)
-    assert text == "rmsnorm::run({.type = 3, .weight_type = 0, .round_first = 1, .eps = 1e-05, .offset = 1.0, .x = p});"
+    values = {
+        "eps": 1e-5,
+        "offset": 1,
+        "round_first": True,
+        "input_type": torch.bfloat16,
+        "weight_type": None,
+        "input": "p",
+    }
+    text = _called.ROWS.statement(values)
+    fields = ".input_type = 3, .weight_type = 0, .round_first = 1, .eps = 1e-05, .offset = 1.0, .input = p"
+    assert text == f"rmsnorm::run({{{fields}}});"

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "_called": {"_native"},
     "_template": {"_called"},
     "_direct": {"_called"},
-    "_neighbours": {"_called", "_nodes", "_turned"},
+    "_followed": {"_form", "_ops"},
+    "_neighbours": {"_called", "_followed", "_nodes", "_turned"},
     "_graphs": {"_called", "_direct", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
@@ -258,7 +259,7 @@ def test_every_file_says_what_it_is_for(path):
                 for name in ("backward", "forward", "gradients", "heads", "numbers", "quantised", "sandwich", "steps")
             ],
         ),
-        ("library.define", ["_form", "_install", "_ops", "_recorded", "forms/in_place", "gpu/launcher"]),
+        ("library.define", ["_followed", "_form", "_install", "_ops", "_recorded", "forms/in_place", "gpu/launcher"]),
         ("register_vmap", ["_install", "_vmap"]),
         (
             "autograd.Function",

@@ -7,64 +7,129 @@ called in less than one, with pointers. ``csrc/graph_ops.cpp`` takes those, too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from . import _native
 
-SYMBOL = "rmsnorm_rows_1"
-"""The entry of the library; its number changes with the struct below, as compiled code is kept on disk."""
-KINDS = {"rms_norm": 0, "add_rms_norm": 1, "rms_norm_add": 2, "sandwich_rms_norm": 3}
 _TYPES = {None: 0, torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
-_NUMBERS = ["kind", "type", "output_type", "weight_type", "next_weight_type", "round_first", "rows", "columns"]
-_FLOATS = ["eps", "next_eps", "offset"]
-_READ = ["x", "residual", "weight", "next_weight"]
-_WRITTEN = ["output", "sum", "rstd", "next_rstd"]
+Value = str | int | float | bool | torch.dtype | None
+"""Of a field: text of C++'s, or as Python has it."""
 
-# The library is asked for by name, not by its path: compiled code outlives an installation.
-PREAMBLE = f"""
+
+@dataclass(frozen=True)
+class Entry:
+    """A function of the library, and the struct that it takes."""
+
+    symbol: str
+    """Its number changes with the struct, as compiled code is kept on disk."""
+    kinds: Mapping[str, int]
+    """What it does, by the names of operators."""
+    numbers: tuple[str, ...]
+    floats: tuple[str, ...]
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+    more: Mapping[str, str]
+    """Further fields, as C++ declares them."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return *self.numbers, *self.floats, *self.read, *self.written, *self.more
+
+    @property
+    def preamble(self) -> str:
+        """C++ before :meth:`statement`. The library is asked for by name, not by its path: compiled code outlives an
+        installation."""
+        return f"""
 #include <cstdint>
 #include <stdexcept>
 #include <dlfcn.h>
 namespace rmsnorm {{
-struct Rows {{
-  int64_t {", ".join(_NUMBERS)};
-  double {", ".join(_FLOATS)};
-  const void {", ".join("*" + name for name in _READ)};
-  void {", ".join("*" + name for name in _WRITTEN)};
-  void (*rest)(void*, int64_t, int64_t, void*);
-  void* context;
-}};
-static void run(const Rows& rows) {{
-  static const auto kernel = (void (*)(const void*))dlsym(RTLD_DEFAULT, "{SYMBOL}");
+struct Call {{
+  int64_t {", ".join(self.numbers)};
+  double {", ".join(self.floats)};
+  const void {", ".join("*" + name for name in self.read)};
+  void {", ".join("*" + name for name in self.written)};
+{"".join(f"  {field};{chr(10)}" for field in self.more.values())}}};
+static void run(const Call& call) {{
+  static const auto kernel = (void (*)(const void*))dlsym(RTLD_DEFAULT, "{self.symbol}");
   if (!kernel) throw std::runtime_error("rmsnorm: made for another version of the library; compile it anew");
-  kernel(&rows);
+  kernel(&call);
 }}
 }}  // namespace rmsnorm
 """
 
+    def statement(self, values: Mapping[str, Value]) -> str:
+        """C++ that runs a call: fields of the struct by their names."""
+        assert set(values) <= set(self.fields), values
+        given = (f".{name} = {self._text(name, values[name])}" for name in self.fields if name in values)
+        return f"rmsnorm::run({{{', '.join(given)}}});"
+
+    def _text(self, name: str, value: Value) -> str:
+        if name.endswith("type"):
+            return str(_TYPES[value])  # type: ignore[index]
+        if isinstance(value, str):
+            return value
+        return repr(float(value)) if name in self.floats else str(int(value))  # type: ignore[arg-type]
+
+
+ROWS = Entry(
+    symbol="rmsnorm_rows_2",
+    kinds={
+        "rms_norm": 0,
+        "add_rms_norm": 1,
+        "rms_norm_add": 2,
+        "sandwich_rms_norm": 3,
+        "rms_norm_times": 4,
+        "scale_rms_norm": 5,
+        "add_rms_norm_cast": 1,
+    },
+    numbers=(
+        *("kind", "input_type", "output_type", "weight_type", "next_weight_type"),
+        *("round_first", "rows", "columns"),
+    ),
+    floats=("eps", "next_eps", "offset", "factor"),
+    read=("input", "residual", "weight", "next_weight"),
+    written=("output", "sum", "rstd", "next_rstd"),
+    more={"rest": "void (*rest)(void*, int64_t, int64_t, void*)", "context": "void* context"},
+)
+GRADIENTS = Entry(
+    symbol="rmsnorm_gradients_1",
+    kinds={
+        "rms_norm_backward": 0,
+        "rms_norm_add_backward": 0,
+        "sandwich_rms_norm_backward": 1,
+        "rounded_rms_norm_backward": 0,
+        "rounded_sandwich_rms_norm_backward": 1,
+    },
+    numbers=("kind", "input_type", "weight_type", "next_weight_type", "round_sum", "rows", "columns"),
+    floats=("eps", "next_eps", "offset"),
+    read=("input", "sum", "grad", "grad_sum", "rstd", "next_rstd", "weight", "next_weight"),
+    written=("grad_input", "grad_residual", "grad_weight", "grad_next_weight"),
+    more={},
+)
+
+
+HEADS = Entry(
+    symbol="rmsnorm_heads_1",
+    kinds={"heads_rms_norm_rope": 0},
+    numbers=(
+        *("input_type", "weight_type", "angle_type", "round_first", "interleaved"),
+        *("batch", "heads", "tokens", "columns", "turned", "input_batch", "input_head", "input_token"),
+        *("cos_batch", "cos_token", "sin_batch", "sin_token"),
+    ),
+    floats=("eps", "offset"),
+    read=("input", "cos", "sin", "weight"),
+    written=("output", "rstd"),
+    more={},
+)
+
 
 def ready() -> bool:
     """Whether the library is there, and found by its name from now on."""
-    return _native.publish(SYMBOL)
+    return all(_native.publish(entry.symbol) for entry in (ROWS, GRADIENTS, HEADS))
 
 
 def is_known(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
-
-
-def statement(values: Mapping[str, str | int | float | bool | torch.dtype | None]) -> str:
-    """C++ that runs a call: fields of the struct by their names, as text of C++'s or as Python has them."""
-    fields = [*_NUMBERS, *_FLOATS, *_READ, *_WRITTEN, "rest", "context"]
-    assert set(values) <= set(fields), values
-    return (
-        f"rmsnorm::run({{{', '.join(f'.{name} = {_text(name, values[name])}' for name in fields if name in values)}}});"
-    )
-
-
-def _text(name: str, value: str | int | float | bool | torch.dtype | None) -> str:
-    if name.endswith("type"):
-        return str(_TYPES[value])  # type: ignore[index]
-    if isinstance(value, str):
-        return value
-    return repr(float(value)) if name in _FLOATS else str(int(value))  # type: ignore[arg-type]

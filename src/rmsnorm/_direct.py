@@ -1,9 +1,9 @@
 """The only file that writes into Inductor's wrappers, the Python around its kernels: how our operators are called.
 
 Inductor would look an operator up and call it as a user does, in 3 µs. Norms of contiguous rows on the CPU, alone or
-with the sums beside them, become a call of their kernel instead, with outputs that Inductor allocates, in 1
-(``csrc/graph_ops.cpp``). The others are called past ``OpOverload.__call__``, which takes 0.5. The bits are those of the
-operators.
+with the sums beside them, and their gradients become a call of their kernel instead, with outputs that Inductor
+allocates, in 1 (``csrc/graph_ops.cpp``). The others are called past ``OpOverload.__call__``, which takes 0.5. The bits
+are those of the operators.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from torch._inductor.virtualized import V
 
 from . import _called
 
-_SUMS = frozenset({"add_rms_norm", "sandwich_rms_norm"})
+_SUMS = frozenset({"add_rms_norm", "sandwich_rms_norm", "add_rms_norm_cast", "scale_rms_norm"})
 """Return the sum that they normalise, too."""
-_OTHERS = (
-    *("rms_norm_backward", "sandwich_rms_norm_backward", "general_add_rms_norm"),
-    *("heads_rms_norm_rope", "heads_rms_norm_rope_forward", "heads_rms_norm_rope_backward"),
-)
-_ROWS = "input", "residual"
+_OTHERS = "heads_rms_norm_rope", "heads_rms_norm_rope_forward", "heads_rms_norm_rope_backward"
+_ROWS = frozenset({"input", "residual", "sum", "grad", "grad_sum"})
 _WEIGHTS = "weight", "next_weight"
+_ENTRIES = {kind: entry for entry in (_called.ROWS, _called.GRADIENTS) for kind in entry.kinds}
 
 
 def register() -> None:
     """Inductor asks here first how an operator is called."""
-    kernels = [kind + end for kind in _called.KINDS for end in ("", "_forward")]
-    for name in (*kernels, *_OTHERS):
+    for name in (*_ENTRIES, *(kind + "_forward" for kind in _called.ROWS.kinds), *_OTHERS):
         CUSTOM_EXTERN_KERNEL_CODEGEN.setdefault(f"torch.ops.rmsnorm.{name}.default", CustomCodegen(python=_write))
 
 
@@ -47,63 +44,131 @@ def _write(node: Any, writeline: Callable[[str], None]) -> None:
 
 def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     """Whether it is one of those that become a call of a kernel; writes that."""
-    name = node.op_overload._schema.name.partition("::")[2]
-    kind = name.removesuffix("_forward")
-    if kind not in _called.KINDS or node.kwargs:
+    kind = node.op_overload._schema.name.partition("::")[2].removesuffix("_forward")
+    if kind in _called.HEADS.kinds:
+        return _write_heads(node, writeline)
+    if kind not in _ENTRIES or node.kwargs:
         return False
-    given = _arguments(node)
-    x, outputs = given["input"], node.outputs
-    dims, sizes = given["dims"], x.get_size()
+    entry, given, outputs = _ENTRIES[kind], _arguments(node), node.outputs
+    x, dims = given["input"], given["dims"]
+    dtype, sizes = x.get_dtype(), x.get_size()
     rows, columns = sizes[: len(sizes) - dims], sizes[len(sizes) - dims :]
-    tensors = {label: given[label] for label in (*_ROWS, *_WEIGHTS) if given.get(label) is not None}
+    tensors = {label: given[label] for label in entry.read if given.get(label) is not None}
     if not all(map(_is_plain, tensors.values())) or not all(isinstance(one, ir.MultiOutput) for one in outputs):
         return False
-    same = all([*tensors[label].get_size()] == [*sizes] for label in _ROWS if label in tensors)
-    same &= all([*tensors[label].get_size()] == [*columns] for label in _WEIGHTS if label in tensors)
-    same &= all(one.get_dtype() is x.get_dtype() for one in tensors.values())  # operators have other pairs, too
-    if not same or not _called.is_known(x.get_dtype()):
+    alike = {label: one for label, one in tensors.items() if label in _ROWS or label in _WEIGHTS}
+    same = all([*one.get_size()] == [*(columns if label in _WEIGHTS else sizes)] for label, one in alike.items())
+    same &= all(one.get_dtype() is dtype for one in alike.values())  # operators have other pairs, too
+    results = dict(zip(_results(kind, node), outputs, strict=True))
+    wanted = [label for label in results if _is_wanted(label, given)]
+    if not same or not _called.is_known(dtype) or not {*wanted} - {"grad_residual", "grad_next_weight"}:
         return False
-    results = ["output", *(["sum"] if kind in _SUMS else []), "rstd", "next_rstd"][: len(outputs)]
     numbers = {"rows": _product(rows), "columns": _product(columns)}
     variables = {label: size for label, size in numbers.items() if not isinstance(size, int)}
-    names = {"x": "input"} | {label: label for label in tensors if label != "input"}
-    dtype = x.get_dtype()
-    values: dict[str, Any] = numbers | {label: label for label in (*variables, *names, *results)}
-    values |= {"kind": _called.KINDS[kind], "type": dtype, "output_type": dtype}
+    values: dict[str, Any] = numbers | {label: label for label in (*variables, *tensors, *wanted)}
+    values |= {"kind": entry.kinds[kind], "input_type": dtype, "output_type": given.get("dtype", dtype)}
+    values |= {"round_sum": kind.startswith("rounded_")}
     values |= {f"{label}_type": dtype if label in tensors else None for label in _WEIGHTS}
-    values |= {label: given[label] for label in ("eps", "offset", "round_first")}
-    next_eps = given.get("next_eps")
-    values["next_eps"] = given["eps"] if next_eps is None else next_eps
-    read = {label: tensors[at].codegen_reference() for label, at in names.items()}
-    _call(node, writeline, read, dict(zip(results, outputs, strict=True)), variables, values)
+    values |= {label: given.get(label) for label in ("eps", "next_eps", "offset", "factor", "round_first")}
+    if values["next_eps"] is None:
+        values["next_eps"] = values["eps"]
+    known = {label: value for label, value in values.items() if label in entry.fields and value is not None}
+    read = {label: one.codegen_reference() for label, one in tensors.items()}
+    _call(node, writeline, entry.preamble, entry.statement(known), read, results, wanted, variables)
     return True
+
+
+def _write_heads(node: Any, writeline: Callable[[str], None]) -> bool:
+    """The same of query and key, four dimensions whose sizes are known, which are normed and turned."""
+    given, statements = _arguments(node), []
+    labels = "query", "key", "cos", "sin", "query_weight", "key_weight"
+    tensors = {label: given[label] for label in labels if given[label] is not None}
+    x = given["query"]
+    same = all(one.get_dtype() is x.get_dtype() for one in tensors.values())
+    if node.kwargs or not same or len(x.get_size()) != 4 or not all(map(_is_known, tensors.values())):
+        return False
+    results = dict(zip(("query_output", "key_output", "query_rstd", "key_rstd"), node.outputs, strict=False))
+    plain: dict[str, Any] = {label: given[label] for label in ("eps", "offset", "round_first", "interleaved")}
+    plain |= {f"{label}_type": x.get_dtype() for label in ("input", "angle")} | {"cos": "cos", "sin": "sin"}
+    for label in ("cos", "sin"):
+        sizes, strides = map(_ints, (given[label].get_size(), given[label].get_stride()))
+        if len(sizes) > 3:
+            return False
+        # Of a size of 1, which is broadcast, the stride is 0.
+        by = [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
+        plain |= {"turned": sizes[-1], f"{label}_token": by[-2], f"{label}_batch": by[0] if len(by) == 3 else 0}
+    for name in ("query", "key"):
+        values = plain | dict(zip(("batch", "heads", "tokens", "columns"), _ints(given[name].get_size()), strict=True))
+        strides = _ints(given[name].get_stride())
+        values |= dict(zip(("input_batch", "input_head", "input_token"), strides[:3], strict=True))
+        values |= {"input": name, "output": f"{name}_output"}
+        if f"{name}_weight" in tensors:
+            values |= {"weight": f"{name}_weight", "weight_type": x.get_dtype()}
+        if f"{name}_rstd" in results:
+            values["rstd"] = f"{name}_rstd"
+        statements.append(_called.HEADS.statement(values))
+    read = {label: one.codegen_reference() for label, one in tensors.items()}
+    _call(node, writeline, _called.HEADS.preamble, "\n  ".join(statements), read, results, list(results), {})
+    return True
+
+
+def _ints(values: Any) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _is_known(node: Any) -> bool:
+    """Whether it is on the CPU, of a known size, and the elements of a row lie in their order."""
+    layout = node.get_layout()
+    known = all(isinstance(one, int) or one.is_Integer for one in (*layout.size, *layout.stride))
+    return node.get_device().type == "cpu" and known and bool(layout.stride[-1] == 1)
+
+
+def _results(kind: str, node: Any) -> list[str]:
+    """What it returns, by the names of the struct."""
+    if kind in _called.GRADIENTS.kinds:
+        return [result.name for result in node.op_overload._schema.returns]
+    return ["output", *(["sum"] if kind in _SUMS else []), "rstd", "next_rstd"][: len(node.outputs)]
+
+
+def _is_wanted(result: str, given: dict[str, Any]) -> bool:
+    """A gradient is, if it was asked for, and there is something that it is the gradient of."""
+    of = result.removeprefix("grad_")
+    return given.get(f"need_{of}", True) and (of not in _WEIGHTS or given[of] is not None)
 
 
 def _call(
     node: Any,
     writeline: Callable[[str], None],
+    preamble: str,
+    statement: str,
     read: dict[str, str],
-    written: dict[str, Any],
+    results: dict[str, Any],
+    wanted: list[str],
     numbers: dict[str, Any],
-    values: dict[str, Any],
 ) -> None:
     """Allocates, and calls a kernel that is compiled once for all calls alike."""
     wrapper = V.graph.wrapper_code
-    types = dict.fromkeys(read, "const void*") | dict.fromkeys(written, "void*") | dict.fromkeys(numbers, "int64_t")
+    types = dict.fromkeys(read, "const void*") | dict.fromkeys(wanted, "void*") | dict.fromkeys(numbers, "int64_t")
     parameters = ", ".join(f"{type} {label}" for label, type in types.items())
-    code = f'{_called.PREAMBLE}\nextern "C" void kernel({parameters}) {{\n  {_called.statement(values)}\n}}\n'
+    code = f'{preamble}\nextern "C" void kernel({parameters}) {{\n  {statement}\n}}\n'
     text = f"async_compile.cpp_pybinding({[*types.values()]!r}, r'''{code}''')"
     if (name := wrapper.src_to_kernel.get(text)) is None:
         name = wrapper.src_to_kernel[text] = f"rmsnorm_{wrapper.next_kernel_suffix()}"
         wrapper.define_kernel(name, text, gpu=False)
-    for one in written.values():
+    for one in results.values():
         shape, stride = tuple(one.get_size()), tuple(one.get_stride())
         writeline(wrapper.make_allocation(one.get_name(), torch.device("cpu"), one.get_dtype(), shape, stride))
-    made = [one.get_name() for one in written.values()]
+        one.codegen = _nothing  # Inductor's is to take it from a tuple, and to check it
+    unread = [one.get_name() for one in results.values() if one.get_name() in V.graph.removed_buffers]
     sizes = [wrapper.codegen_sizevar(value) for value in numbers.values()]
-    writeline(f"{name}({', '.join([*read.values(), *made, *sizes])})")
-    writeline(f"{node.get_name()} = {made[0] if len(made) == 1 else '(' + ', '.join(made) + ')'}")
-    writeline(f"del {', '.join(made)}")  # those that are used are taken from it in turn, and freed in time
+    writeline(f"{name}({', '.join([*read.values(), *(results[label].get_name() for label in wanted), *sizes])})")
+    for nobody in unread:
+        writeline(f"del {nobody}")
+    writeline(f"{node.get_name()} = None")  # Inductor deletes it, once its results have been taken from it
+
+
+def _nothing(_: Any) -> None:
+    """In the place of what a result writes."""
 
 
 def _arguments(node: Any) -> dict[str, Any]:

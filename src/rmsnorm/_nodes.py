@@ -70,12 +70,24 @@ def known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def is_written(node: Node) -> bool:
     """Whether it lies in memory anyway: to write what Inductor would compute where it is read costs the pass over
-    memory that joining saves."""
+    memory that joining saves. What a norm or a matrix product reads does: so are the sums of a residual stream."""
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
+    return not _is_computed(node) or any(reads_memory(user) for user in node.users)
+
+
+def reads_memory(node: Node) -> bool:
+    """Whether its arguments are written before, or, of a view, those of all that read it."""
+    if node.op == "call_function" and node.target in _VIEWS:
+        return all(map(reads_memory, node.users))
+    return not _is_computed(node)
+
+
+def _is_computed(node: Node) -> bool:
+    """Whether Inductor may compute it in the loop that reads it, and what it reads in its own."""
     if node.op != "call_function" or node.target is operator.getitem or node.target in _WRITTEN:
-        return True
-    return getattr(node.target, "namespace", "aten") not in ("aten", "prims")
+        return False
+    return getattr(node.target, "namespace", "aten") in ("aten", "prims")
 
 
 def call(graph: Graph, target: Any, *arguments: Any) -> Node:

@@ -57,7 +57,7 @@ class RowsTemplate(CppTemplate):
         values = self.options | {
             "rows": kernel.size(x, 0),
             "columns": kernel.size(x, 1),
-            "x": f"&{kernel.index(x, [0, 0])}",
+            "input": f"&{kernel.index(x, [0, 0])}",
             "weight": f"&{kernel.index(weight[0], [0])}" if weight else "nullptr",
             "output": "Y" if kept else "nullptr",
         }
@@ -73,8 +73,8 @@ class RowsTemplate(CppTemplate):
                 f"{{ (*static_cast<decltype(rest)*>(context))(begin, end, static_cast<const {type}*>(rows)); }}",
                 "context": "&rest",
             }
-        body = f"{{\n{before}\n{_called.statement(values)}\n}}\n"
-        return f'{self.header().getvalue()}\n{_called.PREAMBLE}\nextern "C" {head}\n{body}'
+        body = f"{{\n{before}\n{_called.ROWS.statement(values)}\n}}\n"
+        return f'{self.header().getvalue()}\n{_called.ROWS.preamble}\nextern "C" {head}\n{body}'
 
 
 def _rest(kernel: Any, y: Any, nodes: list[Any], kept: bool) -> str:
@@ -114,7 +114,12 @@ def _lower(
     inputs = [*ir.InputsKernel.unwrap_storage(inputs)]
     if len({one.get_name() for one in inputs}) < len(inputs):
         return None
-    options = {"kind": _called.KINDS["rms_norm"], "type": dtype, "output_type": dtype, "weight_type": weight_type}
+    options = {
+        "kind": _called.ROWS.kinds["rms_norm"],
+        "input_type": dtype,
+        "output_type": dtype,
+        "weight_type": weight_type,
+    }
     options |= {"round_first": round_first, "eps": eps, "offset": offset}
     layout = ir.FixedLayout(torch.device("cpu"), dtype, rows.get_size())
     made = RowsTemplate(inputs, layout, options).generate().output_node()  # type: ignore[no-untyped-call]

@@ -181,6 +181,12 @@ def _between(first: _Turn, last: _Turn) -> list[Node] | None:
     return None if made & {*last.turned.all_input_nodes} or made & {*last.between} else found
 
 
+def _laid_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both have their elements in the same places; the stride of a single token says nothing."""
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(statically_known_true(size == 1) or known_equal([a], [b]) for size, a, b in strides)
+
+
 def _join(graph: Graph, first: _Turn, last: _Turn) -> None:
     both = first, last
     with graph.inserting_before(last.turned):
@@ -205,8 +211,7 @@ def _join(graph: Graph, first: _Turn, last: _Turn) -> None:
         taken = [[turn.turned] for turn in both] + [results(turn.norm, 1) for turn in both]
         new: tuple[Tensor, ...] = joined.meta["val"]
         laid = all(
-            known_equal(node.meta["val"].stride(), value.stride())
-            or not any(user.op == "output" for user in node.users)
+            _laid_alike(node.meta["val"], value) or not any(user.op == "output" for user in node.users)
             for nodes, value in zip(taken, new, strict=False)
             for node in nodes
         )

@@ -24,8 +24,8 @@ from .timing import measure
 
 Norm = Callable[[Tensor, Tensor], Tensor]
 OURS, THEIRS = "ours", "Inductor's"
-HEAD = 64
-"""Columns of a head, where heads are normed."""
+HEADS, HEAD = "heads: norm, rotation (Qwen3)", 64
+"""Where heads are normed, and the columns of one."""
 
 
 def _llama(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _around(llama: Norm, gemma: Norm) -> dict[str, Callable[..., Any]]:
-    """By their names, of an input, a residual or a gate, and two weights."""
+    """By their names, of an input, a residual or a gate, and two weights, which are a head's where heads are normed."""
 
     def alone(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
         return llama(x, w)
@@ -75,8 +75,8 @@ def _around(llama: Norm, gemma: Norm) -> dict[str, Callable[..., Any]]:
     def heads(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
         shape = 1, len(x), -1, HEAD
         cos, sin = (r.detach()[None, None, :, i : i + HEAD] for i in (0, HEAD))
-        query = llama(x.view(shape), w[:HEAD]).transpose(1, 2)
-        key = llama(r.view(shape), v[:HEAD]).transpose(1, 2)
+        query = llama(x.view(shape), w).transpose(1, 2)
+        key = llama(r.view(shape), v).transpose(1, 2)
         return _turned(query, cos, sin), _turned(key, cos, sin)
 
     def add_norm_cast(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
@@ -95,7 +95,7 @@ def _around(llama: Norm, gemma: Norm) -> dict[str, Callable[..., Any]]:
         "norm, add (Gemma, OLMo 2)": norm_add,
         "norm, add, norm (Gemma)": sandwich,
         "scale, norm (Gemma)": scaled,
-        "heads: norm, rotation (Qwen3)": heads,
+        HEADS: heads,
         "add, norm, cast": add_norm_cast,
         "norm, product": product,
         "norm, gate (Qwen3-Next)": gate,
@@ -150,7 +150,8 @@ def _bound(place: Place) -> dict[str, Call]:
     torch._dynamo.reset()  # or the eighth shape would be eager
     for name, functions in NEIGHBOURHOODS.items():
         with aot.patch(donated_buffer=False):  # compiled so that backward can run twice on one graph
-            calls[name] = _call(functions[place.name], Problem(place.case))
+            columns = HEAD if place.name == HEADS else place.case.cols
+            calls[name] = _call(functions[place.name], Problem(place.case), columns)
             values[name] = calls[name]()
     for mine, theirs in zip(*(_tensors(values[name]) for name in (OURS, THEIRS)), strict=True):
         difference = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()
@@ -161,9 +162,10 @@ def _bound(place: Place) -> dict[str, Call]:
     return calls
 
 
-def _call(function: Callable[..., Any], p: Problem) -> Call:
-    second = torch.nn.Parameter(p.weight.detach().flip(0), requires_grad=p.records)
-    leaves = [p.x, p.residual.requires_grad_(p.records), p.weight, second]
+def _call(function: Callable[..., Any], p: Problem, columns: int) -> Call:
+    weight = p.weight.detach()[:columns]
+    weights = [torch.nn.Parameter(one.clone(), requires_grad=p.records) for one in (weight, weight.flip(0))]
+    leaves = [p.x, p.residual.requires_grad_(p.records), *weights]
     made = torch.compile(function, dynamic=False)
     if not p.records:
 

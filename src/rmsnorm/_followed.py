@@ -1,0 +1,100 @@
+"""The only file with the operators that only graphs of Inductor's have: a norm, and one step beside it.
+
+They are defined as the two steps, one after the other, and so are their bits. Kernels do both in one pass where such a
+graph calls them (``_direct.py``); nothing else ever has these operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._form import library
+
+
+def _times(
+    input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> Tensor:
+    return _ops.rms_norm(input, weight, dims, eps, offset, round_first) * residual
+
+
+def _cast(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    output, sum = _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
+    return output.to(dtype), sum
+
+
+def _scaled(
+    input: Tensor, factor: float, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    sum = input * factor
+    return _ops.rms_norm(sum, weight, dims, eps, offset, round_first), sum
+
+
+def _gradients(grad: Tensor, grad_sum: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dx, dw = _ops.rms_norm_backward(grad, None, *arguments)
+    return dx if grad_sum is None else dx + grad_sum, dw
+
+
+def _sandwich_gradients(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    sum: Tensor,
+    rstd: Tensor,
+    next_rstd: Tensor,
+    weight: Tensor | None,
+    next_weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    next_eps: float,
+    need_input: bool,
+    need_residual: bool,
+    need_weight: bool,
+    need_next_weight: bool,
+) -> tuple[Tensor, ...]:
+    ds, next = _gradients(grad, grad_sum, sum, next_rstd, next_weight, dims, next_eps, offset, True, need_next_weight)
+    dx, dw = _ops.rms_norm_backward(ds, None, input, rstd, weight, dims, eps, offset, need_input, need_weight)
+    return dx, ds, dw, next
+
+
+def _register(name: str, schema: str, definition: Callable[..., Any]) -> torch._ops.OpOverload:
+    library.define(name + schema)
+    library.impl(name, definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{name}", definition, lib=library)
+    return getattr(torch.ops.rmsnorm, name).default
+
+
+def _schema(beside: str, returned: str, options: str = "") -> str:
+    plain = "Tensor? weight, int dims, float eps, float offset, bool round_first"
+    return f"(Tensor input, {beside}, {plain}{options}) -> {returned}"
+
+
+def _schema_of(name: str) -> str:
+    schema = str(getattr(torch.ops.rmsnorm, name).default._schema)
+    return schema[schema.index("(") :]
+
+
+_BOTH = "(Tensor output, Tensor sum)"
+rms_norm_times = _register("rms_norm_times", _schema("Tensor residual", "Tensor"), _times)
+scale_rms_norm = _register("scale_rms_norm", _schema("float factor", _BOTH), _scaled)
+add_rms_norm_cast = _register("add_rms_norm_cast", _schema("Tensor residual", _BOTH, ", ScalarType dtype"), _cast)
+
+# Gradients as our operators have them, but what arrives at the sum is added to what was rounded before.
+rounded_rms_norm_backward = _register("rounded_rms_norm_backward", _schema_of("rms_norm_backward"), _gradients)
+rounded_sandwich_rms_norm_backward = _register(
+    "rounded_sandwich_rms_norm_backward", _schema_of("sandwich_rms_norm_backward"), _sandwich_gradients
+)
