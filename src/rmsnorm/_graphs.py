@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 
 MODES = ("exact", "inductor")
 
@@ -13,14 +14,15 @@ chosen = "exact"
 def set_compile_mode(mode: str) -> None:
     """What ``torch.compile`` makes of our norms from now on, in functions, layers and patched models.
 
-    ``"exact"``, as it is unless this is called: our kernels, with the bits of eager mode, forward and backward. On the
-    CPU a residual add beside a norm is joined with it into one pass over memory (:func:`rmsnorm.add_rms_norm`,
-    :func:`rmsnorm.rms_norm_add`, :func:`rmsnorm.sandwich_rms_norm`), and so is rotary embedding behind the norms of
-    query and key (:func:`rmsnorm.heads_rms_norm_rope`), where that changes no bit; what else follows a norm, code of
-    Inductor's does while the rows are in a cache. ``"inductor"``: torch's own operators, as if the norm were written
-    out. The graph is that of a model which has never heard of us, and rounds as that: half types keep float32 between
-    steps that are fused, statistics are summed in float32 in an order that depends on the machine, rows whose squares
-    overflow are not rescued, and backward is Inductor's, too.
+    ``"exact"``, as it is unless this is called: our kernels, with the bits of eager mode, forward and backward. On
+    the CPU a residual add beside a norm is joined with it into one pass over memory (:func:`rmsnorm.add_rms_norm`,
+    :func:`rmsnorm.rms_norm_add`, :func:`rmsnorm.sandwich_rms_norm`), and so are rotary embedding behind the norms
+    of query and key (:func:`rmsnorm.heads_rms_norm_rope`), what is added to a gradient, and in inference a product
+    or a cast, where that changes no bit; what else follows a norm, code of Inductor's does while the rows are in a
+    cache. ``"inductor"``: torch's own operators, as if the norm were written out. The graph is that of a model
+    which has never heard of us, and rounds as that: half types keep float32 between steps that are fused,
+    statistics are summed in float32 in an order that depends on the machine, rows whose squares overflow are not
+    rescued, and backward is Inductor's, too.
 
     For the whole process. Graphs made in the other mode are made anew when they are called next; eager mode, exported
     programs and ``install()`` know no mode.
@@ -59,7 +61,17 @@ def prepare() -> None:
         taken = [getattr(config, place) for place in places]
         if not any(isinstance(one, Neighbours) for one in taken) and None in taken:
             setattr(config, places[taken.index(None)], Neighbours())
-    with suppress(ImportError, AttributeError):  # or our kernels are called as operators
+    _register()
+
+
+# What torch.compiler.assume_constant_result says, which imports all of dynamo: called when it compiles, not traced.
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _register() -> None:
+    """Tells Inductor how our operators are lowered and called, once: others may change the places above."""
+    with suppress(ImportError, AttributeError):  # a torch whose Inductor is another: they are called as operators
         from . import _called
 
         if _called.ready():
@@ -67,7 +79,3 @@ def prepare() -> None:
 
             _direct.register()
             _template.register()
-
-
-# What torch.compiler.assume_constant_result says, which imports all of dynamo: called when it compiles, not traced.
-prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
