@@ -98,6 +98,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
     threads_of = target.warp_size
 
     def collect(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], warps: int) -> None:
+        warps = min(warps, 1024 // threads_of)  # as launch.py's MOST_WARPS says where it runs
         options = {"num_warps": warps, "enable_fp_fusion": False}
         one = kernel.warmup(*arguments, grid=grid, **constants, **options)
         found.append(_read(kernel.__name__, constants, warps * threads_of, one.asm))
@@ -107,7 +108,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
         triton_forward.forward,
         triton_forward.add,
         triton_backward.backward,
-        triton_backward.backward_wide,
+        triton_backward.wide_means,
         triton_backward.fold,
         triton_heads.turn,
         triton_quantised.quantised,

@@ -74,7 +74,7 @@ def test_every_option_compiles(name, monkeypatch):
                 _, _, rstd = launch.forward(x, None, None, 1, 1e-5, 0.0, False, True)
                 launch.forward(x, x, weight, 1, 1e-5, 1.0, True, False)
                 backward.backward(x, x, x, rstd, weight.expand(3, columns), 1, 1e-5, 1.0, True, True)
-    assert {one.kernel for one in found} == {"forward", "backward", "backward_wide", "fold"}
+    assert {one.kernel for one in found} == {"forward", "backward", "wide_means", "fold"}
 
 
 WRITTEN = {4: {"fma.rn.f32", "fma.rn.f32x2"}, 8: {"fma.rn.f64"}}
@@ -132,7 +132,7 @@ def test_neighbours_compile(name, dtype, columns, monkeypatch):
         launch_neighbours(columns, dtype)
     held = columns <= launch.WIDEST["backward, more"]
     assert {one.kernel for one in found} == {"forward", "add", "backward", "fold"} | (
-        set() if held else {"backward_wide"}
+        set() if held else {"wide_means"}
     )
     for one in found:
         what = f"{one.kernel}, {one.constants}: {one.registers} registers, {one.loads}, {one.stores}"
