@@ -40,10 +40,10 @@ from rmsnorm.gpu import (
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
-WIDTHS = (1024, 2048, 4096, 8192, 16384)
+WIDTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 DTYPES = (torch.bfloat16, torch.float32)
 # One thread's accesses, by the bytes of each.
-_NVIDIA = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)\b")
+_NVIDIA = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)\b")
 _AMD = re.compile(r"\b(?:buffer|global)_(load|store)_(dwordx4|dwordx2|dword|short|ushort)\w*")
 _AMD_BYTES = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
 
