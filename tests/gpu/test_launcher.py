@@ -401,9 +401,14 @@ def framed(call):
     return len(entered), result
 
 
+def every_event(profile):
+    """Also those within an operator, which ``events()`` adds up."""
+    return profile.profiler.kineto_results.events()
+
+
 def test_a_later_call_enters_no_python(driver):
-    """And asks torch for memory alone, of which its results are all that is left. The first calls show that frames are
-    counted."""
+    """And asks torch for memory alone: for each result, each sum over rows, and the means of wide rows (not here). The
+    results are all that is left. The first calls show that frames are counted."""
     met = 0
     for name, arguments in everything(Call("plain", 3, 576, torch.bfloat16, torch.bfloat16)).items():
         operator = standin.in_cpp(name)
@@ -415,6 +420,9 @@ def test_a_later_call_enters_no_python(driver):
         results = [kept] if isinstance(kept, Tensor) else kept
         taken = sum(event.cpu_memory_usage for event in profile.events() if event.name.startswith("rmsnorm::"))
         assert taken == sum(t.nbytes for t in results), name
+        rooms = sum(event.name() == "[memory]" and event.nbytes() > 0 for event in every_event(profile))
+        folded = sum(one.name == "fold" for one in driver.launches()) // 3
+        assert rooms == sum(t.nbytes > 0 for t in results) + folded, name
         asked = {event.name for event in profile.events() if event.name.startswith("aten::")}
         assert asked <= {"aten::transpose", "aten::as_strided"}, name  # of heads
     assert met > 0
