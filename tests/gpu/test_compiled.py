@@ -148,9 +148,7 @@ def test_neighbours_compile(name, dtype, columns, monkeypatch):
     with compiling(TARGETS[name], monkeypatch) as found:
         launch_neighbours(columns, dtype)
     held = columns <= launch.WIDEST["backward, more"]
-    assert {one.kernel for one in found} == {"forward", "add", "backward", "fold"} | (
-        set() if held else {"wide_means"}
-    )
+    assert {one.kernel for one in found} == {"forward", "add", "backward", "fold"} | (set() if held else {"wide_means"})
     for one in found:
         what = f"{one.kernel}, {one.constants}: {one.registers} registers, {one.loads}, {one.stores}"
         assert dtype is torch.float64 or one.spills <= (8 if one.kernel == "backward" else 0), what

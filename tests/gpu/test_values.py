@@ -259,7 +259,13 @@ def test_which_rows_are_held():
         (4096, 1),
     ]
     tiles = [launch.tile_of(n, "backward") for n in (4096, 8192, 8193, 16384, 16385)]
-    assert [(block, warps) for block, _, warps in tiles] == [(4096, 8), (8192, 16), (16384, 32), (16384, 32), (8192, 16)]
+    assert [(block, warps) for block, _, warps in tiles] == [
+        (4096, 8),
+        (8192, 16),
+        (16384, 32),
+        (16384, 32),
+        (8192, 16),
+    ]
 
 
 def test_eps_rule():

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from . import launch, triton_backward
 from .launch import NARROW, _ceil, _in_a_row, _matrix
-from .steps import PLAIN, More, Steps
+from .steps import PLAIN, Steps
 
 if TYPE_CHECKING:
     from .heads import Turn

@@ -148,8 +148,8 @@ def _launch(
             if "captur" not in str(error):
                 raise
             raise RuntimeError(
-                f"{error}: this driver loads no kernel while a graph is captured. Call rmsnorm once before, with tensors "
-                "of the same types and widths, and the same options"
+                f"{error}: this driver loads no kernel while a graph is captured. Call rmsnorm once before, with "
+                "tensors of the same types and widths, and the same options"
             ) from error
     else:
         compiled[(*grid, 1, 1)](*arguments, *constants.values())

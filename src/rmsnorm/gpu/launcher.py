@@ -8,11 +8,9 @@ take comes to the operators ``_python_…``, which are those of ``route.py`` and
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +27,6 @@ _TYPES = {0: torch.uint8, 5: torch.float16, 6: torch.float32, 7: torch.float64, 
 _SIZES = {"constexpr": 0, "i32": 4, "i64": 8, "fp64": 8}
 STEPS = ("", "unrounded", "gated", "gated, each", "silu", "sigmoid", "lean", "none", "each")
 """What the constants LOAD and STORE say, in the order of ``Step`` in csrc/gpu_steps.h."""
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _FLAGS = frozenset({"LAYER", "FLOOR", "ROUND_FIRST", "LOOP", "ROWWISE", "INTERLEAVED", "WIDER", "E4M3", "NORM", "BACK"})
 
 _device_type = "cuda"
@@ -79,8 +76,7 @@ def load(key: bytes) -> bool:
             *_arguments(iter(kinds)), grid=(1,), **constants, num_warps=warps, enable_fp_fusion=False
         )
         try:
-            with _loading():
-                compiled._init_handles()
+            compiled._init_handles()
         except RuntimeError as error:
             compiled._run = None  # or Triton would launch what has no handle
             if "captur" in str(error):  # Python meets the same, and says so; after the capture this is asked for again
@@ -93,19 +89,6 @@ def load(key: bytes) -> bool:
         _native.gpu_kernel(key, function, threads, compiled.metadata.shared, bytes(sizes or ()))
     _kept.append(compiled)
     return True
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Inside, this thread may load a kernel although a stream is captured: torch's allocator does the same to get
-    memory. Drivers of CUDA 12.3 and later can; an older one says that it is not permitted."""
-    mode = ctypes.c_int(_RELAXED)
-    exchange = ctypes.CDLL(DRIVER).cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
 
 
 def _constant(name: str, value: int) -> Any:

@@ -2,9 +2,9 @@
 
     dx = r · (h - x̂ · mean(h · x̂))        dW = Σ_rows grad · x̂        with x̂ = x · r and h = grad · (OFFSET + weight)
 
-with what each norm did before, to the mean, and behind. A program owns a chunk of tiles of rows, and looks at no other's.
-Of rows that are too wide for registers it has a block of columns, and another kernel went ahead, which finds their
-means. What arrives at heads that were turned is turned back as it is loaded: see triton_heads.py.
+with what each norm did before, to the mean, and behind. A program owns a chunk of tiles of rows, and looks at no
+other's. Of rows that are too wide for registers it has a block of columns, and another kernel went ahead, which finds
+their means. What arrives at heads that were turned is turned back as it is loaded: see triton_heads.py.
 """
 
 import triton
