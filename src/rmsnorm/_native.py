@@ -197,10 +197,10 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
         try:
             found = ctypes.CDLL(path)
             functions += [ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names]
+            exchange = ctypes.CDLL(cuda).cuThreadExchangeStreamCaptureMode
         except (OSError, AttributeError) as error:
             return str(error)
     _library.rmsnorm_gpu_open((ctypes.c_void_p * len(functions))(*functions))
-    exchange = ctypes.CDLL(cuda).cuThreadExchangeStreamCaptureMode
 
     def load(key: int, size: int) -> bool:
         name, mode = ctypes.string_at(key, size), ctypes.byref(ctypes.c_int(2))  # CU_STREAM_CAPTURE_MODE_RELAXED
