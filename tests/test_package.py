@@ -118,7 +118,7 @@ MAY_IMPORT = {
     "gpu/neighbours": {"gpu/backward", "gpu/launch", "gpu/steps", "gpu/triton_forward", "reference"},
     "gpu/steps": set(),
     "gpu/launch": {"gpu/steps", "gpu/triton_forward", "reference"},
-    "gpu/backward": {"gpu/heads", "gpu/launch", "gpu/steps", "gpu/triton_backward"},
+    "gpu/backward": {"gpu/heads", "gpu/launch", "gpu/steps", "gpu/triton_backward", "reference"},
     "gpu/triton_numbers": set(),
     "gpu/triton_steps": {"gpu/triton_numbers"},
     "gpu/triton_forward": {"gpu/triton_steps"},
