@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "_graphs": {"_called", "_direct", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
-    "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
-    "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "_serve", "forms/lean", "reference"},
+    "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
+    "functional": {"_arguments", "_everyday", "_ops", "_serve", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
@@ -49,7 +49,7 @@ MAY_IMPORT = {
         "distributed/placement",
     },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
-    "forms/floored": {"_arguments", "_everyday", "_serve", "functional"},
+    "forms/floored": {"_arguments", "_autograd", "_everyday", "_ops", "_serve", "functional"},
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
