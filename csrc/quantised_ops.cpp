@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> quantised_rms_norm(Tensor input, OptionalTens
   auto* scales = static_cast<float*>(scale.data_ptr());
   const Tensor* other = residual ? &*residual : gate ? &*gate : nullptr;
   with_operands(f, input, other, gain, shape, nullptr, residual ? &sum : nullptr,
-                [&](const Forward& f, const auto& operands) {
+                [&](const auto& operands) {
                   parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
                     quantise_rows(*gain.target, f, operands, e4m3, to, scales, begin, end);
                   });
