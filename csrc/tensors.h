@@ -279,8 +279,8 @@ inline void run_forward(const Forward& f, const Operands<kForwardOperands>& oper
   });
 }
 
-// Calls run(operands), with what tensors say filled in in `f`. `other` is the gate if there is one, else the residual or
-// null; the type of the output is in `f`, and there may be none.
+// Calls run(operands), with what tensors say filled in in `f`. `other` is the gate if there is one, else the residual
+// or null; the type of the output is in `f`, and there may be none.
 template <class Run>
 void with_operands(Forward& f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                    const Tensor* output, const Tensor* sum, const Run& run) {
@@ -291,8 +291,8 @@ void with_operands(Forward& f, const Tensor& input, const Tensor* other, const G
   f.columns = shape.columns, f.input = type_of(input);
   f.add = other && !gated && !f.add_after && !f.twice;
   f.gain_type = gain.type, f.gain = gain.rows;
-  run(operands_of<kForwardOperands>(
-      x, shape.outer, {&x, output, gated ? nullptr : second, sum, gated ? second : nullptr}));
+  run(operands_of<kForwardOperands>(x, shape.outer,
+                                    {&x, output, gated ? nullptr : second, sum, gated ? second : nullptr}));
 }
 
 // Forward, of tensors, whose part of `f` is filled in here; `first_rstd` is for two norms.
@@ -300,9 +300,8 @@ inline void run_forward(Forward& f, const Tensor& input, const Tensor* other, co
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
                         const Tensor* first_rstd = nullptr) {
   f.output = type_of(output);
-  with_operands(f, input, other, gain, shape, &output, sum, [&](const auto& operands) {
-    run_forward(f, operands, *gain.target, rstd, mean, first_rstd);
-  });
+  with_operands(f, input, other, gain, shape, &output, sum,
+                [&](const auto& operands) { run_forward(f, operands, *gain.target, rstd, mean, first_rstd); });
 }
 
 // Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:

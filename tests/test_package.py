@@ -68,10 +68,14 @@ MAY_IMPORT = {
         *("forms/calls", "forms/heads_ops", "forms/served"),
     },
     "forms/general_ops": {"_form", "reference"},
-    "forms/general": {"_arguments", "forms/calls", "forms/general_ops", "forms/served", "functional"},
+    "forms/everyday_ops": {"_form"},
+    "forms/general": {
+        *("_arguments", "forms/calls", "forms/everyday_ops", "forms/general_ops", "forms/served", "functional"),
+    },
     "forms/l2": {"_arguments", "_everyday", "forms/calls", "forms/general", "functional"},
     "forms/in_place": {
         *(
+            "forms/everyday_ops",
             "_arguments",
             "_autograd",
             "_everyday",
@@ -258,13 +262,16 @@ def test_every_file_says_what_it_is_for(path):
                 for name in ("backward", "forward", "gradients", "heads", "numbers", "quantised", "sandwich", "steps")
             ],
         ),
-        ("library.define", ["_form", "_install", "_ops", "_recorded", "forms/in_place", "gpu/launcher"]),
+        (
+            "library.define",
+            ["_form", "_install", "_ops", "_recorded", "forms/everyday_ops", "forms/in_place", "gpu/launcher"],
+        ),
         ("register_vmap", ["_install", "_vmap"]),
         (
             "autograd.Function",
             [
                 *("_autograd", "_everyday", "distributed/parts", "distributed/ranks"),
-                "forms/served",
+                *("forms/served", "models/gates"),
             ],
         ),
     ],

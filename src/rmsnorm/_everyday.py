@@ -1,8 +1,8 @@
 """The only file with the short way of an everyday call: what can be left out when nothing unusual is going on.
 
 Everyday: plain tensors, native kernels, no compiler, no transform, no mode. At 1 × 4096 the norm itself takes 0.7 µs,
-and torch's way into an operator and out of it 2 to 3. What Python adds has to be little: 0.4 µs, where ``functional.py``
-asks everything in 2.5. The plain norm's own questions stand there, in front of those.
+and torch's way into an operator and out of it 2 to 3. What Python adds has to be little: 0.4 µs, where all questions of
+``functional.py`` take 2.5. The plain norm's own stand there, in front of those.
 """
 
 from __future__ import annotations

@@ -46,13 +46,13 @@ def add_rms_norm(
     native: bool,
     memory: str | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """``(output, sum)`` of tensors of one type, or None where the two steps are done one after the other."""
+    """``(output, sum)``, or None where the two steps are done one after the other."""
     options = dims, eps, offset, round_first
     recorded = _autograd.needed(input, weight, residual)
     if (
-        (recorded and _foreign.not_to_be_kept(input, residual, weight))
+        not native
+        or (recorded and _foreign.not_to_be_kept(input, residual, weight))
         or _foreign.wanted_by(input, residual, weight)
-        or not native
         or _autograd.refused()
     ):
         return None

@@ -100,10 +100,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if more:
-        return further["rms_norm"](
-            *(input, normalized_shape, weight, eps),
-            **{"offset": offset, "casting_mode": casting_mode, "out": out, "memory": memory, **more},
-        )
+        return further["rms_norm"](input, normalized_shape, weight, eps, offset, casting_mode, out, memory, **more)
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if is_dynamo_compiling():
             if (y := _in_graph(input, normalized_shape, weight, eps, offset, casting_mode, out, memory)) is not None:
@@ -202,13 +199,12 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
-    named: dict[str, Any]
     if more:
-        named = {"offset": offset, "casting_mode": casting_mode, "memory": memory, **more}
-        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, **named)
+        given = offset, casting_mode, memory
+        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, *given, **more)
     if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode, memory):
         return both
-    named = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
+    named: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), memory=(memory, None))
         arguments = input, residual, normalized_shape
@@ -235,8 +231,8 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         norm = partial(add_rms_norm, memory=memory)
         return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
-    if not eps < 0 and residual.dtype is input.dtype:
-        if both := _serve.add_rms_norm(input, residual, weight, dims, eps, offset, round_first, native, memory):
-            return both
+    native = native and not eps < 0 and residual.dtype is input.dtype
+    if both := _serve.add_rms_norm(input, residual, weight, dims, eps, offset, round_first, native, memory):
+        return both
     sum = input + residual
     return rms_norm(sum, normalized_shape, weight, eps, **named), sum
