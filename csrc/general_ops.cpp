@@ -28,12 +28,12 @@ void check_pair(Type row, Type other) {
 // What a call asks for.
 struct Asked {
   int64_t dims;
-  double eps, offset;
-  bool round_first;
-  int64_t counted;
-  bool mean, store, round_sum;
-  OptionalType out;
-  bool keep;  // 1/rms is returned
+  double eps, offset = 0.0;
+  bool round_first = false;
+  int64_t counted = -1;
+  bool mean = true, store = true, round_sum = true;
+  OptionalType out = std::nullopt;
+  bool keep = true;  // 1/rms is returned
 };
 
 void check_bias(const OptionalTensor& bias, const OptionalTensor& weight, int64_t dims) {
@@ -76,10 +76,8 @@ Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& 
   const bool alike = f.x == f.residual && f.output == own && !bias && f.counted == shape.columns;
   f.unrounded = row != f.sum && alike && gain.type == f.sum;
   f.general = f.unrounded || row != f.x || !alike;
-  Results results = {in_place  ? input
-                     : a.store ? empty_like(input, f.output)
-                               : none(f.sum),
-                     std::nullopt, std::nullopt};
+  Results results;
+  results.output = in_place ? input : a.store ? empty_like(input, f.output) : none(f.sum);
   if (residual) results.sum = in_place ? *residual : empty_like(input, f.sum);
   if (a.keep) results.rstd = empty_statistic(input, a.dims, wide(row));
   with_operands(f, input, residual, gain, shape, a.store ? &*results.output : nullptr, address(results.sum),
@@ -94,12 +92,12 @@ std::tuple<Tensor, Tensor> general_rms_norm(Tensor input, OptionalTensor weight,
                                             double eps, double offset, bool round_first, int64_t counted, bool mean,
                                             bool store, OptionalType out_dtype) {
   const auto [output, sum, rstd] =
-      norm(input, nullptr, weight, bias, {dims, eps, offset, round_first, counted, mean, store, true, out_dtype, true});
+      norm(input, nullptr, weight, bias, {dims, eps, offset, round_first, counted, mean, store, true, out_dtype});
   return {*output, *rstd};
 }
 
 Tensor general_rms_norm_weighted(Tensor input, Tensor weight, OptionalTensor bias, double eps, OptionalType out_dtype) {
-  const Asked asked = {weight.dim(), eps, 0.0, false, -1, true, true, true, out_dtype, false};
+  const Asked asked = {.dims = weight.dim(), .eps = eps, .out = out_dtype, .keep = false};
   return *norm(input, nullptr, weight, bias, asked).output;
 }
 
@@ -107,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm(Tensor input, Tensor res
                                                         OptionalTensor bias, int64_t dims, double eps, double offset,
                                                         bool round_first, int64_t counted, bool round_sum,
                                                         OptionalType out_dtype) {
-  const Asked asked = {dims, eps, offset, round_first, counted, true, true, round_sum, out_dtype, true};
+  const Asked asked = {dims, eps, offset, round_first, counted, true, true, round_sum, out_dtype};
   const auto [output, sum, rstd] = norm(input, &residual, weight, bias, asked);
   return {*output, *sum, *rstd};
 }
@@ -115,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm(Tensor input, Tensor res
 std::tuple<Tensor, Tensor> general_add_rms_norm_weighted(Tensor input, Tensor residual, Tensor weight,
                                                          OptionalTensor bias, double eps, bool round_sum,
                                                          OptionalType out_dtype) {
-  const Asked asked = {weight.dim(), eps, 0.0, false, -1, true, true, round_sum, out_dtype, false};
+  const Asked asked = {.dims = weight.dim(), .eps = eps, .round_sum = round_sum, .out = out_dtype, .keep = false};
   const auto [output, sum, rstd] = norm(input, &residual, weight, bias, asked);
   return {*output, *sum};
 }

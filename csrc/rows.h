@@ -110,7 +110,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
                          const Statistics& kept, char* scratch, int64_t begin, int64_t end) {
   const ForwardKernel kernel = target.forward(f);
   Cursor<kForwardOperands> cursor(operands, begin);
-  ForwardRows rows;  // 2 KiB, not set to 0 for a row that takes 40 bytes; of operands that aren't there nothing is read
+  ForwardRows rows;  // 2 KiB, not set to 0 for a row that takes 40 bytes: no kernel follows what isn't there
   rows.scratch = scratch;
   const bool sums = f.add || f.twice;  // a sum is written, too
   const int64_t read = (sums ? 3 : f.add_after || f.gate != Gate::none ? 2 : 1) * size_of(f.input);

@@ -1,12 +1,11 @@
 // The only file with add + norm of half types whose sum is normalised before it is rounded, as flashinfer's, sglang's
 // and vLLM's kernels do:
 //
-//   t = x + residual        r = 1 / sqrt(Σ t²/n + eps)        y = t·r·weight        and the sum that is kept: t,
-//   rounded
+//   t = x + residual        r = 1 / sqrt(Σ t²/n + eps)        y = t·r·weight
 //
-// The bits are those of general.h, whose row of fp32 this is: squares in fp64, r in two parts. Here it stays in the
-// vectors in which half rows lie, so that what is read and written is converted as cheaply as the rounded sum's
-// (512x4096 bf16: 1.4 of its time, general.h's 2.3).
+// and t, rounded, is the sum that is kept. The bits are those of general.h, whose row of fp32 this is: squares in fp64,
+// r in two parts. Here it stays in the vectors in which half rows lie, so that what is read and written is converted as
+// cheaply as the rounded sum's (512x4096 bf16 on a Zen 5: 1.3 of its time, general.h's 2.3).
 #pragma once
 
 #if defined(__AVX2__)
