@@ -11,10 +11,11 @@ printed is the median of samples of calls, and the medians of the ratios round b
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,32 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import standin  # noqa: E402 - it is the tests'
 
 
-def empty_operator(folder: Path) -> Callable[..., Any]:
+def through_python(name: str) -> Callable[..., Any]:
+    """The operator as it was before there was a launcher in C++."""
+    _form.library.define(f"_today_{name}({schema_of(name)}")
+    _form.library.impl(f"_today_{name}", serve.served()[name], "CPU")
+    return operator("_today_", name)
+
+
+def empty_operators(folder: Path, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Of the same arguments and results, for each of these: benchmarks/empty_operator.cpp."""
     source, library = ROOT / "benchmarks" / "empty_operator.cpp", folder / "empty.so"
     torchs = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command = ["c++", *flags, "-isystem", str(torchs / "include"), str(source), "-o", str(library)]
     subprocess.run([*command, f"-L{torchs / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
+    for name in names:
+        _form.library.define(f"_empty_{name}({schema_of(name)}")
     torch.ops.load_library(library)
-    return torch.ops.rmsnorm_benchmark.empty.default._op
+    return {name: operator("_empty_", name) for name in names}
 
 
-def through_python(name: str) -> Callable[..., Any]:
-    """The operator as it was before there was a launcher in C++."""
-    schema = str(getattr(torch.ops.rmsnorm, name).default._schema).partition("(")[2]
-    _form.library.define(f"_today_{name}({schema}")
-    _form.library.impl(f"_today_{name}", serve.served()[name], "CPU")
-    return getattr(torch.ops.rmsnorm, f"_today_{name}").default._op
+def schema_of(name: str) -> str:
+    return str(getattr(torch.ops.rmsnorm, name).default._schema).partition("(")[2]
+
+
+def operator(prefix: str, name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.rmsnorm, prefix + name).default._op
 
 
 def calls(rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -67,27 +78,22 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        made = standin.StandIn(Path(name))
-        empty = empty_operator(Path(name))
+    everyday = calls(1, 4096, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        made = standin.StandIn(Path(folder))
+        empty = empty_operators(Path(folder), everyday)
         with standin.standing_in(made, patch), standin.nothing_compiled(patch):
             made.library.standin_record(0)
             print(f"torch {torch.__version__}, 1 x 4096 bfloat16, microseconds of the host's a call")
             print(f"{'':20} {'Python':>8} {'C++':>8} {'empty':>8} {'C++/Python':>11} {'C++/empty':>10}")
-            everyday = calls(1, 4096, torch.bfloat16)
-            nothing = everyday["rms_norm"]
-            for operator, arguments in everyday.items():
-                ours, theirs = standin.in_cpp(operator), through_python(operator)
-                contenders = {
-                    "Python": lambda op=theirs, given=arguments: op(*given),
-                    "C++": lambda op=ours, given=arguments: op(*given),
-                    "empty": lambda: empty(*nothing),
-                }
+            for name, arguments in everyday.items():
+                all_three = {"Python": through_python(name), "C++": standin.in_cpp(name), "empty": empty[name]}
+                contenders = {key: functools.partial(one, *arguments) for key, one in all_three.items()}
                 found = measure(contenders, seconds)
                 middle = {key: 1e6 * times.median for key, times in found.items()}
                 ratios = [found["C++"].ratio(found[other]) for other in ("Python", "empty")]
                 print(
-                    f"{operator:20} {middle['Python']:8.2f} {middle['C++']:8.2f} {middle['empty']:8.2f} "
+                    f"{name:20} {middle['Python']:8.2f} {middle['C++']:8.2f} {middle['empty']:8.2f} "
                     f"{ratios[0]:11.3f} {ratios[1]:10.2f}"
                 )
 

@@ -45,7 +45,7 @@ class Keepers(TorchFunctionMode):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.given:
             self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.names[storage.data_ptr()][self.name] = None
+            self.names[storage.data_ptr()][self.name or f"{_module()}.apply"] = None
         return tensor
 
     def by_name(self) -> dict[str, int]:

@@ -89,7 +89,7 @@ class Plain {
 
   RMSNORM_INLINE static void rescue(const Forward& f, const ForwardRows& rows, int64_t r, typename Norm::Row& row) {
     rescue_forward<RoundFirst>(row, (const T*)rows_of(rows)[r], (const Gain*)rows.gain[r], (const Gain*)f.bias,
-                               (Out*)rows.output[r], f.columns, f.eps);
+                               (Out*)rows.output[r], f.columns, f.eps, f.divisor ? f.divisor : f.columns);
   }
 
   // What rescue() reads, where it was not kept.
@@ -175,7 +175,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
   constexpr bool kAgain = Form::kAddsAgain;
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
-  const int64_t counted = Form::kStores ? f.counted : columns, divisor = Form::kStores ? f.divisor : columns;
+  const int64_t counted = Form::kStores ? f.counted : columns, divisor = f.divisor ? f.divisor : columns;
   // Backwards, what wasn't asked for comes too late from memory: 8192x4096 bf16 takes 1.3 of the time.
   const bool back = rows.back && (Ask || !stream);
   const int64_t ask = (int64_t)sizeof(typename Form::Norm::Element) / (Form::kAsksInSum && !stream ? 1 : 2);
@@ -208,7 +208,7 @@ void forward(const Forward& f, const ForwardRows& rows) {
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
   bool stream = kStreams && rows.stream && again == Form::kAddsAgain;  // no output without its sum, where that can go
   for (int64_t r = 0; stream && r < rows.count; ++r)
-    stream = can_stream(rows.output[r]) && !(Form::kStores && !can_stream(rows.sum[r]));
+    stream = can_stream(rows.output[r]) && !(Form::kStores && f.add && !can_stream(rows.sum[r]));
   if (Form::kAsks && rows.ask) forward_batch<Form, Form::kAsks>(f, rows, stream, again);
   else forward_batch<Form, false>(f, rows, stream, again);
 }
@@ -217,6 +217,8 @@ template <class T>
 ForwardKernel sandwich_of(const Forward& f);
 template <class T>
 ForwardKernel general_of();
+template <class T>
+ForwardKernel unrounded_of();
 template <class T>
 ForwardKernel modulated_of(const Forward& f);
 
@@ -239,7 +241,7 @@ ForwardKernel layer_of(const Forward& f) {
 
 template <class T>
 ForwardKernel forward_of_half(const Forward& f) {
-  if (f.general) return general_of<T>();
+  if (f.general) return f.unrounded ? unrounded_of<T>() : general_of<T>();
   if (f.modulate != Modulate::none) return modulated_of<T>(f);
   if (f.turn != Turn::none) return turned_of<T>(f);
   if (f.layer) return layer_of<T>(f);

@@ -28,11 +28,12 @@ void check_pair(Type row, Type other) {
 // What a call asks for.
 struct Asked {
   int64_t dims;
-  double eps, offset;
-  bool round_first;
-  int64_t counted;
-  bool mean, store, round_sum;
-  OptionalType out;
+  double eps, offset = 0.0;
+  bool round_first = false;
+  int64_t counted = -1;
+  bool mean = true, store = true, round_sum = true;
+  OptionalType out = std::nullopt;
+  bool keep = true;  // 1/rms is returned
 };
 
 void check_bias(const OptionalTensor& bias, const OptionalTensor& weight, int64_t dims) {
@@ -47,7 +48,7 @@ int64_t columns_of(int64_t counted, const Shape& shape) {
 }
 
 struct Results {
-  Tensor output, sum, rstd;
+  OptionalTensor output, sum, rstd;  // those that are asked for
 };
 
 // The tensors may be there already: those that are read.
@@ -69,17 +70,20 @@ Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& 
   };
   const Gain gain = gain_for(weight, a.offset), added = gain_for(bias, 0.0);
   f.bias = added.rows.data, f.bias_type = added.type;
-  f.general = true, f.eps = a.eps, f.round_first = a.round_first;
+  f.eps = a.eps, f.round_first = a.round_first;
   f.counted = columns_of(a.counted, shape), f.divisor = a.mean ? f.counted : 1;
-  Results results =
-      in_place ? Results{input, *residual, none(f.sum)}
-               : Results{a.store ? empty_like(input, f.output) : none(f.sum),
-                         residual ? empty_like(input, f.sum) : none(f.sum), empty_statistic(input, a.dims, wide(row))};
-  with_operands(f, input, residual, gain, shape, a.store ? &results.output : nullptr, residual ? &results.sum : nullptr,
-                [&](const Forward& given, const auto& operands) {
-                  Forward mine = given;
-                  mine.input = row;
-                  run_forward(mine, operands, *gain.target, in_place ? nullptr : &results.rstd, nullptr);
+  // What asks for nothing more has the plain norm's kernels, and the unrounded sum of half types its own.
+  const bool alike = f.x == f.residual && f.output == own && !bias && f.counted == shape.columns;
+  f.unrounded = row != f.sum && alike && gain.type == f.sum;
+  f.general = f.unrounded || row != f.x || !alike;
+  Results results;
+  results.output = in_place ? input : a.store ? empty_like(input, f.output) : none(f.sum);
+  if (residual) results.sum = in_place ? *residual : empty_like(input, f.sum);
+  if (a.keep) results.rstd = empty_statistic(input, a.dims, wide(row));
+  with_operands(f, input, residual, gain, shape, a.store ? &*results.output : nullptr, address(results.sum),
+                [&](const auto& operands) {
+                  if (!f.unrounded) f.input = row;
+                  run_forward(f, operands, *gain.target, address(results.rstd), nullptr);
                 });
   return results;
 }
@@ -87,18 +91,31 @@ Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& 
 std::tuple<Tensor, Tensor> general_rms_norm(Tensor input, OptionalTensor weight, OptionalTensor bias, int64_t dims,
                                             double eps, double offset, bool round_first, int64_t counted, bool mean,
                                             bool store, OptionalType out_dtype) {
-  auto [output, sum, rstd] =
+  const auto [output, sum, rstd] =
       norm(input, nullptr, weight, bias, {dims, eps, offset, round_first, counted, mean, store, true, out_dtype});
-  return {output, rstd};
+  return {*output, *rstd};
+}
+
+Tensor general_rms_norm_weighted(Tensor input, Tensor weight, OptionalTensor bias, double eps, OptionalType out_dtype) {
+  const Asked asked = {.dims = weight.dim(), .eps = eps, .out = out_dtype, .keep = false};
+  return *norm(input, nullptr, weight, bias, asked).output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm(Tensor input, Tensor residual, OptionalTensor weight,
                                                         OptionalTensor bias, int64_t dims, double eps, double offset,
                                                         bool round_first, int64_t counted, bool round_sum,
                                                         OptionalType out_dtype) {
-  auto [output, sum, rstd] =
-      norm(input, &residual, weight, bias, {dims, eps, offset, round_first, counted, true, true, round_sum, out_dtype});
-  return {output, sum, rstd};
+  const Asked asked = {dims, eps, offset, round_first, counted, true, true, round_sum, out_dtype};
+  const auto [output, sum, rstd] = norm(input, &residual, weight, bias, asked);
+  return {*output, *sum, *rstd};
+}
+
+std::tuple<Tensor, Tensor> general_add_rms_norm_weighted(Tensor input, Tensor residual, Tensor weight,
+                                                         OptionalTensor bias, double eps, bool round_sum,
+                                                         OptionalType out_dtype) {
+  const Asked asked = {.dims = weight.dim(), .eps = eps, .round_sum = round_sum, .out = out_dtype, .keep = false};
+  const auto [output, sum, rstd] = norm(input, &residual, weight, bias, asked);
+  return {*output, *sum};
 }
 
 // Whether all elements have places of their own, and both tensors'. Where they lie between each other, rows must be
@@ -133,14 +150,19 @@ void add_rms_norm_(Tensor input, Tensor residual, OptionalTensor weight, int64_t
   const Type type = type_of(input), sum = type_of(residual);
   require(promoted(type, sum) == sum, "rmsnorm: residual must have the dtype of the sum");
   require(are_apart(input, residual), "rmsnorm: input and residual are written to, and must not share memory");
-  const Asked asked = {dims, eps, offset, round_first, -1, true, true, round_sum, scalar_of(type)};
+  const Asked asked = {dims, eps, offset, round_first, -1, true, true, round_sum, scalar_of(type), false};
   const int64_t outer = Shape(input, dims).outer;
   if (has_plain_rows(input, outer) && has_plain_rows(residual, outer)) {
     norm(input, &residual, weight, std::nullopt, asked, true);
     return;
   }
   const auto results = norm(input, &residual, weight, std::nullopt, asked);
-  torch::stable::copy_(input, results.output), torch::stable::copy_(residual, results.sum);
+  torch::stable::copy_(input, *results.output), torch::stable::copy_(residual, *results.sum);
+}
+
+void add_rms_norm_weighted_(Tensor input, Tensor residual, Tensor weight, double eps, bool round_sum) {
+  const int64_t dims = weight.dim();
+  add_rms_norm_(std::move(input), std::move(residual), std::move(weight), dims, eps, 0.0, false, round_sum);
 }
 
 // Ones of the columns that count and zeros of the others, as a gain in the kernels' own order; null where all count.
@@ -218,10 +240,13 @@ std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm_backward(OptionalTensor 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("general_rms_norm", TORCH_BOX(&general_rms_norm));
   m.impl("general_rms_norm_forward", TORCH_BOX(&general_rms_norm));
+  m.impl("general_rms_norm_weighted", TORCH_BOX(&general_rms_norm_weighted));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_rms_norm_weighted_", TORCH_BOX(&add_rms_norm_weighted_));
   m.impl("general_rms_norm_backward", TORCH_BOX(&general_rms_norm_backward));
   m.impl("general_add_rms_norm", TORCH_BOX(&general_add_rms_norm));
   m.impl("general_add_rms_norm_forward", TORCH_BOX(&general_add_rms_norm));
+  m.impl("general_add_rms_norm_weighted", TORCH_BOX(&general_add_rms_norm_weighted));
   m.impl("general_add_rms_norm_backward", TORCH_BOX(&general_add_rms_norm_backward));
 }
 

@@ -43,14 +43,13 @@ inline void run(Launch& launch, int64_t x, int64_t y = 1, int64_t z = 1) {
 
 inline int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Type known_type(int32_t code) {
-  if (code == aoti_torch_dtype_float32()) return Type::f32;
-  if (code == aoti_torch_dtype_bfloat16()) return Type::bf16;
-  if (code == aoti_torch_dtype_float16()) return Type::f16;
-  return code == aoti_torch_dtype_float64() ? Type::f64 : Type::none;
-}
-
 inline int32_t code_of(Type type) { return static_cast<int32_t>(scalar_of(type)); }
+
+inline Type known_type(int32_t code) {
+  for (const Type type : {Type::f32, Type::bf16, Type::f16, Type::f64})
+    if (code == code_of(type)) return type;
+  return Type::none;
+}
 
 // The type of a product under type promotion: of two of ours.
 inline Type promoted(Type a, Type b) { return a == b ? a : a == Type::f64 || b == Type::f64 ? Type::f64 : Type::f32; }

@@ -73,7 +73,7 @@ bool angles(const Input& in, const Tensor& angle, int64_t turned, bool every) {
 std::optional<Turn> turning(Input& in, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
                             const OptionalTensor& query_weight = std::nullopt,
                             const OptionalTensor& key_weight = std::nullopt) {
-  if (!in || in.sizes.count < 3 || in.columns > tiles().widest[Tiles::backward]) return std::nullopt;
+  if (!in || in.sizes.count < 3 || in.columns > tiles().widest[Tiles::backward_f64]) return std::nullopt;
   const Type angle = known_type(rmsnorm::code_of(cos));
   const bool alike = angle == in.type || (angle == Type::f32 && size_of(in.type) == 2);
   if (!alike || known_type(rmsnorm::code_of(sin)) != angle || !in.beside(cos) || !in.beside(sin)) return std::nullopt;

@@ -6,12 +6,12 @@
 
 namespace rmsnorm::gpu {
 
-void More::push(Launch& launch, const Tensor* bias_sums, const Tensor* gate_sums, bool alone) const {
+void More::push(Launch& launch, const Tensor* bias_sums, const Tensor* gate_sums) const {
   launch.open(Launch::kMore);
   gate.push(launch), scale.push(launch), shift.push(launch);
   const auto number = [&](int64_t value) { value < 0 ? launch.none() : launch.integer(value); };
   number(group), bias.push(launch), mean.push(launch), number(counted), grad_rstd.push(launch), input.push(launch);
-  gpu::push(launch, alone ? nullptr : dgate), gpu::push(launch, alone ? nullptr : dsum);
+  gpu::push(launch, dgate), gpu::push(launch, dsum);
   gpu::push(launch, bias_sums), gpu::push(launch, gate_sums);
   launch.close();
 }
@@ -102,46 +102,44 @@ Gradients derive(const Input& input, const Tensor* grad, const Tensor* grad_sum,
   int64_t rows = input.rows, span = input.span;
   const int64_t columns = input.columns;
   if (group) span = rows * span / more->group, rows = more->group;
-  const Tile tile(columns, more ? Tiles::backward_more : Tiles::backward);
-  const bool held = columns <= tile.block || steps.load == Step::none;
+  const bool f64 = input.type == Type::f64;
+  const Tile tile(columns, more ? Tiles::backward_more : f64 ? Tiles::backward_f64 : Tiles::backward);
   const Turn* turn = steps.turn;
   const Tensor dx = !need_input ? input.none() : turn ? Turn::room(input) : input.room(input.type);
-  const Tensor* gate = held ? like[2] : nullptr;
-  const Sums sums(input, {like[0], like[1], gate}, rows, span, tile.rows, group);
-  const bool rowwise = need_input || gate || (more && (more->dgate || more->dsum));
+  const Sums sums(input, like, rows, span, tile.rows, group);
+  const bool rowwise = need_input || like[2] || (more && (more->dgate || more->dsum));
   const Row gain(address(weight)), length(rstd);
   const auto of = [&](const Tensor* tensor) { return turn ? Turn::matrix(tensor) : Matrix(tensor, columns); };
   const Matrix h = of(grad), dsum(grad_sum, columns), x = of(&input.tensor);
-  const auto operands = [&](Launch& launch) { h.push(launch), dsum.push(launch), x.push(launch), length.push(launch); };
-  const Tensor* into = need_input ? &dx : nullptr;
-  const bool learns = sums.partial[0] || sums.partial[1] || sums.partial[2];
-  if ((rowwise && held) || learns) {
-    Launch launch(Kernel::backward, input.index, tile.warps);
-    operands(launch);
-    if (turn) turn->push(launch, input.tensor);
-    else launch.none();
-    gain.push(launch), push(launch, held ? into : nullptr), push(launch, address(sums.partial[0]));
-    if (more) more->push(launch, address(sums.partial[1]), address(sums.partial[2]), !held);
-    else launch.none();
-    launch.count(rows), launch.integer(columns), launch.count(sums.chunk), launch.number(steps.part(columns));
-    steps.push_constants(launch);
-    launch.constant(rowwise && held), launch.constant(turn && turn->interleaved), launch.offset(offset);
-    launch.constant(tile.rows), launch.constant(tile.block), launch.constant(tiles().steps);
-    const int64_t across = ceil(columns, tile.block);
-    if (group) run(launch, span, sums.chunks, across);
-    else run(launch, sums.chunks, span, across);
-  }
-  if (rowwise && !held) {
-    Launch launch(Kernel::backward_wide, input.index, tile.warps);
-    operands(launch);
-    gain.push(launch), push(launch, into);
-    if (more) more->push(launch, address(sums.partial[1]), address(sums.partial[2]));
-    else launch.none();
+  const auto push_others = [&](Launch& launch) {
+    push_more(launch, more, address(sums.partial[1]), address(sums.partial[2]));
+  };
+  OptionalTensor means;
+  if (rowwise && columns > tile.block && steps.load != Step::none) {
+    const int64_t shape[] = {rows * span, steps.layer ? 2 : 1};
+    means = input.room(shape, 2, wide(input.type));
+    Launch launch(Kernel::wide_means, input.index, tile.warps);
+    h.push(launch), x.push(launch), length.push(launch), gain.push(launch), push(launch, &*means), push_others(launch);
     launch.integer(columns), launch.number(steps.part(columns));
     steps.push_constants(launch);
     launch.offset(offset), launch.constant(tile.block);
     if (group) run(launch, rows * span);
     else run(launch, rows, span);
+  }
+  if (rowwise || sums.partial[0] || sums.partial[1]) {
+    Launch launch(Kernel::backward, input.index, tile.warps);
+    h.push(launch), dsum.push(launch), x.push(launch), length.push(launch), push(launch, address(means));
+    if (turn) turn->push(launch, input.tensor);
+    else launch.none();
+    gain.push(launch), push(launch, need_input ? &dx : nullptr), push(launch, address(sums.partial[0]));
+    push_others(launch);
+    launch.count(rows), launch.integer(columns), launch.count(sums.chunk), launch.number(steps.part(columns));
+    steps.push_constants(launch);
+    launch.constant(rowwise), launch.constant(turn && turn->interleaved), launch.offset(offset);
+    launch.constant(tile.rows), launch.constant(tile.block), launch.constant(tiles().steps);
+    const int64_t across = ceil(columns, tile.block);
+    if (group) run(launch, span, sums.chunks, across);
+    else run(launch, sums.chunks, span, across);
   }
   return {dx, {sums.folded(0), sums.folded(1), sums.folded(2)}};
 }

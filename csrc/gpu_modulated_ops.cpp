@@ -69,16 +69,6 @@ Four modulated_norm_forward(Tensor input, OptionalTensor residual, OptionalTenso
                          weight, dims, eps, offset, round_first, layer);
 }
 
-// Of a gated add: the gradient that arrives is the sum's.
-Gradients of_add(const Input& in, const Tensor& grad, const Tensor& gate, int64_t group, bool need_input,
-                 bool need_gate) {
-  More more;
-  more.gate = Matrix(&gate, in.columns), more.group = group, more.input = Matrix(&in.tensor, in.columns);
-  Steps steps = {&more, Step::none};
-  return derive(in, &grad, nullptr, nullptr, std::nullopt, 0.0, need_input,
-                {nullptr, nullptr, need_gate ? &gate : nullptr}, steps);
-}
-
 Six modulated_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, OptionalTensor gate, Tensor scale,
                             OptionalTensor shift, Tensor sum, Tensor mean, Tensor rstd, OptionalTensor weight,
                             int64_t dims, double eps, double offset, bool layer, bool need_input, bool need_residual,
@@ -90,8 +80,7 @@ Six modulated_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, 
     if (!added && (gate || sum.numel() > 0)) return std::nullopt;
     const int64_t group = group_of(in, false, {&scale, address(shift), address(gate)});
     if (group < 0) return std::nullopt;
-    const bool learns = need_gate && gate;
-    const bool apart = gate && (need_residual || (learns && in.columns > tiles().widest[Tiles::backward_more]));
+    const bool apart = gate && need_residual;
     Tensor dsum = apart ? in.room(in.type) : in.none();
     More more;
     more.gate = Matrix(address(gate), in.columns), more.scale = Matrix(&scale, in.columns), more.group = group;
@@ -101,18 +90,15 @@ Six modulated_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, 
     steps.layer = layer;
     const Input of(added ? sum : input, dims);
     const bool wanted = need_input || (!gate && need_residual);
-    auto found = derive(
+    const auto found = derive(
         of, &grad, address(grad_sum), &rstd, std::nullopt, 0.0, wanted,
-        {need_scale ? &scale : nullptr, need_shift ? address(shift) : nullptr, learns ? &*gate : nullptr}, steps);
-    OptionalTensor dgate = found.sums[2];
-    if (!gate && need_residual) {  // no two outputs of an operator are one tensor
+        {need_scale ? &scale : nullptr, need_shift ? address(shift) : nullptr, need_gate ? address(gate) : nullptr},
+        steps);
+    if (!gate && need_residual)  // no two outputs of an operator are one tensor
       dsum = need_input ? torch::stable::clone(found.input) : found.input;
-    } else if (learns && !dgate) {  // rows too wide for registers
-      dgate = of_add(in, dsum, *gate, group, false, true).sums[2];
-    }
     return Six{need_input ? found.input : in.none(),
                need_residual ? dsum : in.none(),
-               in.or_none(dgate),
+               in.or_none(found.sums[2]),
                in.or_none(found.sums[0]),
                in.or_none(found.sums[1]),
                in.none()};
@@ -154,7 +140,10 @@ Two gated_add_backward(Tensor grad, Tensor input, Tensor gate, bool need_input, 
     if (!in || !in.like(grad)) return std::nullopt;
     const int64_t group = group_of(in, false, {&gate, nullptr, nullptr});
     if (group < 0) return std::nullopt;
-    const auto found = of_add(in, grad, gate, group, need_input, need_gate);
+    More more;
+    more.gate = Matrix(&gate, in.columns), more.group = group, more.input = Matrix(&input, in.columns);
+    const auto found = derive(in, &grad, nullptr, nullptr, std::nullopt, 0.0, need_input,
+                              {nullptr, nullptr, need_gate ? &gate : nullptr}, {&more, Step::none});
     return Two{found.input, in.or_none(found.sums[2])};
   };
   return or_python<Two>("rmsnorm::_python_gated_add_backward", attempt, grad, input, gate, need_input, need_gate);

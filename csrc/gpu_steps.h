@@ -22,9 +22,7 @@ struct More {
   const Tensor* dgate = nullptr;
   const Tensor* dsum = nullptr;
 
-  // Alone the sums: what kernels write only beside whole rows isn't there.
-  void push(Launch& launch, const Tensor* bias_sums = nullptr, const Tensor* gate_sums = nullptr,
-            bool alone = false) const;
+  void push(Launch& launch, const Tensor* bias_sums = nullptr, const Tensor* gate_sums = nullptr) const;
 };
 
 // What heads [*, heads, tokens, head_dim] are turned by: Turn of gpu/heads.py.
@@ -53,8 +51,9 @@ struct Steps {
   }
 };
 
-inline void push_more(Launch& launch, const More* more) {
-  if (more) more->push(launch);
+inline void push_more(Launch& launch, const More* more, const Tensor* bias_sums = nullptr,
+                      const Tensor* gate_sums = nullptr) {
+  if (more) more->push(launch, bias_sums, gate_sums);
   else launch.none();
 }
 

@@ -80,8 +80,9 @@ struct Forward {
   bool general;        // the form of general.h; `input` is the type in which a row is computed, and these are those of
   Type x, residual;    // what is read, and of
   Type sum;            // what is written, or, where nothing is added, of x again; output may be none
+  bool unrounded;      // of half types alone: their sum is normalised before it is rounded (unrounded.h)
   int64_t counted;     // columns in the statistic: the first ones
-  int64_t divisor;     // of the sum of their squares: as many, or 1 for an L2 norm
+  int64_t divisor;     // of the sum of their squares: as many, or 1 for an L2 norm; 0: all columns there are
   Modulate modulate;   // output is the input's type then, and there is no gain
   Type modulation;     // of scales and shifts, or of gates: the input's, or f32 for a half input
 };

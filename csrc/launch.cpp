@@ -17,8 +17,7 @@ namespace rmsnorm {
 namespace {
 
 constexpr int kDevices = 256;
-constexpr const char* kNames[] = {"forward", "add",      "backward",  "backward_wide",
-                                  "fold",    "sandwich", "quantised", "turn"};
+constexpr const char* kNames[] = {"forward", "add", "backward", "wide_means", "fold", "sandwich", "quantised", "turn"};
 
 // What is asked of the driver, and of torch's library for CUDA: before torch 2.13 its stable ABI tells a stream's
 // number, not the stream.

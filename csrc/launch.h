@@ -13,7 +13,7 @@
 namespace rmsnorm {
 
 // Those of gpu/launcher.py, in its order.
-enum class Kernel : uint8_t { forward, add, backward, backward_wide, fold, sandwich, quantised, turn };
+enum class Kernel : uint8_t { forward, add, backward, wide_means, fold, sandwich, quantised, turn };
 
 struct LaunchKey {
   static constexpr int kConstants = 10, kKinds = 72;
@@ -83,7 +83,7 @@ Serving serving(int device);
 
 // Which tiles a launch has, from gpu/launch.py and gpu/backward.py: the only tables there are.
 struct Tiles {
-  enum Way { forward, forward_more, backward, backward_more, kWays };
+  enum Way { forward, forward_more, backward, backward_more, backward_f64, kWays };
   int64_t widest[kWays], loop_block[kWays], tile[kWays][2], per_warp[kWays];
   int64_t narrow, fewest_warps, most_warps;
   int64_t partials[2], fewest_steps, steps, group_partials[2], fold[3];

@@ -48,12 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> quantised_rms_norm(Tensor input, OptionalTens
   auto* to = static_cast<char*>(codes.data_ptr());
   auto* scales = static_cast<float*>(scale.data_ptr());
   const Tensor* other = residual ? &*residual : gate ? &*gate : nullptr;
-  with_operands(f, input, other, gain, shape, nullptr, residual ? &sum : nullptr,
-                [&](const Forward& f, const auto& operands) {
-                  parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
-                    quantise_rows(*gain.target, f, operands, e4m3, to, scales, begin, end);
-                  });
-                });
+  with_operands(f, input, other, gain, shape, nullptr, residual ? &sum : nullptr, [&](const auto& operands) {
+    parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
+      quantise_rows(*gain.target, f, operands, e4m3, to, scales, begin, end);
+    });
+  });
   return {codes, scale, sum};
 }
 

@@ -94,9 +94,9 @@ constexpr bool kRoundsOutput = sizeof(T) == 2 && std::is_same_v<Gain, T> && std:
 
 template <bool RoundFirst, class Row, class T, class Gain, class Out>
 __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const Gain* gain, const Gain* bias, Out* out,
-                                                    int64_t columns, double eps) {
+                                                    int64_t columns, double eps, int64_t divisor) {
   constexpr bool layer = std::is_same_v<Row, LayerRow<Scalar<T>>>;
-  const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, columns, eps, layer);
+  const ScaledRow scaled = scale_row([&](int64_t i) { return element(x, i); }, columns, eps, layer, divisor);
   for (int64_t i = 0; i < columns; ++i) {
     double y = scaled.normalise(element(x, i));
     if constexpr (RoundFirst) y = round_element<T>(y);

@@ -57,6 +57,8 @@ namespace {
 
 #include "general.h"
 
+#include "unrounded.h"
+
 #include "modulated.h"
 
 #include "gated_backward.h"

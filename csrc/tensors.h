@@ -26,15 +26,15 @@ inline int32_t code_of(const Tensor& tensor) {
   return code;
 }
 
-// Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 2.
+// Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 1.
 inline Type type_of(const Tensor& tensor) {
-  const int32_t code = code_of(tensor);
-  if (code == aoti_torch_dtype_float32()) return Type::f32;
-  if (code == aoti_torch_dtype_bfloat16()) return Type::bf16;
-  if (code == aoti_torch_dtype_float16()) return Type::f16;
-  require(code == aoti_torch_dtype_float64(),
-          "rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
-  return Type::f64;
+  switch (static_cast<ScalarType>(code_of(tensor))) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::Double: return Type::f64;
+    default: refuse("rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
+  }
 }
 
 inline ScalarType scalar_of(Type type) {
@@ -105,6 +105,11 @@ inline bool has_plain_rows(const Tensor& tensor, int64_t outer) {
 
 inline Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
   return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The same without another reference, whose count takes 5 ns each way: the tensor, or what it was copied to.
+inline const Tensor& plain_rows(const Tensor& tensor, int64_t outer, OptionalTensor& copy) {
+  return has_plain_rows(tensor, outer) ? tensor : copy.emplace(torch::stable::contiguous(tensor));
 }
 
 // The same of what there may be. Not an undefined Tensor if there is nothing: that is two blocks of the heap.
@@ -180,7 +185,7 @@ class Gain {
   Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, For use) {
     if (!weight) return;
     check_weight(*weight, x, shape);
-    const Tensor& plain = plain_.emplace(with_plain_rows(*weight, 0));
+    const Tensor& plain = plain_rows(*weight, 0, copy_);
     const auto sizes = weight->sizes();
     const int64_t spanned = static_cast<int64_t>(sizes.size()) - shape.dims;
     for (int64_t d = 0; d < spanned; ++d) rows.count *= std::max<int64_t>(sizes[d], 1);
@@ -222,7 +227,7 @@ class Gain {
     rows.data = formed_.get(), rows.stride = stride;
   }
 
-  OptionalTensor plain_;
+  OptionalTensor copy_;
   std::unique_ptr<char[]> formed_;
 };
 
@@ -279,29 +284,29 @@ inline void run_forward(const Forward& f, const Operands<kForwardOperands>& oper
   run_forward(f, operands, target, {data(rstd), data(first_rstd), reinterpret_cast<double*>(data(mean))});
 }
 
-// Calls run(f, operands), with what tensors say filled in. `other` is the gate if there is one, else the residual or
-// null; the type of the output is in `f`, and there may be none.
+// Calls run(operands), with what tensors say filled in in `f`. `other` is the gate if there is one, else the residual
+// or null; the type of the output is in `f`, and there may be none.
 template <class Run>
-void with_operands(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
+void with_operands(Forward& f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                    const Tensor* output, const Tensor* sum, const Run& run) {
-  const Tensor x = with_plain_rows(input, shape.outer);
-  const OptionalTensor second = with_plain_rows(other, shape.outer);
+  OptionalTensor copies[2];
+  const Tensor& x = plain_rows(input, shape.outer, copies[0]);
+  const Tensor* second = other ? &plain_rows(*other, shape.outer, copies[1]) : nullptr;
   const bool gated = f.gate != Gate::none;
   f.columns = shape.columns, f.input = type_of(input);
   f.add = other && !gated && !f.add_after && !f.twice;
   f.gain_type = gain.type, f.gain = gain.rows;
-  run(f, operands_of<kForwardOperands>(
-             x, shape.outer, {&x, output, gated ? nullptr : address(second), sum, gated ? address(second) : nullptr}));
+  run(operands_of<kForwardOperands>(x, shape.outer,
+                                    {&x, output, gated ? nullptr : second, sum, gated ? second : nullptr}));
 }
 
-// Forward, of tensors; `first_rstd` is for two norms.
-inline void run_forward(Forward f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
+// Forward, of tensors, whose part of `f` is filled in here; `first_rstd` is for two norms.
+inline void run_forward(Forward& f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
                         const Tensor* first_rstd = nullptr) {
   f.output = type_of(output);
-  with_operands(f, input, other, gain, shape, &output, sum, [&](const Forward& f, const auto& operands) {
-    run_forward(f, operands, *gain.target, rstd, mean, first_rstd);
-  });
+  with_operands(f, input, other, gain, shape, &output, sum,
+                [&](const auto& operands) { run_forward(f, operands, *gain.target, rstd, mean, first_rstd); });
 }
 
 // Where the gradient of a weight, or of a bias, goes; nobody wants it if there is no data.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from rmsnorm import _everyday, _native, _ops
+from rmsnorm import _everyday, _native, _ops, functional
 from rmsnorm.forms import gated, gated_ops, general, heads, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
@@ -76,7 +76,8 @@ def target(request, restored_target, monkeypatch):
             for name in ("operator", "plain", "forward", "backward"):
                 default = form.made.defaults[f"_{name}" if name.endswith("ward") else ""]
                 monkeypatch.setattr(form, name, default, raising=False)
-        monkeypatch.setattr(_everyday, "_plain", None)
+        for asks in (functional, _everyday):
+            monkeypatch.setattr(asks, "_native", False)
     else:
         _use(request.param)
     return request.param

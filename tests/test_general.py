@@ -30,7 +30,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from rmsnorm import add_rms_norm, inverse_rms, l2_norm, rms_norm
+from rmsnorm import add_rms_norm, add_rms_norm_, inverse_rms, l2_norm, rms_norm
 
 COLUMNS = (0, 1, 3, 127, 129, 576, 1027, 5137)
 PARTS = (1.0, 0.5, 0.0625)
@@ -165,6 +165,27 @@ def test_the_unrounded_sum(target, dtype, columns):
     wanted = rms_norm(x.float() + residual.float(), columns, None, EPS).to(dtype) * w
     if target != "reference":
         assert same_bits(first, wanted)
+
+
+@pytest.mark.parametrize("columns", [*COLUMNS[1:], 32, 64, 4096])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_unrounded_sum_is_a_row_of_fp32(native_target, dtype, columns):
+    """Whichever kernel has it: alone, with an offset or without a weight, in place, for rows that need rescue, too."""
+    x, residual, w, _ = rows(9, columns, dtype)
+    x[1], x[2], x[3] = 0, torch.finfo(dtype).max / 4, torch.finfo(dtype).tiny
+    residual[1], residual[2], residual[3] = 0, torch.finfo(dtype).max / 8, torch.finfo(dtype).tiny / 2
+    unrounded = x.float() + residual.float()
+    for weight, offset in ((w, 0.0), (w, 0.5), (None, 0.0)):
+        y, total, rstd = add_rms_norm(
+            x, residual, columns, weight, EPS, offset=offset, round_sum=False, return_rstd=True
+        )
+        wide = None if weight is None else weight.float()
+        wanted, factor = rms_norm(unrounded, columns, wide, EPS, offset=offset, return_rstd=True)
+        assert all(map(same_bits, (y, total, rstd), (wanted.to(dtype), x + residual, factor)))
+        a, s = x.clone(), residual.clone()
+        if weight is not None:
+            add_rms_norm_(a, s, weight, EPS, offset=offset, round_sum=False)
+            assert all(map(same_bits, (a, s), (y, total)))
 
 
 def test_no_bit_of_the_others(native_target):

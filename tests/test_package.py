@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "_graphs": {"_called", "_direct", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
-    "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
-    "functional": {"_arguments", "_autograd", "_everyday", "_foreign", "_ops", "_serve", "forms/lean", "reference"},
+    "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
+    "functional": {"_arguments", "_everyday", "_ops", "_serve", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "distributed/placement",
     },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
-    "forms/floored": {"_arguments", "_everyday", "_serve", "functional"},
+    "forms/floored": {"_arguments", "_autograd", "_everyday", "_ops", "_serve", "functional"},
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
@@ -69,10 +69,14 @@ MAY_IMPORT = {
         *("forms/calls", "forms/heads_ops", "forms/served"),
     },
     "forms/general_ops": {"_form", "reference"},
-    "forms/general": {"_arguments", "forms/calls", "forms/general_ops", "forms/served", "functional"},
+    "forms/everyday_ops": {"_form"},
+    "forms/general": {
+        *("_arguments", "forms/calls", "forms/everyday_ops", "forms/general_ops", "forms/served", "functional"),
+    },
     "forms/l2": {"_arguments", "_everyday", "forms/calls", "forms/general", "functional"},
     "forms/in_place": {
         *(
+            "forms/everyday_ops",
             "_arguments",
             "_autograd",
             "_everyday",
@@ -119,7 +123,7 @@ MAY_IMPORT = {
     "gpu/neighbours": {"gpu/backward", "gpu/launch", "gpu/steps", "gpu/triton_forward", "reference"},
     "gpu/steps": set(),
     "gpu/launch": {"gpu/steps", "gpu/triton_forward", "reference"},
-    "gpu/backward": {"gpu/heads", "gpu/launch", "gpu/steps", "gpu/triton_backward"},
+    "gpu/backward": {"gpu/heads", "gpu/launch", "gpu/steps", "gpu/triton_backward", "reference"},
     "gpu/triton_numbers": set(),
     "gpu/triton_steps": {"gpu/triton_numbers"},
     "gpu/triton_forward": {"gpu/triton_steps"},
@@ -259,13 +263,25 @@ def test_every_file_says_what_it_is_for(path):
                 for name in ("backward", "forward", "gradients", "heads", "numbers", "quantised", "sandwich", "steps")
             ],
         ),
-        ("library.define", ["_followed", "_form", "_install", "_ops", "_recorded", "forms/in_place", "gpu/launcher"]),
+        (
+            "library.define",
+            [
+                "_followed",
+                "_form",
+                "_install",
+                "_ops",
+                "_recorded",
+                "forms/everyday_ops",
+                "forms/in_place",
+                "gpu/launcher",
+            ],
+        ),
         ("register_vmap", ["_install", "_vmap"]),
         (
             "autograd.Function",
             [
                 *("_autograd", "_everyday", "distributed/parts", "distributed/ranks"),
-                "forms/served",
+                *("forms/served", "models/gates"),
             ],
         ),
     ],

@@ -157,8 +157,7 @@ def publish(name: str) -> bool:
 def fill_slot(on: bool) -> str | None:
     """Puts the kernels into the CPU slot of torch's own operator, or takes them out; returns what went wrong."""
     assert _library is not None
-    error = _library.rmsnorm_install(on)
-    return error.decode() if error else None
+    return error.decode() if (error := _library.rmsnorm_install(on)) else None
 
 
 @contextmanager
@@ -189,7 +188,8 @@ def gpu_register(key: str, prefix: str) -> None:
 
 def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles: Sequence[int]) -> str | None:
     """Finds the driver, or says what is missing. The loader gets the key of a kernel that isn't known; one for which it
-    raises is Triton's to launch from then on, through Python, which meets the same and says so."""
+    raises is Triton's to launch from then on, through Python, which meets the same and says so. While a stream is
+    captured it loads as torch's allocator gets memory, in relaxed mode, if the driver is CUDA 12.3's or later."""
     global _loader
     assert _library is not None
     functions: list[int | None] = []
@@ -197,17 +197,21 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
         try:
             found = ctypes.CDLL(path)
             functions += [ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names]
+            exchange = ctypes.CDLL(cuda).cuThreadExchangeStreamCaptureMode
         except (OSError, AttributeError) as error:
             return str(error)
     _library.rmsnorm_gpu_open((ctypes.c_void_p * len(functions))(*functions))
 
     def load(key: int, size: int) -> bool:
-        name = ctypes.string_at(key, size)
+        name, mode = ctypes.string_at(key, size), ctypes.byref(ctypes.c_int(2))  # CU_STREAM_CAPTURE_MODE_RELAXED
+        exchange(mode)
         try:
             return loader(name)
         except Exception:
             gpu_kernel(name, 0, 0, 0, b"")
             return False
+        finally:
+            exchange(mode)
 
     _loader = _LOADER(load)
     _library.rmsnorm_gpu_loader(_loader)

@@ -1,10 +1,11 @@
-"""The only file that decides what computes a checked call of the plain norm, when no short way was found."""
+"""The only file that decides what computes a checked call of the plain norm or of add + norm, when no short way was
+found, and whether a result may be written where it is wanted."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import _autograd, _foreign, _ops, reference
+from . import _arguments, _autograd, _foreign, _ops, reference
 from .forms import lean
 
 
@@ -32,3 +33,38 @@ def rms_norm(
             return output
         return _autograd.rms_norm(input, weight, *options)[0]
     return _ops.rms_norm(input, weight, *options)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    dims: int,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    native: bool,
+    memory: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """``(output, sum)``, or None where the two steps are done one after the other."""
+    options = dims, eps, offset, round_first
+    recorded = _autograd.needed(input, weight, residual)
+    if (
+        not native
+        or (recorded and _foreign.not_to_be_kept(input, residual, weight))
+        or _foreign.wanted_by(input, residual, weight)
+        or _autograd.refused()
+    ):
+        return None
+    if not recorded:
+        return _ops.add_rms_norm(input, residual, weight, *options)
+    if memory is not None and (both := lean.add_rms_norm(input, residual, weight, *options)):
+        return both
+    return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
+
+
+def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
+    """Raises for what is no tensor, or none that the result can be written to."""
+    _arguments.check_tensors("rms_norm", out=out)
+    dtype = reference.result_dtype(input, weight, round_first)
+    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), _autograd.needed(input, weight, out))

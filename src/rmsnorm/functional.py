@@ -7,12 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _autograd, _everyday, _foreign, _ops, _serve, reference
-from .forms import lean
+from . import _arguments, _everyday, _ops, _serve, reference
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -28,11 +28,17 @@ if TYPE_CHECKING:
 
 
 ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _arguments.EPS_DOUBLE
-_resolve, _weighted, _unweighted = _arguments.resolve, _everyday.weighted, _ops.rms_norm._op  # found sooner here
-_rounded: Callable[..., Any] = _ops.rms_norm_rounded._op
-_lean, _short_way, _in_graph = lean.everyday, _everyday.short_way, _everyday.in_graph
-_into, _weighted_into, _as_shape = _everyday.into, _everyday.weighted_into, _arguments.as_shape
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
+# Found sooner here; and OpOverload.__call__ adds 0.5 µs to what it calls.
+_native, _transforms_active = _ops.native, _everyday.transforms_active
+_resolve, _as_shape = _arguments.resolve, _arguments.as_shape
+_in_graph, _record = _everyday.in_graph, _everyday.record
+_operator, _weighted, _rounded, _into, _weighted_into = (
+    *(_ops.rms_norm._op, _ops.rms_norm_weighted._op, _ops.rms_norm_rounded._op),
+    *(_ops.rms_norm_out._op, _ops.rms_norm_weighted_out._op),
+)
+# torch 2.10 ends the process where an operator is to write into such a view.
+_CONJUGATE_ENDS_IT = torch.__version__.startswith("2.10.")
 further: dict[str, Callable[..., Any]] = {}
 """Who serves further keywords, by the names of these functions: ``forms/general.py``, which enters itself here."""
 
@@ -94,43 +100,43 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if more:
-        return further["rms_norm"](
-            *(input, normalized_shape, weight, eps),
-            **{"offset": offset, "casting_mode": casting_mode, "out": out, "memory": memory, **more},
-        )
+        return further["rms_norm"](input, normalized_shape, weight, eps, offset, casting_mode, out, memory, **more)
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if is_dynamo_compiling():
             if (y := _in_graph(input, normalized_shape, weight, eps, offset, casting_mode, out, memory)) is not None:
                 return y
-        elif way := _short_way(input, weight, out):
+        elif (  # asked here: a call takes 2 % of all this
+            type(input) is Tensor
+            and _native
+            and not has_torch_function_variadic(input, weight)
+            and not _transforms_active()
+            and forward_ad._current_level < 0
+        ):
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
-                elif eps < 0:
+                elif eps < 0.0:  # not 0: Python has an instruction for two floats
                     raise RuntimeError  # to the operators that is a floor
-                plain = not offset and casting_mode == "torch"
+                if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
+                    return _record(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out, memory)
                 if out is not None:
-                    if plain and way is _weighted:
-                        return _weighted_into(input, weight, eps, out) or out
-                    _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
-                    return out
-                if way is _weighted:
-                    if plain:
-                        return way(input, weight, eps)  # 0.7 µs less
-                    if not offset and ROUND_FIRST[casting_mode]:
-                        return _rounded(input, weight, eps)
-                    way = _unweighted
-                elif memory is not None:
                     if (
-                        memory not in MEMORY
-                        or (output := _lean(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])) is None
+                        type(out) is not Tensor
+                        or out.requires_grad
+                        or out.is_cpu is not input.is_cpu  # of two other devices the operator knows
+                        or out.is_neg()
+                        or (_CONJUGATE_ENDS_IT and out.is_conj())
                     ):
-                        raise RuntimeError  # what is kept is decided below
-                    return output
-                if plain:
-                    return way(input, weight, len(shape), eps)
-                return way(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
+                        raise RuntimeError
+                    if weight is not None and not offset and casting_mode == "torch":
+                        _weighted_into(input, weight, eps, out)
+                    else:
+                        _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
+                    return out
+                if weight is not None and not offset:
+                    return (_rounded if ROUND_FIRST[casting_mode] else _weighted)(input, weight, eps)  # 0.7 µs less
+                return _operator(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
@@ -145,12 +151,12 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         output = reference.rms_norm(input, weight, dims, 0.0, offset, round_first, reference.plus(eps))[0]
         if out is None:
             return output
-        _check_out(out, input, weight, round_first)
+        _serve.check_out(out, input, weight, round_first)
         return out.copy_(output)
     if ranks := _everyday.distributed(input, weight, out):
         return ranks.rms_norm(partial(rms_norm, memory=memory), input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
-        _check_out(out, input, weight, round_first)
+        _serve.check_out(out, input, weight, round_first)
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         return out
     return _serve.rms_norm(input, weight, dims, eps, offset, round_first, native, memory)
@@ -193,13 +199,12 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
     """
-    named: dict[str, Any]
     if more:
-        named = {"offset": offset, "casting_mode": casting_mode, "memory": memory, **more}
-        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, **named)
+        given = offset, casting_mode, memory
+        return further["add_rms_norm"](input, residual, normalized_shape, weight, eps, *given, **more)
     if both := _everyday.add_rms_norm(input, residual, normalized_shape, weight, eps, offset, casting_mode, memory):
         return both
-    named = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
+    named: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "memory": memory}
     if has_torch_function_variadic(input, residual) and _arguments.are_objects(input, residual):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), memory=(memory, None))
         arguments = input, residual, normalized_shape
@@ -226,25 +231,8 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         norm = partial(add_rms_norm, memory=memory)
         return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
-    recorded = _autograd.needed(input, weight, residual)
-    if (
-        eps < 0
-        or (recorded and _foreign.not_to_be_kept(input, residual, weight))
-        or _foreign.wanted_by(input, residual, weight)
-        or not native
-        or _autograd.refused()
-        or residual.dtype is not input.dtype
-    ):
-        sum = input + residual
-        return rms_norm(sum, normalized_shape, weight, eps, **named), sum
-    if recorded:
-        if memory is not None and (both := lean.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)):
-            return both
-        return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
-    return _ops.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)
-
-
-def _check_out(out: Tensor, input: Tensor, weight: Tensor | None, first: bool) -> None:
-    _arguments.check_tensors("rms_norm", out=out)
-    dtype, recorded = reference.result_dtype(input, weight, first), _autograd.needed(input, weight, out)
-    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), recorded)
+    native = native and not eps < 0 and residual.dtype is input.dtype
+    if both := _serve.add_rms_norm(input, residual, weight, dims, eps, offset, round_first, native, memory):
+        return both
+    sum = input + residual
+    return rms_norm(sum, normalized_shape, weight, eps, **named), sum

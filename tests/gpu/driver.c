@@ -29,7 +29,9 @@ struct launch {
 };
 
 static struct launch launches[LAUNCHES];
-static int launched, recording = 1, failing, pushed;
+static int launched, recording = 1, failing, pushed, capturing;
+static _Thread_local int capture_mode; /* of calls that a capture may not have: 0 forbids them, 2 doesn't */
+static char called[1 << 16];
 static _Thread_local void* current_context;
 static uint64_t current_stream = 0x57;
 static struct function functions[LAUNCHES];
@@ -44,8 +46,33 @@ void standin_fail(int code) { failing = code; }
 void standin_stream(uint64_t stream) { current_stream = stream; }
 void standin_context(uint64_t context) { current_context = (void*)context; }
 int standin_pushed(void) { return pushed; }
+/* The functions that were called, with spaces between, since it was last asked for. */
+const char* standin_called(void) {
+  static char before[sizeof(called)];
+  memcpy(before, called, sizeof(called));
+  called[0] = 0;
+  return before;
+}
+/* 1: a stream is captured, and the driver one of CUDA 12.3 or later; 2: an older one. */
+void standin_capture(int how) { capturing = how; }
+int standin_capture_mode(void) { return capture_mode; }
+
+static void note(const char* name) {
+  if (recording && strlen(called) + strlen(name) + 2 < sizeof(called)) strcat(strcat(called, name), " ");
+}
+/* What a call other than a launch comes to while a stream is captured: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED. */
+static int permitted(const char* name) {
+  note(name);
+  return capturing == 2 || (capturing && capture_mode != 2) ? 900 : 0;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  return capture_mode = *mode, *mode = before, 0;
+}
 
 int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  note(__func__);
   *stream = (void*)(current_stream + 0x1000 * (uint64_t)device);
   return 0;
 }
@@ -54,7 +81,9 @@ int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
 int cuLaunchKernel(struct function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {
   (void)extra;
+  note(__func__);
   if (failing) return failing;
+  if (capturing && !stream) return 906; /* CUDA_ERROR_STREAM_CAPTURE_IMPLICIT: the legacy stream */
   if (!current_context) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
   if (launched == LAUNCHES) launched = 0;
   struct launch* l = &launches[recording ? launched++ : 0];
@@ -86,19 +115,28 @@ int cuLaunchKernelEx(const struct config* c, struct function* f, void** paramete
 #endif
 }
 
-int cuCtxGetCurrent(void** context) { return *context = current_context, 0; }
-int cuCtxSetCurrent(void* context) { return current_context = context, 0; }
+int cuCtxGetCurrent(void** context) {
+  note(__func__);
+  return *context = current_context, 0;
+}
+int cuCtxSetCurrent(void* context) {
+  note(__func__);
+  return current_context = context, 0;
+}
 static _Thread_local void* below[16];
 static _Thread_local int depth;
 int cuCtxPushCurrent_v2(void* context) {
+  note(__func__);
   below[depth++] = current_context, current_context = context, ++pushed;
   return 0;
 }
 int cuCtxPopCurrent_v2(void** context) {
+  note(__func__);
   *context = current_context, current_context = below[--depth];
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
+  note(__func__);
   return *context = (void*)(uintptr_t)(0xc0 + device), 0;
 }
 
@@ -131,7 +169,7 @@ static void read_parameters(struct function* f) {
   }
 }
 
-int cuModuleLoadData(const void** module, const void* image) { return *module = image, 0; }
+int cuModuleLoadData(const void** module, const void* image) { return *module = image, permitted(__func__); }
 int cuModuleGetFunction(struct function** function, const void* module, const char* name) {
   struct function* f = &functions[loaded++ % LAUNCHES];
   memset(f, 0, sizeof(*f));
@@ -150,7 +188,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return *value = 49152, 0;
 }
 int cuGetErrorString(int code, const char** words) {
-  *words = code == 719 ? "unspecified launch failure" : code == 201 ? "invalid device context" : 0;
+  *words = code == 719   ? "unspecified launch failure"
+           : code == 201 ? "invalid device context"
+           : code == 900 ? "operation not permitted when stream is capturing"
+                         : 0;
   return *words ? 0 : 1;
 }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }

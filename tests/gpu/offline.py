@@ -40,10 +40,10 @@ from rmsnorm.gpu import (
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
-WIDTHS = (1024, 2048, 4096, 8192, 16384)
+WIDTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 DTYPES = (torch.bfloat16, torch.float32)
 # One thread's accesses, by the bytes of each.
-_NVIDIA = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)\b")
+_NVIDIA = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)\b")
 _AMD = re.compile(r"\b(?:buffer|global)_(load|store)_(dwordx4|dwordx2|dword|short|ushort)\w*")
 _AMD_BYTES = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
 
@@ -98,6 +98,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
     threads_of = target.warp_size
 
     def collect(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], warps: int) -> None:
+        warps = min(warps, 1024 // threads_of)  # as launch.py's MOST_WARPS says where it runs
         options = {"num_warps": warps, "enable_fp_fusion": False}
         one = kernel.warmup(*arguments, grid=grid, **constants, **options)
         found.append(_read(kernel.__name__, constants, warps * threads_of, one.asm))
@@ -107,7 +108,7 @@ def compiling(target: GPUTarget, monkeypatch: Any) -> Iterator[list[Compiled]]:
         triton_forward.forward,
         triton_forward.add,
         triton_backward.backward,
-        triton_backward.backward_wide,
+        triton_backward.wide_means,
         triton_backward.fold,
         triton_heads.turn,
         triton_quantised.quantised,

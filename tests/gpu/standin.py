@@ -99,6 +99,7 @@ class StandIn:
         self.path = built(folder)
         self.library = ctypes.CDLL(str(self.path), mode=ctypes.RTLD_GLOBAL)
         self.library.standin_launch.restype = ctypes.POINTER(_Launch)
+        self.library.standin_called.restype = ctypes.c_char_p
         for name in ("stream", "context"):
             getattr(self.library, f"standin_{name}").argtypes = [ctypes.c_uint64]
         self.context(0xC0)
@@ -120,6 +121,14 @@ class StandIn:
 
     def fail(self, code: int) -> None:
         self.library.standin_fail(code)
+
+    def capture(self, how: int) -> None:
+        """1: from here on a stream is captured; 2: by an older driver; 0: no longer."""
+        self.library.standin_capture(how)
+
+    def called(self) -> list[str]:
+        """The driver's functions that were called since the last time."""
+        return self.library.standin_called().decode().split()
 
     def launches(self) -> list[Launched]:
         """Those since the last time."""
@@ -179,7 +188,7 @@ def standing_in(standin: StandIn, patch: Any, chosen: str = "triton") -> Iterato
         driver._active = before
         _native.gpu_serve(0, launcher.PYTHON)
         _native.gpu_forget()
-        standin.fail(0), standin.stream(0x57), standin.context(0xC0)
+        standin.fail(0), standin.stream(0x57), standin.context(0xC0), standin.capture(0)
         for kernel in launcher.kernels():
             kernel.device_caches.clear()
 

@@ -20,7 +20,7 @@ from triton.testing import do_bench
 from rmsnorm.gpu import backward, launch
 
 EPS = 1e-5
-SHAPES = ((524288, 128), (65536, 1024), (65536, 2048), (32768, 4096), (16384, 8192), (8192, 16384))
+SHAPES = ((524288, 128), (65536, 1024), (65536, 2048), (32768, 4096), (16384, 8192), (8192, 16384), (4096, 32768))
 DTYPES = (torch.bfloat16, torch.float32)
 
 

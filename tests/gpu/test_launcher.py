@@ -121,8 +121,9 @@ def test_a_weight_of_several_rows_and_several_dimensions(driver, never_python, d
 
 
 def test_rows_wider_than_registers(driver, never_python):
-    for dtype in (torch.bfloat16, torch.float64):
-        call = Call("plain", 3, 40000, dtype, dtype)
+    """In all of the tables of tiles, and the widths beside their bounds."""
+    for dtype, columns in product((torch.bfloat16, torch.float64), (8193, 16384, 16385, 40000)):
+        call = Call("plain", 3, columns, dtype, dtype)
         for name, arguments in everything(call).items():
             assert same(driver, name, arguments)
 
@@ -213,6 +214,49 @@ def test_the_context_of_a_kernel_is_current_while_it_is_launched(driver):
     call(x, None, 1, EPS, 0.0, False)
     assert [one.context for one in driver.launches()] == [0xC0] * 3
     assert driver.library.standin_pushed() == before + 1
+
+
+def test_a_captured_call(driver):
+    """Asks the driver for launches alone: nothing waits, no memory is the driver's, and no stream is the legacy one,
+    which the stand-in refuses then."""
+    for name, arguments in everything(Call("plain", 3, 576, torch.bfloat16, torch.bfloat16)).items():
+        operator = standin.in_cpp(name)
+        operator(*arguments)
+        driver.launches(), driver.called()
+        driver.capture(1)
+        operator(*arguments)
+        driver.capture(0)
+        launched = driver.launches()
+        each = ["aoti_torch_get_current_cuda_stream", "cuCtxGetCurrent", "cuLaunchKernel"]
+        assert driver.called() == each * len(launched), name
+        assert {one.stream for one in launched} == {0x57}, name
+
+
+def test_the_first_call_in_a_capture(driver):
+    """Loads its kernel, where the driver lets a thread do that which asks for it; then the thread may no more than
+    before."""
+    x = torch.zeros(3, 64)
+    driver.capture(1)
+    standin.in_cpp("rms_norm")(x, None, 1, EPS, 0.0, False)
+    assert len(driver.launches()) == 1
+    assert driver.library.standin_capture_mode() == 0
+    driver.called()
+    standin.in_cpp("rms_norm")(x, None, 1, EPS, 0.0, False)
+    assert "cuModuleLoadData" not in driver.called()
+
+
+def test_the_first_call_in_an_older_drivers_capture(driver):
+    """An error that says what to do; a call after the capture loads the kernel, and later ones enter no Python."""
+    x, call = torch.zeros(3, 64), standin.in_cpp("rms_norm")
+    driver.capture(2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing.* Call rmsnorm once before"):
+            call(x, None, 1, EPS, 0.0, False)
+    assert driver.launches() == []
+    driver.capture(0)
+    call(x, None, 1, EPS, 0.0, False)
+    frames, _ = framed(lambda: call(x, None, 1, EPS, 0.0, False))
+    assert (frames, len(driver.launches())) == (0, 2)
 
 
 def test_threads(driver):
@@ -357,9 +401,14 @@ def framed(call):
     return len(entered), result
 
 
+def every_event(profile):
+    """Also those within an operator, which ``events()`` adds up."""
+    return profile.profiler.kineto_results.events()
+
+
 def test_a_later_call_enters_no_python(driver):
-    """And asks torch for memory alone, of which its results are all that is left. The first calls show that frames are
-    counted."""
+    """And asks torch for memory alone: for each result, each sum over rows, and the means of wide rows (not here). The
+    results are all that is left. The first calls show that frames are counted."""
     met = 0
     for name, arguments in everything(Call("plain", 3, 576, torch.bfloat16, torch.bfloat16)).items():
         operator = standin.in_cpp(name)
@@ -371,6 +420,9 @@ def test_a_later_call_enters_no_python(driver):
         results = [kept] if isinstance(kept, Tensor) else kept
         taken = sum(event.cpu_memory_usage for event in profile.events() if event.name.startswith("rmsnorm::"))
         assert taken == sum(t.nbytes for t in results), name
+        rooms = sum(event.name() == "[memory]" and event.nbytes() > 0 for event in every_event(profile))
+        folded = sum(one.name == "fold" for one in driver.launches()) // 3
+        assert rooms == sum(t.nbytes > 0 for t in results) + folded, name
         asked = {event.name for event in profile.events() if event.name.startswith("aten::")}
         assert asked <= {"aten::transpose", "aten::as_strided"}, name  # of heads
     assert met > 0

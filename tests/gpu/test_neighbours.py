@@ -107,6 +107,18 @@ def test_modulated(form, dtype, columns):
         modulated.check_gradients(dtype, shared, columns, 3)
 
 
+def test_wide_rows_have_the_gradients_of_held_ones(monkeypatch):
+    """Their means are found by another kernel, in another order: float32 shows what bounds of half types forgive."""
+    x, residual = inputs(3, 129, torch.float32)
+    given = only(modulations("sample", 3, 129, torch.float32), "scale shift gate")
+    held = modulated.differentiate(fused, x, residual, given, "layer")
+    monkeypatch.setattr(launch, "WIDEST", dict.fromkeys(launch.WIDEST, 0))
+    monkeypatch.setattr(launch, "LOOP_BLOCK", dict.fromkeys(launch.WIDEST, 128))
+    wide = modulated.differentiate(fused, x, residual, given, "layer")
+    for name, grad in held.items():
+        torch.testing.assert_close(wide[name], grad, rtol=1e-5, atol=1e-5)
+
+
 @PROBLEMS
 def test_general(form, dtype, columns):
     """Part of the columns, a bias, an offset, other types of output, both rules of an L2 norm; gradients."""

@@ -3,7 +3,7 @@ RMSNORM_TEST_DEVICE=cuda, on a GPU.
 
 Every call goes the way that a GPU's goes: public function, autograd, dispatcher, route, launch. Sizes are small where
 axes are crossed, and awkward widths come once each. ``held`` keeps rows in registers; ``blocks`` is what rows of more
-than 16384 columns get (backward 8192), forced upon narrow ones. The interpreter's sums are numpy's, other trees than a
+than 16384 columns get, forced upon narrow ones. The interpreter's sums are numpy's, other trees than a
 GPU's: bounds that depend on the tree are argued in src/rmsnorm/triton_forward.py.
 """
 
@@ -215,16 +215,25 @@ def test_out(form, dtype):
                 assert outside(tensor).isnan().all(), f"{layout} in place: wrote outside"
 
 
+WIDE = (16384, 16385, *(pytest.param(n, marks=pytest.mark.heavy) for n in (8193, 20000, 32768, 2**16 + 1)))
+"""Those that a program of 1024 threads has backward, those that it hasn't, and the error bound for 2^16."""
+
+
 @pytest.mark.parametrize("dtype", types(torch.bfloat16))
-@pytest.mark.parametrize("columns", [16385, pytest.param(2**16 + 1, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("columns", WIDE)
 def test_very_wide_rows(dtype, columns):
-    """As they come, without forcing: one column more than registers hold, and the bound for 2^16 of them."""
-    x, weight, grad = sample(2, columns, dtype), gains(columns, dtype=dtype), incoming(2, columns, dtype)
+    """As they come, without forcing; a row's gradient is its own, and that of the weight doesn't ask for the others."""
+    x, weight, grad = sample(3, columns, dtype), gains(columns, dtype=dtype), incoming(3, columns, dtype)
     y, dx, dw = gradients(x, weight, grad)
     Truth(x, EPS).forward(weight, 0.0, "torch", BOUNDS[dtype]).check(y, columns)
     dx_bounds, dw_bounds = Truth(x, EPS).backward(grad, weight, 0.0)
     dx_bounds.check(dx, f"dx, {columns}")
     dw_bounds.check(dw, f"dw, {columns}")
+    assert same_bits(dx[1:2], gradients(x[1:2], weight, grad[1:2])[1])
+    rstd = launch.forward(x, None, weight, 1, EPS, 0.0, False, True)[2]
+    given = grad, None, x, rstd, weight, 1, EPS, 0.0
+    assert same_bits(dw, backward.backward(*given, False, True)[1])
+    assert same_bits(dx, backward.backward(*given, True, False)[0])
 
 
 def test_two_ulp_in_fp32_need_a_reciprocal_in_two_parts():
@@ -249,7 +258,14 @@ def test_which_rows_are_held():
         (16384, 1),
         (4096, 1),
     ]
-    assert [launch.tile_of(n, "backward")[0] for n in (8192, 8193)] == [8192, 8192]
+    tiles = [launch.tile_of(n, "backward") for n in (4096, 8192, 8193, 16384, 16385)]
+    assert [(block, warps) for block, _, warps in tiles] == [
+        (4096, 8),
+        (8192, 16),
+        (16384, 32),
+        (16384, 32),
+        (8192, 16),
+    ]
 
 
 def test_eps_rule():

@@ -118,6 +118,24 @@ def everyday_norm(
     return None
 
 
+def everyday_weighted(
+    way: Callable[..., Any],
+    tensors: tuple[Any, ...],
+    weight: Tensor,
+    normalized_shape: int | Sequence[int],
+    eps: float | None,
+    *more: Any,
+) -> Any:
+    """The same by an operator of few arguments, which records nothing."""
+    try:
+        everyday = dims_of(tensors[0], normalized_shape, weight, eps) and ordinary(tensors[0], tensors)
+        if everyday and not (is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+            return way(*tensors, eps, *more)
+    except (RuntimeError, AttributeError, TypeError):
+        pass
+    return None
+
+
 def check_rows(name: str, rows: Named, dims: int, shared: tuple[str, ...], by_name: tuple[str, ...] = ()) -> Named:
     """The rows, those that the input's share with its number of dimensions; raises for what doesn't fit beside it."""
     input, checked = rows["input"], dict(rows)

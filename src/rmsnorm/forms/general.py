@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, functional
-from . import calls, general_ops
+from . import calls, everyday_ops, general_ops
 from .served import Served
 
 _served, _served_add = Served(general_ops.GENERAL), Served(general_ops.GENERAL_ADD)
+_weighted, _add_weighted = everyday_ops.rms_norm, everyday_ops.add_rms_norm
 _TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,24 +24,29 @@ def rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     eps: float | None,
-    *,
     offset: float,
     casting_mode: str,
     out: Tensor | None,
     memory: str | None,
+    *,
     bias: Tensor | None = None,
     partial: float = 1.0,
     out_dtype: torch.dtype | None = None,
     return_rstd: bool = False,
 ) -> Any:
     """``rmsnorm.rms_norm``, called with at least one of the last four."""
+    tensors = input, weight, bias
+    plainly = out is None and memory is None and partial == 1.0 and not offset and casting_mode == "torch"
+    if plainly and weight is not None and not return_rstd and out_dtype in _TYPES:
+        found = calls.everyday_weighted(_weighted, tensors, weight, normalized_shape, eps, out_dtype)
+        if found is not None:
+            return found
     if out is not None:
         raise RuntimeError("rms_norm: out= is for the plain norm alone; drop it, or the further keywords")
     _check_memory("rms_norm", memory)
     counted = _counted("rms_norm", normalized_shape, partial)
     _check_dtype("rms_norm", out_dtype)
     pick, more = slice(2) if return_rstd else 0, (counted, True, True, out_dtype)
-    tensors = input, weight, bias
     found = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
     if found is not None:
         return found[pick]
@@ -57,10 +63,10 @@ def add_rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     eps: float | None,
-    *,
     offset: float,
     casting_mode: str,
     memory: str | None,
+    *,
     bias: Tensor | None = None,
     partial: float = 1.0,
     round_sum: bool = True,
@@ -68,19 +74,25 @@ def add_rms_norm(
     return_rstd: bool = False,
 ) -> Any:
     """``rmsnorm.add_rms_norm``, the same."""
+    tensors = input, residual, weight, bias
+    plainly = memory is None and partial == 1.0 and not offset and casting_mode == "torch"
+    if plainly and weight is not None and not return_rstd and out_dtype in _TYPES:
+        more = bool(round_sum), out_dtype
+        found = calls.everyday_weighted(_add_weighted, tensors, weight, normalized_shape, eps, *more)
+        if found is not None:
+            return found
     _check_memory("add_rms_norm", memory)
     counted = _counted("add_rms_norm", normalized_shape, partial)
     _check_dtype("add_rms_norm", out_dtype)
-    pick, more = slice(3 if return_rstd else 2), (counted, bool(round_sum), out_dtype)
-    tensors = input, residual, weight, bias
-    found = calls.everyday_norm(_served_add, tensors, normalized_shape, eps, offset, casting_mode, *more)
+    pick, options = slice(3 if return_rstd else 2), (counted, bool(round_sum), out_dtype)
+    found = calls.everyday_norm(_served_add, tensors, normalized_shape, eps, offset, casting_mode, *options)
     if found is not None:
         return found[pick]
     named = _named(offset, casting_mode, partial, out_dtype, return_rstd) | {"round_sum": (round_sum, True)}
     weights: calls.Named = {"weight": weight, "bias": bias}
     rows: calls.Named = {"input": input, "residual": residual}
     public = functional.add_rms_norm
-    return calls.call(_served_add, public, rows, normalized_shape, weights, eps, named, more, ("bias",), pick)
+    return calls.call(_served_add, public, rows, normalized_shape, weights, eps, named, options, ("bias",), pick)
 
 
 functional.further.update(rms_norm=rms_norm, add_rms_norm=add_rms_norm)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _autograd, _everyday, _foreign, _form, _ops, functional, reference
-from . import calls
+from . import calls, everyday_ops
 
 _SCHEMA = (
     "(Tensor(a!) input, Tensor(b!) residual, Tensor? weight, int dims, float eps, float offset, bool round_first, "
@@ -57,7 +57,10 @@ def add_rms_norm_(
         if ordinary and not _autograd.needed(input, weight, residual):
             dims = 1 if weight is None else weight.dim()
             if input.shape[input.dim() - dims :] == (input.shape[-1:] if weight is None else weight.shape):
-                _run(input, residual, weight, dims, eps, offset, functional.ROUND_FIRST[casting_mode], round_sum)
+                if weight is not None and not offset and casting_mode == "torch":
+                    _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less
+                else:
+                    _run(input, residual, weight, dims, eps, offset, functional.ROUND_FIRST[casting_mode], round_sum)
                 return input, residual
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
@@ -103,3 +106,4 @@ _form.library.impl("add_rms_norm_", _ops.add_rms_norm_by_copies, "CompositeExpli
 torch.library.register_fake("rmsnorm::add_rms_norm_", lambda *arguments: None, lib=_form.library)
 _operator = torch.ops.rmsnorm.add_rms_norm_.default
 _run: Any = _operator._op
+_weighted = everyday_ops.add_rms_norm_

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import launch, triton_backward
 from .launch import NARROW, _ceil, _in_a_row, _matrix
-from .steps import PLAIN, More, Steps
+from .steps import PLAIN, Steps
 
 if TYPE_CHECKING:
     from .heads import Turn
@@ -112,41 +113,41 @@ def derive(
     rows, columns, span = launch._sizes(input, weight, dims)
     if group is not None:
         rows, span = group, rows // group
-    block, tile, warps = launch.tile_of(columns, steps.way("backward"))
-    held = columns <= block or steps.load == "none"
+    block, tile, warps = launch.tile_of(columns, steps.way("backward", input.dtype))
     dx = input.new_empty(0) if not need_input else input.new_empty(input.shape) if turn is None else turn.room(input)
-    weights, gate = (*like, None)[:2], like[2] if len(like) > 2 and held else None
-    sums = _Sums((*weights, gate), input, (rows, columns, span), tile, group is not None)
-    rowwise = need_input or gate is not None or (more is not None and (more.dgate is not None or more.dsum is not None))
+    wanted = (*like, None, None)[:3]
+    sums = _Sums(wanted, input, (rows, columns, span), tile, group is not None)
+    by_row = wanted[2], more and more.dgate, more and more.dsum
+    rowwise = need_input or any(t is not None for t in by_row)
     weight, rstd = _in_a_row(weight), _in_a_row(rstd)
     of = _matrix if turn is None else turn.matrix
-    g, x = None if grad is None else of(grad, columns), of(input, columns)
-    operands = g, _matrix(grad_sum, columns), x, rstd
-    into, part = dx if need_input else None, 1 / (steps.number or columns)
+    g, x, part = None if grad is None else of(grad, columns), of(input, columns), 1 / (steps.number or columns)
     partial, *others = sums.partial
     if more is not None:
         more = more._replace(bias_sums=others[0], gate_sums=others[1])
-    if (rowwise and held) or any(t is not None for t in sums.partial):
-        chunks = _ceil(rows, sums.chunk), span
-        by, to = turn and turn.by(input), into if held else None
+    means = None
+    if rowwise and columns > block and steps.load != "none":
+        kind = reference.accumulation_dtype(input.dtype)
+        means = input.new_empty((rows * span, 1 + steps.layer), dtype=kind)
         launch._launch(
-            triton_backward.backward,
-            (*(chunks if group is None else chunks[::-1]), _ceil(columns, block)),
-            (*operands, by, weight, to, partial, more if held else _sums_alone(more), rows, columns, sums.chunk, part),
-            {**steps.named, "ROWWISE": rowwise and held, "INTERLEAVED": bool(turn and turn.interleaved)}
-            | {"OFFSET": offset, "ROWS": tile, "BLOCK": block, "STEPS": STEPS},
-            warps,
-        )
-    if rowwise and not held:
-        launch._launch(
-            triton_backward.backward_wide,
+            triton_backward.wide_means,
             (rows, span) if group is None else (rows * span, 1),
-            (*operands, weight, into, more, columns, part),
+            (g, x, rstd, weight, means, more, columns, part),
             {**steps.named, "OFFSET": offset, "BLOCK": block},
             warps,
         )
+    if rowwise or any(t is not None for t in sums.partial):
+        chunks = _ceil(rows, sums.chunk), span
+        by, into = turn and turn.by(input), dx if need_input else None
+        launch._launch(
+            triton_backward.backward,
+            (*(chunks if group is None else chunks[::-1]), _ceil(columns, block)),
+            (
+                *(g, _matrix(grad_sum, columns), x, rstd, means, by, weight, into, partial, more),
+                *(rows, columns, sums.chunk, part),
+            ),
+            {**steps.named, "ROWWISE": rowwise, "INTERLEAVED": bool(turn and turn.interleaved)}
+            | {"OFFSET": offset, "ROWS": tile, "BLOCK": block, "STEPS": STEPS},
+            warps,
+        )
     return [dx, *sums.folded(input)[: len(like)]]
-
-
-def _sums_alone(more: More | None) -> More | None:
-    return None if more is None else more._replace(dgate=None, dsum=None)

@@ -130,7 +130,7 @@ def _turns(x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor | None) -> bool
     """Whether heads are held in registers, weights are of one head, and the types are those of the CPU's kernels."""
     alike = cos.dtype is x.dtype or (cos.dtype is torch.float32 and x.element_size() == 2)
     alike &= all(weight is None or weight.dim() == 1 for weight in weights)
-    return alike and sin.dtype is cos.dtype and x.shape[-1] <= launch.WIDEST["backward"]
+    return alike and sin.dtype is cos.dtype and x.shape[-1] <= launch.WIDEST["backward, fp64"]
 
 
 def _turn(

@@ -18,10 +18,21 @@ from .steps import PLAIN, Steps
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
-WIDEST = {"forward": 16384, "forward, more": 8192, "backward": 8192, "backward, more": 4096}
-"""Columns that a program holds in registers without spilling; ``more`` is of a norm with more than the plain one's
-tensors."""
-LOOP_BLOCK = {"forward": 4096, "forward, more": 4096, "backward": 8192, "backward, more": 2048}
+WIDEST = {
+    "forward": 16384,
+    "forward, more": 8192,
+    "backward": 16384,
+    "backward, more": 4096,
+    "backward, fp64": 4096,
+}
+"""Columns that a program holds in registers; ``more`` is of a norm with more than the plain one's tensors."""
+LOOP_BLOCK = {
+    "forward": 4096,
+    "forward, more": 4096,
+    "backward": 8192,
+    "backward, more": 2048,
+    "backward, fp64": 4096,
+}
 """Columns of wider rows that it takes at once."""
 NARROW = 1024
 TILE = {
@@ -29,10 +40,12 @@ TILE = {
     "forward, more": (1024, 1024),
     "backward": (2048, 4096),
     "backward, more": (2048, 2048),
+    "backward, fp64": (2048, 4096),
 }
 """Elements that a tile has at least, if its rows are narrow and if not: narrow ones come several at a time."""
-PER_WARP = {"forward": 1024, "forward, more": 1024, "backward": 512, "backward, more": 256}
-FEWEST_WARPS, MOST_WARPS = 2, 16
+PER_WARP = {"forward": 1024, "forward, more": 1024, "backward": 512, "backward, more": 256, "backward, fp64": 512}
+FEWEST_WARPS, MOST_WARPS = 2, 16 if torch.version.hip else 32
+"""A program has 1024 threads at most, which are 16 of AMD's warps."""
 
 
 def forward(
@@ -129,7 +142,15 @@ def _launch(
     key = kernel.__name__, warps, *constants.values(), *map(_kind, arguments)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        try:
+            _compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}: this driver loads no kernel while a graph is captured. Call rmsnorm once before, with "
+                "tensors of the same types and widths, and the same options"
+            ) from error
     else:
         compiled[(*grid, 1, 1)](*arguments, *constants.values())
 

@@ -49,7 +49,7 @@ def kernels() -> tuple[Any, ...]:
     from . import triton_backward, triton_forward, triton_heads, triton_quantised, triton_sandwich
 
     ahead = triton_forward.forward, triton_forward.add
-    back = triton_backward.backward, triton_backward.backward_wide, triton_backward.fold
+    back = triton_backward.backward, triton_backward.wide_means, triton_backward.fold
     return *ahead, *back, triton_sandwich.sandwich, triton_quantised.quantised, triton_heads.turn
 
 
@@ -75,7 +75,13 @@ def load(key: bytes) -> bool:
         compiled = kernel.warmup(
             *_arguments(iter(kinds)), grid=(1,), **constants, num_warps=warps, enable_fp_fusion=False
         )
-        compiled._init_handles()
+        try:
+            compiled._init_handles()
+        except RuntimeError as error:
+            compiled._run = None  # or Triton would launch what has no handle
+            if "captur" in str(error):  # Python meets the same, and says so; after the capture this is asked for again
+                return False
+            raise
         there = [kind for kind in kinds if kind not in (_OPEN, _CLOSE, _MORE)]
         sizes = _sizes(compiled, len(there))
         function = compiled.function if sizes is not None and _is_plain(compiled.metadata) else 0

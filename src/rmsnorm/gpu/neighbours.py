@@ -117,11 +117,8 @@ def modulated_norm_backward(
     group = _group(input, dims, False, scale, shift, gate)
     if weight is not None or group is None:
         return None
-    added, columns = sum.shape == input.shape, input.shape[input.dim() - dims :].numel()
-    need_gate &= gate is not None
-    dsum = input.new_empty(0)
-    if gate is not None and (need_residual or (need_gate and columns > launch.WIDEST["backward, more"])):
-        dsum = input.new_empty(input.shape)
+    added = sum.shape == input.shape
+    dsum = input.new_empty(input.shape if gate is not None and need_residual else 0)
     more = More(
         gate=_rows(gate, input, dims),
         scale=_rows(scale, input, dims),
@@ -138,8 +135,6 @@ def modulated_norm_backward(
     )
     if gate is None and need_residual:
         dsum = dx.clone() if need_input else dx  # no two outputs of an operator are one tensor
-    elif need_gate and gate is not None and not dgate.numel():  # rows too wide for registers
-        dgate = _gated_add_backward(dsum, input, gate, dims, group, False, True)[1]
     none = input.new_empty(0)
     return dx if need_input else none, dsum if need_residual else none.clone(), dgate, dscale, dshift, none.clone()
 
@@ -166,16 +161,11 @@ def gated_add(keep: bool, input: Tensor, residual: Tensor, gate: Tensor, round_f
 
 def gated_add_backward(grad: Tensor, input: Tensor, gate: Tensor, need_input: bool, need_gate: bool) -> _Results:
     group = _group(input, 1, False, gate)
-    return None if group is None else _gated_add_backward(grad, input, gate, 1, group, need_input, need_gate)
-
-
-def _gated_add_backward(
-    grad: Tensor, input: Tensor, gate: Tensor, dims: int, group: int, need_input: bool, need_gate: bool
-) -> tuple[Tensor, Tensor]:
-    x = _rows(input, input, dims)
-    steps = Steps(More(gate=_rows(gate, input, dims), group=group, input=x), load="none")
+    if group is None:
+        return None
+    more = More(gate=_rows(gate, input, 1), group=group, input=_rows(input, input, 1))
     like = None, None, gate if need_gate else None
-    dx, _, _, dgate = derive(grad, None, input, None, None, dims, 0.0, need_input, like, steps)
+    dx, _, _, dgate = derive(grad, None, input, None, None, 1, 0.0, need_input, like, Steps(more, load="none"))
     return dx, dgate
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Matrix = tuple[Tensor, int]
@@ -52,9 +53,10 @@ class Steps(NamedTuple):
         """As constants of a kernel, in its order."""
         return {"LOAD": self.load, "LAYER": self.layer, "FLOOR": self.floor, "STORE": self.store}
 
-    def way(self, direction: str) -> str:
-        """Which of launch.py's tables of tiles it has."""
-        return direction if self.more is None else f"{direction}, more"
+    def way(self, direction: str, dtype: torch.dtype | None = None) -> str:
+        """Which of launch.py's tables of tiles it has; backward, of which type."""
+        more = "more" if self.more is not None else "fp64" if dtype is torch.float64 else ""
+        return f"{direction}, {more}" if more else direction
 
 
 PLAIN, NOTHING = Steps(), More()

@@ -23,9 +23,10 @@ def _program(more):
 
 @triton.jit
 def _place(step, end, rows, column, columns, more, ROWS: tl.constexpr):
-    """The rows of the tile that begins at ``step``, which of them there are, and which of its elements."""
+    """The rows of the tile that begins at ``step``, which of them there are, and which of its elements. A single row is
+    a number: as a tensor, each thread would load what belongs to it several times."""
     _, own, owns = _program(more)
-    row = (step + tl.arange(0, ROWS))[:, None]
+    row = step if ROWS == 1 else (step + tl.arange(0, ROWS))[:, None]
     inside = row < end
     if more is not None and more.group is not None:
         row = own * rows + row

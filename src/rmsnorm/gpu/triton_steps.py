@@ -170,11 +170,12 @@ def _reciprocal(
 
 
 @triton.jit
-def _gain(weight, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr):
+def _gain(weight, column, columns, OFFSET: tl.constexpr, wide: tl.constexpr, HINT: tl.constexpr = ""):
     """A row of the weight, with the offset; None without a weight."""
     gain = None
     if weight is not None:
-        gain = tl.load(weight + tl.program_id(1) * columns + column, column < columns, 0.0).to(wide)
+        place = weight + tl.program_id(1) * columns + column
+        gain = tl.load(place, column < columns, 0.0, eviction_policy=HINT).to(wide)
         if OFFSET != 0.0:  # -0.0 + 0.0 would be 0.0
             gain += OFFSET
     return gain

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import attention, classes, modulation, rewrite
+from . import attention, classes, gates, modulation, rewrite
 from .binding import binding_of
 from .report import Entry
 
@@ -23,12 +23,12 @@ Result = tuple[list[Tensor], tuple[Tensor, ...]]
 
 
 def fuse(
-    model: nn.Module, example: Mapping[str, Any] | None = None, heads: bool = False
+    model: nn.Module, example: Mapping[str, Any] | None = None, heads: bool = False, lean: bool = False
 ) -> tuple[list[Entry], list[Entry]]:
     """Fuses what can be proven. Returns the layers that were fused, and those that were not, with the reason.
 
     The model is called once with ``example`` (by default its ``dummy_inputs``) to see what its layers are called with.
-    ``heads``: also what turns query and key, behind their norms or without any.
+    ``heads``: also what turns query and key, behind their norms or without any. ``lean``: also gated MLPs keep less.
     """
     fused, left = [], []
     layers: dict[str, nn.Module] = {}
@@ -40,6 +40,8 @@ def fuse(
             layers[name], changes[name] = layer, rewrite.Rewritten
         elif heads and attention.turns_heads(layer):
             layers[name], changes[name] = layer, attention.Turned
+        elif lean and gates.is_gated(layer):
+            layers[name], changes[name] = layer, gates.Gated
     failure, calls = "the model doesn't call it", dict[str, Call]()
     try:
         _check_sharding(model)
@@ -60,7 +62,8 @@ def fuse(
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"{changes[name].what} not fused: {_words(reason)}"))
             continue
-        fused.append(Entry(name, cls.__name__, rewritten.meaning, errors={"gradient": apart}))
+        kept = gates.KEPT if isinstance(rewritten, gates.Gated) else ""
+        fused.append(Entry(name, cls.__name__, rewritten.meaning, errors={"gradient": apart}, kept=kept))
     return fused, left
 
 

@@ -48,7 +48,9 @@ def patch(
         layer_norm: whether LayerNorms are taken too.
         memory: ``"lean"`` keeps the output of each norm for backward, which the next layer keeps anyway, instead of its
             input; see :func:`rmsnorm.rms_norm`. A norm with a gain of (nearly) 0 keeps its input, and the report says
-            so, with the number; so does a norm whose gain gets there later, with a warning.
+            so, with the number; so does a norm whose gain gets there later, with a warning. With ``fuse`` or
+            ``fuse_add``, MLPs that multiply with an activation keep two tensors of that product instead of three, and
+            their gradients have the same bits.
 
     Returns:
         A :class:`rmsnorm.PatchReport`: print it, or ``.to_dict()`` it.
@@ -94,7 +96,7 @@ def patch(
     fuse = fuse if heads else fuse_add
     if fuse is not False:
         with torch.inference_mode(False), torch.enable_grad():  # the caller's modes stay: the model may count on them
-            report.fused, left = fuse_layers(model, None if fuse is True else fuse, heads)
+            report.fused, left = fuse_layers(model, None if fuse is True else fuse, heads, memory is not None)
         report.skipped += left
     return report
 

@@ -40,7 +40,7 @@ class Entry:
     types: tuple[str, ...] = ()
     """The input types that run on our kernels; others run on the module's own forward."""
     kept: str = ""
-    """With ``memory="lean"``, what is kept for backward: its output, or its input and why."""
+    """With ``memory="lean"``, what is kept for backward: its output, or its input and why; of a product, how much."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class PatchReport:
     skipped: list[Entry] = field(default_factory=list)
     """Norms that were left as they are, each with the reason."""
     fused: list[Entry] = field(default_factory=list)
-    """Layers whose residual add runs together with the norm behind it."""
+    """Layers whose residual add runs together with the norm behind it, and other lines that were rewritten."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -90,7 +90,9 @@ class PatchReport:
         if not self.patched and not self.skipped:
             return "Nothing to patch: this model has no norm."
         left = f"; {len(self.skipped)} left as they are" if self.skipped else ""
-        fused = f"; {len(self.fused)} residual adds fused" if self.fused else ""
+        gates = sum(bool(entry.kept) for entry in self.fused)
+        fused = f"; {len(self.fused) - gates} residual adds fused" if len(self.fused) > gates else ""
+        fused += f"; {gates} gated products keep less for backward" if gates else ""
         lean = ""
         if any(entry.kept for entry in self.patched):
             lean = f", {sum(entry.kept == 'output' for entry in self.patched)} of them keep no input for backward"
