@@ -68,7 +68,7 @@ void run(const Call& c) {
   };
   const Gain gain = gain_of(weight, c.weight), second = f.twice ? gain_of(next, c.next_weight) : Gain();
   f.gain_type = (f.twice ? second : gain).type, f.gain = (f.twice ? second : gain).rows, f.first_gain = gain.rows;
-  if (f.round_output && (size_of(f.input) > 2 || f.gain_type != f.input)) {  // else there is a kernel of its own
+  if (f.round_output) {
     f.general = true;
     f.x = f.residual = f.sum = f.input, f.counted = f.divisor = f.columns;
   }

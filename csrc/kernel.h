@@ -70,8 +70,7 @@ struct Forward {
   Type bias_type;
   Gate gate;           // the gain is there then, and as in Backward
   bool gate_first;     // output may be f32 only then
-  bool round_output;   // with add, an output in fp32 is rounded to the input's type first; gain_type is that type, or
-                       // the form is the general one
+  bool round_output;   // of the general form: an output in fp32 is rounded to the input's type first
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
   Turn turn;           // pairs of columns are turned while they are stored (heads.h); output is the input's type
   bool interleaved;    // the pairs are neighbours, not columns of two halves
