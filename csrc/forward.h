@@ -83,6 +83,7 @@ class Plain {
     if constexpr (RoundFirst) y = round_to<T>(y);
     if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain_);
     if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias_);
+    if constexpr (kRoundsOutput<T, Gain, Out>) y = round_own<T>(y);
     return y;
   }
 
@@ -247,6 +248,8 @@ ForwardKernel forward_of_half(const Forward& f) {
   if (f.add_after || f.twice) return sandwich_of<T>(f);
   if (f.gate != Gate::none) return f.output == f.input ? gated_of<T, T>(f) : gated_of<T, float>(f);
   if (f.gain_type == Type::none) return forward_of<T, void, T, false>(f);
+  if constexpr (std::is_same_v<T, bf16>)
+    if (f.round_output) return &forward<Plain<Rms<T>, T, float, true, true>>;
   if (f.gain_type == f.input) return f.round_first ? forward_of<T, T, T, true>(f) : forward_of<T, T, T, false>(f);
   if (f.output == Type::f32) return forward_of<T, float, float, true>(f);
   return f.round_first ? forward_of<T, float, T, true>(f) : forward_of<T, float, T, false>(f);

@@ -88,6 +88,10 @@ RMSNORM_INLINE void set_row(LayerRow<S>& row, const ScaledRow& scaled) {
   row.mean = scaled.mean.high / scaled.scale;
 }
 
+// Whether an output in fp32 is rounded to the row's type first: for a cast behind the norm.
+template <class T, class Gain, class Out>
+constexpr bool kRoundsOutput = sizeof(T) == 2 && std::is_same_v<Gain, T> && std::is_same_v<Out, float>;
+
 template <bool RoundFirst, class Row, class T, class Gain, class Out>
 __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const Gain* gain, const Gain* bias, Out* out,
                                                     int64_t columns, double eps, int64_t divisor) {
@@ -98,6 +102,7 @@ __attribute__((noinline, cold)) void rescue_forward(Row& row, const T* x, const 
     if constexpr (RoundFirst) y = round_element<T>(y);
     if constexpr (!std::is_void_v<Gain>) y = y * element(gain, i);
     if constexpr (!std::is_void_v<Gain> && layer) y = y + element(bias, i);
+    if constexpr (kRoundsOutput<T, Gain, Out>) y = round_element<T>(y);
     set_element(out, i, y);
   }
   set_row(row, scaled);

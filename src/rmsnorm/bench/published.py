@@ -14,6 +14,7 @@ from .cases import README_SHAPES, Case
 from .console import mebibytes
 from .neighbourhoods import Place, summary
 from .pages import replace_block, table
+from .placed import lost, newest, newest_elsewhere, rms_norms, where, won_elsewhere
 from .results import FLOOR, OURS, Report, Result, first
 from .timing import human
 
@@ -23,27 +24,12 @@ README_TYPES = ("float32", "bfloat16")
 README_COLUMNS = ("F.rms_norm", "torch.compile", "F.layer_norm", "transformers")
 
 
-def where(report: Report) -> str:
-    """What was measured on, in one sentence."""
-    here = report.machine
-    return (
-        f"{here['cpu']}, {here['cores']} cores, CPU target {here['cpu_target']}, huge pages: {here['huge_pages']}, "
-        f"torch {here['torch']}, {here['date'][:10]}"
-    )
-
-
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 def _of(report: Report, threads: int) -> list[Result]:
     return [one for one in report.results if one.case.threads == threads]
-
-
-def _rms_norms(report: Report) -> list[str]:
-    """The implementations of RMSNorm that were timed, ours first."""
-    timed = (one for result in report.results for one in result.contenders.items())
-    return list(dict.fromkeys(name for name, line in timed if line.is_rms_norm))
 
 
 def _count(threads: int) -> str:
@@ -74,7 +60,7 @@ def readme(report: Report) -> str:
     text = (
         f"A norm alone: time of rmsnorm ÷ time of the other, {' · '.join(README_TYPES)}; below 1, rmsnorm is faster. "
         f"Medians, outputs compared first, {max(report.threads())} threads, {where(report)}, `make results figure`. "
-        f"The fastest of {len(_rms_norms(report))} in {won} of {contested} cases "
+        f"The fastest of {len(rms_norms(report))} in {won} of {contested} cases "
         f"([who, and which not](docs/performance.md#where-we-are-not-first))."
     )
     return f"{textwrap.fill(text, 118, break_on_hyphens=False)}\n\n{alone(report)}"
@@ -91,7 +77,7 @@ def chinese(report: Report) -> str:
         f"取中位数，先核对输出；"
         f"{max(report.threads())} 线程，{here['cpu']}，{here['cores']} 核，目标 {here['cpu_target']}，"
         f"大页 {here['huge_pages']}，torch {here['torch']}，{here['date'][:10]}，`make results figure`。"
-        f"{contested} 种情形中有 {won} 种是 {len(_rms_norms(report))} 种实现里最快的"
+        f"{contested} 种情形中有 {won} 种是 {len(rms_norms(report))} 种实现里最快的"
         f"（[其余几种](docs/performance.md#where-we-are-not-first)）。\n\n{made}"
     )
 
@@ -136,14 +122,6 @@ def short_floor(report: Report) -> str:
     titles = ["", *(title for count in report.threads() for title in (_count(count), "of copy"))]
     rows = [[case, *(" · ".join(row[key]) for key in sorted(row))] for case, row in cells.items()]
     return f"{' · '.join(README_TYPES)}. {where(report)}.\n\n" + table(titles, rows)
-
-
-def lost(report: Report) -> str:
-    """The cases that somebody else won."""
-    won, contested, cases = first(report.results)
-    rows = [[f"{case}, {case.threads} threads", name, f"{ratio:.2f}"] for case, name, ratio in cases]
-    text = f"First in {won} of {contested} cases, against {', '.join(_rms_norms(report)[1:])}. {where(report)}.\n"
-    return text + ("\n" + table(("not in", "the first is", "rmsnorm ÷ it"), rows) if rows else "")
 
 
 def graph(machine: dict[str, Any], places: Sequence[Place]) -> str:
@@ -215,18 +193,6 @@ BLOCKS: dict[tuple[Path, str], Callable[[Report], str]] = {
 CONTRACT = {(DOCS, "missed bars"): missed_bars, (TABLES, "bars"): bars}
 
 
-def newest(folder: Path) -> Path:
-    """The results with the latest date in their names.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    found = [file for file in folder.glob("*.json") if not file.stem.endswith("-bars")]
-    if not found:
-        raise FileNotFoundError(f"{folder} has no results; run `make results` first")
-    return max(found, key=lambda file: file.stem[-10:])
-
-
 def write(results: Path, root: Path = Path()) -> None:
     """Redraws the figure and rewrites the blocks from a results file, and from its ``-bars.json`` if there is one."""
     report = Report.load(results)
@@ -239,6 +205,8 @@ def write(results: Path, root: Path = Path()) -> None:
         replace_block(root / name, "made by `make figure`", made)
     for (page, name), block in BLOCKS.items():
         replace_block(root / page, f"{name}: made by `make figure`", block(report))
+    others = [Report.load(file) for file in newest_elsewhere(results)]
+    replace_block(root / DOCS, "elsewhere: made by `make figure`", won_elsewhere(report, others))
     contract = results.with_name(f"{results.stem}-bars.json")
     if contract.exists():
         plain = json.loads(contract.read_text())
