@@ -68,10 +68,9 @@ struct Forward {
   bool layer;        // LayerNorm: the mean is subtracted; gain_type is none or wide(input), with a bias of that type
   const void* bias;  // or of the general form, of
   Type bias_type;
-  Gate gate;          // the gain is there then, and as in Backward
-  bool gate_first;    // output may be f32 only then
-  bool round_output;  // with add, an output in fp32 is rounded to the input's type first: of bf16 that is rounded
-                      // before a gain of its type, too, or of the general form
+  Gate gate;           // the gain is there then, and as in Backward
+  bool gate_first;     // output may be f32 only then
+  bool round_output;   // to the input's type, before it is f32: of the general form, or add in bf16 as Llama rounds
   bool round_product;  // rounding first, the product with the gain is rounded to the input's type, too
   Turn turn;           // pairs of columns are turned while they are stored (heads.h); output is the input's type
   bool interleaved;    // the pairs are neighbours, not columns of two halves
