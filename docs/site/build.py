@@ -1,9 +1,9 @@
 """The only file that makes the site: the pages of this repository and the reference, in English and in Chinese.
 
-``make docs`` runs it. The pages are written to be read on GitHub as well, so they are staged first, in build/docs/en
-and build/docs/zh: links get the targets that they have in the site, and what commands mark loses its marks. Both sites
-are whole: where a page has no translation, the Chinese one has it in English, and says so in the navigation and on top
-of the page.
+``make docs`` runs it. The pages are written to be read on GitHub as well, so they are staged first, in a folder
+of their own: links get the targets that they have in the site, and what commands mark loses its marks. Both sites are
+whole: where a page has no translation, the Chinese one has it in English, and says so in the navigation and on top of
+the page.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -246,12 +247,10 @@ def settings(language: str) -> dict[str, object]:
     }
 
 
-def build(site: Path) -> None:
-    """Both languages, into a folder that is emptied first."""
-    shutil.rmtree(site, ignore_errors=True)
+def build(site: Path, staging: Path) -> None:
+    """Both languages, staged in an empty folder; the site takes the place of the one before when all of it is built."""
     for language, place in LANGUAGES.items():
-        folder, assets = ROOT / "build" / "docs" / language, set[str]()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder, assets = staging / (language + ".pages"), set[str]()
         for page in pages():
             if page in (TRANSLATIONS if language == "zh" else TRANSLATIONS.values()):
                 continue
@@ -266,9 +265,13 @@ def build(site: Path) -> None:
         (folder / "mkdocs.yml").write_text(json.dumps(settings(language), ensure_ascii=False))
         command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(folder / "mkdocs.yml")]
         if subprocess.run(command, check=False, env={**os.environ, "NO_COLOR": "1"}).returncode:
-            raise SystemExit(f"the pages in {folder / 'docs'} can't be built; what is wrong stands above")
-        shutil.copytree(folder / "site", site / place, dirs_exist_ok=True)  # Zensical writes nowhere else
+            raise SystemExit(f"the {language} pages can't be built; what is wrong stands above")
+        shutil.copytree(folder / "site", staging / "site" / place, dirs_exist_ok=True)  # Zensical writes nowhere else
+    shutil.rmtree(site, ignore_errors=True)
+    site.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(staging / "site", site)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "site").absolute())
+    with tempfile.TemporaryDirectory(prefix="rmsnorm-pages-") as own:  # two runs at once stay out of each other's way
+        build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "site").absolute(), Path(own))
