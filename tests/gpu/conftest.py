@@ -20,7 +20,7 @@ from rmsnorm import _form, _native
 from rmsnorm.gpu import backward, forms, general, heads, launch, neighbours, route, serve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED = ["test_bench_device.py", "test_compiled.py", "test_launcher.py", "test_route.py"]
+COMPILED = ["test_bench_device.py", "test_compiled.py", "test_driver.py", "test_launcher.py", "test_route.py"]
 if INTERPRETED:
     collect_ignore = [*COMPILED, "test_device.py"]
 elif DEVICE:
@@ -79,3 +79,28 @@ def nothing_falls_back(monkeypatch):
         return results
 
     monkeypatch.setattr(serve, "_launched", launched)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    import standin
+
+    return standin.StandIn(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def driver(made, monkeypatch):
+    """Kernels of no code, for `RMSNORM_CUDA=triton`."""
+    import standin
+
+    with standin.standing_in(made, monkeypatch), standin.nothing_compiled(monkeypatch):
+        yield made
+
+
+@pytest.fixture
+def never_python(monkeypatch):
+    """What C++ hands on fails."""
+    reached = []
+    monkeypatch.setattr(_native, "telling", lambda: reached.append(1))
+    yield
+    assert not reached, "C++ handed a call to Python"

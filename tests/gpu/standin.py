@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from rmsnorm import _native
+from rmsnorm import _native, _ops
 from rmsnorm.gpu import launch, launcher, route, serve
 
 SOURCE = Path(__file__).with_name("driver.c")
@@ -268,3 +270,33 @@ def told(launches: list[Launched], given: list[Tensor], results: list[Tensor]) -
         for result in results
     ]
     return Told(found, places)
+
+
+def same(driver, name: str, arguments: tuple, placed: bool = True) -> list:
+    """The launches, which Triton and C++ have to agree upon, and upon where the results are in them. ``placed`` is
+    False where a result may lie where a copy lay that lived for the first launches alone."""
+    given = [t for t in arguments if isinstance(t, Tensor)]
+    found = []
+    for operator in (in_python(name), in_cpp(name)):
+        driver.launches()
+        results = operator(*arguments)
+        results = [results] if isinstance(results, Tensor) else list(results or ())
+        found.append((told(driver.launches(), given, results), results))
+    (theirs, before), (ours, after) = found
+    assert ours.launches == theirs.launches, name
+    assert ours.places == theirs.places or not placed, name
+    for one, two in zip(before, after, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (two.shape, two.dtype, two.stride()), name
+    return ours.launches
+
+
+def framed(call):
+    """How many frames of the package a call enters, and what it returns."""
+    entered = []
+    home = os.path.dirname(_ops.__file__)
+    sys.setprofile(lambda frame, event, _: entered.append(1) if frame.f_code.co_filename.startswith(home) else None)
+    try:
+        result = call()
+    finally:
+        sys.setprofile(None)
+    return len(entered), result

@@ -8,6 +8,7 @@ for it; on a GPU, kernels of one width might add up in two orders, which these t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -279,6 +280,18 @@ def test_heads(dtype, columns):
             )
             dx_bounds.check(dx.transpose(1, 2).reshape(-1, columns), f"dx, {what}")
             dw_bounds.check(dw, f"dw, {what}")
+
+
+def test_widest_heads():
+    """4096 columns are held in registers; what is wider goes to the definition, which nothing_falls_back tells."""
+    for columns in (4096, 4097):
+        x, cos_sin = heads(1, 1, 2, columns, torch.bfloat16), angles(2, 64, torch.bfloat16)
+        call = partial(heads_rms_norm_rope, x, x, *cos_sin, gains(columns, dtype=torch.bfloat16), None, EPS)
+        if columns == 4096:
+            assert call()[0].shape == x.shape
+        else:
+            with pytest.raises(AssertionError, match="heads_rms_norm_rope is not served by Triton"):
+                call()
 
 
 @pytest.mark.parametrize("columns", [64, 129])
