@@ -118,29 +118,48 @@ std::tuple<Tensor, Tensor> general_add_rms_norm_weighted(Tensor input, Tensor re
   return {*output, *sum};
 }
 
+const char* begin_of(const Tensor& t) { return static_cast<const char*>(t.data_ptr()); }
+
+// Behind the last element.
+const char* end_of(const Tensor& t) {
+  int64_t last = 0;
+  for (size_t d = 0; d < t.sizes().size(); ++d) last += (t.sizes()[d] - 1) * t.strides()[d];
+  return begin_of(t) + (last + 1) * static_cast<int64_t>(t.element_size());
+}
+
+bool are_beside(const Tensor& a, const Tensor& b) {
+  return a.numel() == 0 || b.numel() == 0 || end_of(a) <= begin_of(b) || end_of(b) <= begin_of(a);
+}
+
+// Whether each element has a place of its own, as it has where each stride passes over all that shorter ones reach.
+bool has_own_places(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    int64_t reach = 1;
+    for (size_t e = 0; e < sizes.size(); ++e)
+      if (e != d && sizes[e] > 1 && (strides[e] < strides[d] || (strides[e] == strides[d] && e > d)))
+        reach += (sizes[e] - 1) * strides[e];
+    if (sizes[d] > 1 && strides[d] < reach) return t.numel() == 0;
+  }
+  return true;
+}
+
 // Whether all elements have places of their own, and both tensors'. Where they lie between each other, rows must be
 // alike: the parts of one projection.
 bool are_apart(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
-  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
-  int64_t last[2] = {}, least = INT64_MAX, inner = 1, stride = 0;
-  bool same = a.element_size() == b.element_size(), own = true;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    own = own && (sizes[d] <= 1 || (strides[d] != 0 && others[d] != 0));
-    last[0] += (sizes[d] - 1) * strides[d], last[1] += (sizes[d] - 1) * others[d];
-  }
-  if (!own || a.numel() == 0) return own;
-  const int64_t size = static_cast<int64_t>(a.element_size());
-  const char* first_end = begin(a) + (last[0] + 1) * size;
-  const char* second_end = begin(b) + (last[1] + 1) * static_cast<int64_t>(b.element_size());
-  if (first_end <= begin(b) || second_end <= begin(a)) return true;
+  int64_t least = INT64_MAX, inner = 1, stride = 0;
+  bool same = a.element_size() == b.element_size();
+  if (!has_own_places(a) || !has_own_places(b)) return false;
+  if (are_beside(a, b)) return true;
   for (size_t d = sizes.size(); d-- > 0;) {
     if (sizes[d] == 1) continue;
     same = same && strides[d] == others[d];
     if (stride == 0 && strides[d] == inner) inner *= sizes[d];
     else least = stride == 0 ? strides[d] : std::min(least, strides[d]), stride = strides[d];
   }
-  const int64_t apart = (begin(a) > begin(b) ? begin(a) - begin(b) : begin(b) - begin(a)) / size;
+  const int64_t size = static_cast<int64_t>(a.element_size());
+  const int64_t apart = std::abs(begin_of(a) - begin_of(b)) / size;
   return same && apart >= inner && apart + inner <= least;
 }
 
@@ -149,7 +168,11 @@ void add_rms_norm_(Tensor input, Tensor residual, OptionalTensor weight, int64_t
   check_sizes(residual, input, "residual");
   const Type type = type_of(input), sum = type_of(residual);
   require(promoted(type, sum) == sum, "rmsnorm: residual must have the dtype of the sum");
-  require(are_apart(input, residual), "rmsnorm: input and residual are written to, and must not share memory");
+  const bool read = !weight || (are_beside(*weight, input) && are_beside(*weight, residual));
+  require(
+      read && are_apart(input, residual),
+      "rmsnorm: input and residual are written to, and must not share memory: within themselves, with each other or "
+      "with the weight");
   const Asked asked = {dims, eps, offset, round_first, -1, true, true, round_sum, scalar_of(type), false};
   const int64_t outer = Shape(input, dims).outer;
   if (has_plain_rows(input, outer) && has_plain_rows(residual, outer)) {

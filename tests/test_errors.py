@@ -133,6 +133,27 @@ def test_out_whose_memory_holds_other_values(out):
         rms_norm(z, 5, out=z.clone().conj())
 
 
+def test_errors_name_the_tensor_that_is_wrong():
+    x, short = torch.ones(2, 5), torch.ones(4)
+    for label, call in {
+        "bias": lambda: rms_norm(x, 5, torch.ones(5), bias=short),
+        "next_weight": lambda: rmsnorm.sandwich_rms_norm(x, x, 5, torch.ones(5), short),
+    }.items():
+        with pytest.raises(RuntimeError, match=rf"Expected {label} to be of same shape.*reshape the {label} to \[5\]"):
+            call()
+    with pytest.raises(NotImplementedError, match=r"bias must be of a floating or complex type, but is torch\.int64"):
+        rms_norm(x, 5, torch.ones(5), bias=torch.ones(5, dtype=torch.int64))
+    with pytest.raises(TypeError, match="eps must be a float, but is None"):
+        rmsnorm.l2_norm(x, 5, eps=None)
+    with pytest.raises(TypeError, match=r"partial must be a float, but is a str; pass a number, e\.g\. 0\.5"):
+        rms_norm(x, 5, partial="a")
+    q = torch.ones(1, 2, 3, 8)
+    with pytest.raises(RuntimeError, match="pass the angles of these 3 tokens"):
+        rmsnorm.rope(q, q, torch.ones(4, 8), torch.ones(4, 8))
+    with pytest.raises(RuntimeError, match="no dimension of heads: index or squeeze that"):
+        rmsnorm.rope(q, q, torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+
+
 NO_TENSORS = {
     "list": ([1.0] * 4, "a list", "pass torch.tensor({})"),
     "numpy": (np.ones((2, 4), np.float32), "a numpy.ndarray", "pass torch.from_numpy({})"),

@@ -208,9 +208,52 @@ def test_in_place_of_one_projection(native_target):
         (whole[:3], whole[1:4]),
         (whole[:1].expand(6, 300), whole.clone()),
         (whole.clone(), whole[:1].expand(6, 300)),
+        (torch.randn(20).as_strided((4, 8), (2, 1)), torch.randn(4, 8)),
+        (torch.randn(4, 8), torch.randn(20).as_strided((4, 8), (2, 1))),
+        (torch.randn(4, 8), torch.randn(20).as_strided((4, 8), (1, 2))),
     ):
         with pytest.raises(RuntimeError, match="must not share memory"):
             add_rms_norm_(a, r)
+    x, r = torch.randn(2, 4, 8)
+    for weight in (x[1], r[2]):
+        with pytest.raises(RuntimeError, match="must not share memory: within themselves, with each other or with the"):
+            add_rms_norm_(x, r, weight)
+    apart = torch.randn(30).as_strided((3, 2, 2), (9, 4, 1))  # gaps, and none of these elements twice
+    add_rms_norm_(apart, torch.randn(3, 2, 2))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("way", ["out=", "out=, with an offset", "in place", "in place, unrounded", "in place, sum"])
+def test_autograd_knows_what_is_written_to(target, way, layout):
+    """A backward that kept what was there before raises, as after torch's own operators, in a graph too."""
+
+    def write(h):
+        x, w = torch.randn(4, 64), torch.ones(64)
+        with torch.no_grad():
+            if way.startswith("out"):
+                rms_norm(x, 64, w, EPS, out=h, offset=float("offset" in way))
+            elif way.endswith("sum"):
+                add_rms_norm_(x, h, w, EPS)
+            else:
+                add_rms_norm_(h, x, w, EPS, round_sum="un" not in way)
+
+    for call in (write, torch.compile(write, backend="aot_eager")):
+        h = lay_out(torch.randn(4, 64), layout).requires_grad_()
+        y = (h * h).sum()
+        before = h._version
+        call(h)
+        assert h._version > before
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+def test_negated_views():
+    """Their memory holds other numbers than they show."""
+    view = torch.randn(4, 8, dtype=torch.complex64).conj().imag
+    for a, r in ((view, torch.randn(4, 8)), (torch.randn(4, 8), view)):
+        for weight in (None, torch.ones(8)):
+            with pytest.raises(RuntimeError, match=r"is a negated view.*call rmsnorm\.add_rms_norm"):
+                add_rms_norm_(a, r, weight)
 
 
 def test_operators_keep_torchs_rules():

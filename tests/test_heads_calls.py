@@ -151,6 +151,11 @@ def test_types_that_no_kernel_has():
     mixed = rope(q, k.float(), cos, sin)
     assert same_bits(mixed[0], rope(q, k, cos, sin)[0])
     assert mixed[1].dtype is torch.float32
+    for big in (q.float(), q.float() * 1e25):  # the norm is the plain one there, too, to the bit, however large
+        normed, learnt = rms_norm(big, 16, None, 1e-6), cos.float().requires_grad_()
+        assert same_bits(heads_rms_norm_rope(big, big, cos, sin, eps=1e-6)[0], rope(normed, normed, cos, sin)[0])
+        by_angle = heads_rms_norm_rope(big, big, learnt, sin.float(), eps=1e-6)[0]
+        assert same_bits(by_angle.detach(), rope(normed, normed, cos.float(), sin.float())[0])
     meta = heads_rms_norm_rope(*(t.to("meta") for t in (q, k, cos, sin)))
     assert [t.shape for t in meta] == [q.shape, k.shape]
 

@@ -226,3 +226,42 @@ def test_kept_for_backward():
 
 def test_is_on_the_public_page():
     assert rmsnorm.layer_norm is layer_norm_file.layer_norm
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's forward AD, about itself
+def test_derivatives_of_derivatives():
+    """Nested transforms, against the formula: torch's own operator is wrong in two of these (torch 2.13)."""
+    from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+    dice = torch.Generator().manual_seed(0)
+    x, tangent = torch.randn(2, 4, 3, 5, generator=dice, dtype=torch.float64)
+    weight, bias = torch.randn(2, 5, generator=dice, dtype=torch.float64)
+
+    def formula(x, w, b):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * w + b
+
+    def ours(x, w, b):
+        return layer_norm(x, (5,), w, b, EPS)
+
+    def ways(norm):
+        def loss(x, w, b):
+            return norm(x, w, b).sin().sum()
+
+        def of_weight(sample):
+            return grad(loss, 1)(sample, weight, bias)
+
+        def along(x):
+            return jvp(lambda x: norm(x, weight, bias), (x,), (tangent,))[1]
+
+        yield jvp(along, (x,), (tangent,))[1]
+        yield grad(lambda x: vmap(of_weight)(x).square().sum())(x)
+        yield from (hessian(loss, i)(x, weight, bias) for i in range(3))
+        yield from (outer(jacrev(loss, 1), 0)(x, weight, bias) for outer in (jacfwd, jacrev))
+        yield jacfwd(jacfwd(loss, 1), 0)(x, weight, bias)
+        leaf = x.clone().requires_grad_()  # and torch.autograd around them
+        yield torch.autograd.grad(vmap(of_weight)(leaf).square().sum(), leaf)[0]
+        yield torch.autograd.grad(jacrev(loss, 1)(leaf, weight, bias).square().sum(), leaf)[0]
+
+    for i, (found, right) in enumerate(zip(ways(ours), ways(formula), strict=True)):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12, msg=lambda text, i=i: f"{i}: {text}")

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
-    "forms/calls": {"_arguments", "_everyday", "forms/served", "functional"},
+    "forms/calls": {"_arguments", "_everyday", "_foreign", "forms/served", "functional"},
     "forms/served": {"_autograd", "_foreign", "_form", "_onnx", "_recorded"},
     "forms/gated": {
         *("_arguments", "_autograd", "_everyday", "functional", "module", "reference"),

@@ -42,7 +42,8 @@ def check_numbers(name: str, **numbers: object) -> None:
         many = isinstance(value, Tensor) and value.numel() != 1
         if many or not hasattr(type(value), "__float__"):
             came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else described(value)
-            raise TypeError(f"{name}: {label} must be a float, but is {came}; pass a number, e.g. 1e-6")
+            example = "0.5" if label == "partial" else "1e-6"
+            raise TypeError(f"{name}: {label} must be a float, but is {came}; pass a number, e.g. {example}")
 
 
 def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -64,7 +65,9 @@ def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...
     return shape
 
 
-def raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> NoReturn:
+def raise_shape(
+    name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None, label: str = "weight"
+) -> NoReturn:
     """Says which sizes don't fit: those of the input, or else the weight's."""
     # The first sentences are torch's own, word for word: code that matches them keeps working.
     if not shape:
@@ -77,9 +80,9 @@ def raise_shape(name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor
         )
     assert weight is not None
     raise RuntimeError(
-        f"{name}: Expected weight to be of same shape as normalized_shape, but got weight of shape "
-        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the weight to {list(shape)}, or, for "
-        f"weights of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
+        f"{name}: Expected {label} to be of same shape as normalized_shape, but got {label} of shape "
+        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the {label} to {list(shape)}, or, for "
+        f"{label}s of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
     )
 
 
@@ -91,8 +94,10 @@ def resolve(
     eps: float | None,
     casting_mode: str,
     memory: str | None = None,
+    label: str = "weight",
 ) -> tuple[int, float, bool, bool]:
-    """Checks what all functions share; returns ``(dims, eps, round_first, native)``.
+    """Checks what all functions share; returns ``(dims, eps, round_first, native)``. ``label`` is what the caller calls
+    the weight.
 
     ``native`` is False for types that no kernel has: the reference serves them, with torch's own autograd.
     """
@@ -103,7 +108,7 @@ def resolve(
     if not dims or input.shape[-dims:] != shape:
         raise_shape(name, input, shape, None)
     if weight is not None and not reference.spans(weight, input, dims):
-        raise_shape(name, input, shape, weight)
+        raise_shape(name, input, shape, weight, label)
     check_one_of(name, "casting_mode", casting_mode, ROUND_FIRST)
     if memory is not None:
         check_one_of(name, "memory", memory, MEMORY)
@@ -113,14 +118,14 @@ def resolve(
     if weight is not None:
         if weight.device != input.device:
             raise RuntimeError(
-                f"{name}: input is on {input.device} and weight on {weight.device}; move one of them, "
-                f"e.g. weight.to({str(input.device)!r})"
+                f"{name}: input is on {input.device} and {label} on {weight.device}; move one of them, "
+                f"e.g. {label}.to({str(input.device)!r})"
             )
         if weight.dtype is not dtype:
             # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
             native = native and weight.dtype in NATIVE_TYPES and weight.dtype is not torch.float64
     if not native:
-        check_floating(name, input, weight)
+        check_floating(name, input=input, **{label: weight})
     if eps is None:
         eps = EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else EPS
     elif type(eps) is not float:
@@ -128,9 +133,9 @@ def resolve(
     return dims, eps, round_first, native
 
 
-def check_floating(name: str, input: Tensor, weight: Tensor | None) -> None:
+def check_floating(name: str, **tensors: Tensor | None) -> None:
     """Raises torch's own NotImplementedError, which is a RuntimeError, for types that have no fractions."""
-    for label, tensor in (("input", input), ("weight", weight)):
+    for label, tensor in tensors.items():
         if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
             raise NotImplementedError(
                 f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
@@ -150,7 +155,7 @@ def check_out(out: Tensor, input: Tensor, dtype: dtype, expanded: bool, recorded
             f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
             "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
         )
-    if out.is_neg() or out.is_conj():
+    if not torch.compiler.is_compiling() and (out.is_neg() or out.is_conj()):
         raise RuntimeError(
             f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
             "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"

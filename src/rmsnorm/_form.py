@@ -14,8 +14,8 @@ no code of ours chooses. Outputs are contiguous, but for heads. A gradient that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,8 @@ class Form:
     """Options that the derivative doesn't know."""
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     """``(grads, saved, weights, options) -> gradients of rows and weights`` in plain torch; None: another form's."""
+    follows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Outputs that depend on some tensors alone, and these: where none of them learns, the output is a constant."""
     fixed: tuple[str, ...] = ()
     """Rows that have no gradient but the definition's, and types of their own."""
     shared: tuple[str, ...] = ()

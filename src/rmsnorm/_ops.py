@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +19,35 @@ def _check(input: Tensor, weight: Tensor | None, dims: int, *_: Any) -> None:
         raise RuntimeError("rmsnorm: input and weight don't fit, or are of no floating type; call rmsnorm.rms_norm")
 
 
+increment_versions: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
+"""What ``torch.autograd.graph.increment_version`` calls: a backward that kept what was there before then raises."""
+
+
+def written(*tensors: Tensor) -> None:
+    """Says so to autograd, as torch's own operators do; graphs know it from the schema."""
+    if not torch.compiler.is_compiling():
+        increment_versions(tensors)
+
+
 def is_expanded(tensor: Tensor) -> bool:
     """Whether several elements are a single memory location, by a stride of 0."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
+def _has_own_places(tensor: Tensor) -> bool:
+    """Whether each stride passes over all that shorter ones reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return not tensor.numel()
+        reach += (size - 1) * stride
+    return True
+
+
 def check_in_place(input: Tensor, residual: Tensor) -> None:
     """Of two tensors that are written to."""
-    if is_expanded(input) or is_expanded(residual) or input.data_ptr() == residual.data_ptr() != 0:
+    own = _has_own_places(input) and _has_own_places(residual)
+    if not own or input.data_ptr() == residual.data_ptr() != 0:
         raise RuntimeError("rmsnorm: input and residual are written to, and must not share memory")
 
 

@@ -65,6 +65,17 @@ def test_a_hook_that_changes_a_norm_is_obeyed(model: nn.Module) -> None:
     assert same_bits(model(ids()).logits, plain)
 
 
+def test_a_forward_that_is_set_later_is_obeyed(model: nn.Module) -> None:
+    """On a norm itself, as accelerate's offloading does, in a layer that is fused: that norm then runs by itself."""
+    plain, norm = model(ids()).logits, model.model.layers[0].post_attention_layernorm
+    own, seen = norm.forward, []
+    norm.forward = lambda x: seen.append(x) or own(x) * 3
+    assert not torch.allclose(model(ids()).logits, plain)
+    assert len(seen) == 1
+    del norm.forward
+    assert same_bits(model(ids()).logits, plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_casts(model: nn.Module, dtype: torch.dtype) -> None:
     """In float64, which patch() does not prove, the norms run on their own forward."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _arguments, _everyday, functional
+from .. import _arguments, _everyday, _foreign, functional
 from .served import Served
 
 ROUND_FIRST, ordinary, dims_of = functional.ROUND_FIRST, _everyday.ordinary, _everyday.dims_of  # found sooner here
@@ -70,7 +70,7 @@ def call(
     for label, weight in weights.items():
         if weight is not None:
             _arguments.check_tensors(name, **{label: weight})
-            native &= functional._resolve(name, input, normalized_shape, weight, eps, casting_mode)[3]
+            native &= functional._resolve(name, input, normalized_shape, weight, eps, casting_mode, label=label)[3]
     if type(offset) is not float:
         _arguments.check_numbers(name, offset=offset)
     if eps < 0:
@@ -134,6 +134,16 @@ def everyday_weighted(
     except (RuntimeError, AttributeError, TypeError):
         pass
     return None
+
+
+def plain_norm(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, None]:
+    """The plain norm as everybody calls it, for a definition that is made of whole norms: its kernels and its rules."""
+    if _foreign.wanted_by(input, weight):
+        return _foreign.rms_norm(input, weight, dims, eps, offset, round_first), None
+    shape, mode = input.shape[input.dim() - dims :], "llama" if round_first else "torch"
+    return functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=mode), None
 
 
 def check_rows(name: str, rows: Named, dims: int, shared: tuple[str, ...], by_name: tuple[str, ...] = ()) -> Named:

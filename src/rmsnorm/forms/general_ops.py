@@ -196,6 +196,7 @@ GENERAL = _form.register(
         options="int dims, float eps, float offset, bool round_first, int counted, bool mean, bool store, "
         "ScalarType? out_dtype",
         outputs=("output", "rstd"),
+        follows={"rstd": ("input",)},
         kept=(),
         define=_define,
         like=_like,
@@ -217,6 +218,7 @@ GENERAL_ADD = _form.register(
         options="int dims, float eps, float offset, bool round_first, int counted, bool round_sum, "
         "ScalarType? out_dtype",
         outputs=("output", "sum", "rstd"),
+        follows=dict.fromkeys(("sum", "rstd"), ("input", "residual")),
         kept=(),
         define=_define_added,
         like=_like_added,

@@ -14,7 +14,7 @@ from .. import _arguments, _everyday, _foreign, functional
 from . import calls, heads_ops
 from .served import Served
 
-_normed = Served(heads_ops.HEADS_RMS_NORM_ROPE)
+_normed = Served(heads_ops.HEADS_RMS_NORM_ROPE, calls.plain_norm)
 _turned = Served(heads_ops.ROPE)
 _DIMS = {"query": 3, "key": 3, "cos": 2, "sin": 2}
 _HALF = (torch.bfloat16, torch.float16)
@@ -167,7 +167,7 @@ def _resolve(name: str, tensors: tuple[Any, ...], eps: float | None, casting_mod
     for x, label, weight in zip(tensors[:2], ("query_weight", "key_weight"), tensors[4:], strict=True):
         if weight is not None:
             _check_weight(name, label, weight, size)
-            native &= functional._resolve(name, x, size, weight, eps, casting_mode)[3]
+            native &= functional._resolve(name, x, size, weight, eps, casting_mode, label=label)[3]
             native &= not round_first or weight.dtype is x.dtype
     return native, least, round_first
 
@@ -204,9 +204,14 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
         sizes = angle.shape[:-1]
         fits = len(sizes) <= len(shape)
         if not fits or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False)):
+            remedy = (
+                f"it has no dimension of heads: index or squeeze that, e.g. {label}[:, 0]"
+                if len(sizes) >= len(shape) and sizes[-1] in (1, tokens)
+                else f"pass the angles of these {tokens} tokens, a row each"
+            )
             raise RuntimeError(
                 f"{name}: {label} must be broadcast over the heads to {[*shape, turned]}, but has shape "
-                f"{list(angle.shape)}; it has no dimension of heads: index or squeeze that, e.g. {label}[:, 0]"
+                f"{list(angle.shape)}; {remedy}"
             )
     same = cos.dtype is sin.dtype and cos.dtype is query.dtype
     wide = cos.dtype is sin.dtype and cos.dtype is torch.float32 and query.dtype in _HALF

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _autograd, _everyday, _foreign, _form, _ops, functional, reference
@@ -61,6 +62,7 @@ def add_rms_norm_(
                     _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less
                 else:
                     _run(input, residual, weight, dims, eps, offset, functional.ROUND_FIRST[casting_mode], round_sum)
+                _written((input, residual))
                 return input, residual
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
@@ -83,6 +85,7 @@ def add_rms_norm_(
         output, sum = functional.add_rms_norm(input, residual, shape, weight, eps, **options, out_dtype=input.dtype)
         return input.copy_(output), residual.copy_(sum)
     _operator(input, residual, weight, dims, eps, offset, round_first, bool(round_sum))
+    _ops.written(input, residual)
     return input, residual
 
 
@@ -94,6 +97,12 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
             "add_rms_norm_: it writes to its arguments, but one of them requires grad; call it under torch.no_grad(), "
             "or call rmsnorm.add_rms_norm"
         )
+    for label, tensor in (("input", input), ("residual", residual)):
+        if not is_compiling() and tensor.is_neg():
+            raise RuntimeError(
+                f"add_rms_norm_: {label} is a negated view, whose memory holds other values than it shows; pass a "
+                "tensor of its own, or call rmsnorm.add_rms_norm"
+            )
     if (sum := reference.promoted(input.dtype, residual.dtype)) is not residual.dtype:
         raise RuntimeError(
             f"add_rms_norm_: residual must have the type of the sum, {sum}, "
@@ -106,4 +115,4 @@ _form.library.impl("add_rms_norm_", _ops.add_rms_norm_by_copies, "CompositeExpli
 torch.library.register_fake("rmsnorm::add_rms_norm_", lambda *arguments: None, lib=_form.library)
 _operator = torch.ops.rmsnorm.add_rms_norm_.default
 _run: Any = _operator._op
-_weighted = everyday_ops.add_rms_norm_
+_weighted, _written = everyday_ops.add_rms_norm_, _ops.increment_versions

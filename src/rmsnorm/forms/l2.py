@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _arguments, _everyday, functional
+from .. import _everyday, functional
 from . import calls, general
 
 
@@ -61,7 +61,7 @@ def l2_norm(
     except (KeyError, AttributeError, TypeError):
         pass
     if eps is None:
-        _arguments.check_numbers("l2_norm", eps="None")
+        raise TypeError("l2_norm: eps must be a float, but is None; pass a number, e.g. 1e-12")
     named = {"eps_inside": (eps_inside, False), "offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
     named["out_dtype"] = (out_dtype, None)
     rows: calls.Named = {"input": input}

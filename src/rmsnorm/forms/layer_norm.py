@@ -1,8 +1,8 @@
 """The only file with LayerNorm: RMSNorm's kernels with the other statistic, for the calls that they can serve.
 
-torch has LayerNorm, with every derivative and a formula for every compiler. So there is no second definition here:
-what the kernels don't take, and whatever is unusual (torch.compile, torch.func, forward mode, other devices and types),
-is ``torch.nn.functional.layer_norm``.
+torch has LayerNorm, and a formula for every compiler: what the kernels don't take (torch.compile, other devices and
+types) is ``torch.nn.functional.layer_norm``. Under torch.func and in forward mode it is the formula: ``layer_ops.py``
+says why.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, _everyday
@@ -74,6 +75,10 @@ def layer_norm(
     _arguments.check_numbers(_NAME, eps=eps)
     if ranks := _everyday.distributed(input, weight, bias):
         return ranks.layer_norm(layer_norm, input, shape, weight, bias, eps)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        fits = input.shape[-len(shape) :] == shape and all(t is None or t.shape == shape for t in (weight, bias))
+        if fits and shape and input.is_floating_point():
+            return layer_ops.composed(input, weight, bias, len(shape), eps)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
 
 

@@ -18,14 +18,27 @@ def _like(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, 
     return _form.like(input), rstd.double(), rstd
 
 
+def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
+    """The formula in torch's simplest operators, for whoever takes derivatives of derivatives: those of torch's own
+    LayerNorm (2.13) are wrong in forward mode within forward mode, and of the weight's gradient under vmap
+    (findings/layer-norm-twice.sh)."""
+    last = tuple(range(-dims, 0))
+    wide = reference.cast(input, reference.accumulation_dtype(input.dtype))
+    centred = wide - wide.mean(last, keepdim=True)
+    output = centred * torch.rsqrt(centred.square().mean(last, keepdim=True) + eps)
+    output = output if weight is None else output * weight
+    return reference.cast(output if bias is None else output + bias, input.dtype)
+
+
 def _gradients(grads: Any, saved: Any, weights: Any, options: tuple[int, float]) -> tuple[Tensor | None, ...]:
-    """By torch's own operators, which have derivatives."""
-    input, dims, eps = saved[0], *options
-    shape = input.shape[input.dim() - dims :]
+    """By operators that have derivatives."""
     with torch.enable_grad():
-        # Aliases: what needs no gradient gets one, too, and nobody asks.
-        given = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (input, *weights)]
-        output = torch.nn.functional.layer_norm(given[0], shape, given[1], given[2], eps)
+        # Aliases: what needs no gradient gets one, too, and nobody asks; and a tensor may be given twice.
+        given: list[Any] = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (saved[0], *weights)
+        ]
+        output = composed(given[0], given[1], given[2], *options)
         wanted = [t for t in given if t is not None]
         found = iter(torch.autograd.grad(output, wanted, grads[0], create_graph=True))
     return tuple(None if t is None else next(found) for t in given)

@@ -17,20 +17,12 @@ STATISTICS = {"rms": False, "layer": True}
 _EPS = 1e-5  # LayerNorm's own
 
 
-def _norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, None]:
-    """The plain norm as everybody calls it."""
-    shape, mode = input.shape[input.dim() - dims :], "llama" if round_first else "torch"
-    return functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=mode), None
-
-
 def _centre(input: Tensor, dims: int, eps: float) -> tuple[Tensor, None, None]:
     """The same of LayerNorm."""
     return layer_norm(input, tuple(input.shape[input.dim() - dims :]), None, None, eps), None, None
 
 
-_served = Served(modulated_ops.MODULATED_NORM, _norm, centre=_centre)
+_served = Served(modulated_ops.MODULATED_NORM, calls.plain_norm, centre=_centre)
 _added = Served(modulated_ops.GATED_ADD)
 
 

@@ -158,6 +158,7 @@ MODULATED_NORM = _form.register(
         weights=("weight",),
         options="int dims, float eps, float offset, bool round_first, bool layer",
         outputs=("output", "sum"),
+        follows={"sum": ("input", "residual?", "gate?")},
         kept=("mean", "rstd"),
         define=norm,
         like=_like,

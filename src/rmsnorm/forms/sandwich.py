@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _arguments, _form, functional, reference
+from .. import _arguments, _form, reference
 from . import calls
 from .served import Served
 
@@ -56,14 +56,6 @@ def _gradients(
     return dx, ds, dw, dnext
 
 
-def _norm(
-    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, None]:
-    """The plain norm as everybody calls it."""
-    shape, mode = input.shape[input.dim() - dims :], "llama" if round_first else "torch"
-    return functional.rms_norm(input, shape, weight, eps, offset=offset, casting_mode=mode), None
-
-
 def _fits(input: Tensor, *weights: Tensor | None, round_first: bool) -> bool:
     """Whether there are kernels, which know one type of input, residual and sum."""
     return input.device.type in ("cpu", "cuda", "xpu") and all(
@@ -96,6 +88,7 @@ SANDWICH = _form.register(
         weights=("weight", "next_weight"),
         options="int dims, float eps, float offset, bool round_first, float? next_eps",
         outputs=("output", "sum"),
+        follows={"sum": ("input", "residual", "weight")},
         kept=("rstd", "next_rstd"),
         define=_sandwich,
         like=lambda x, residual, w, v, dims, *_: (
@@ -108,7 +101,7 @@ SANDWICH = _form.register(
         fits=lambda x, residual, w, v, dims, eps, offset, first, _: _fits(x, w, v, round_first=first),
     )
 )
-_served_add, _served = Served(ADD, _norm), Served(SANDWICH, _norm)
+_served_add, _served = Served(ADD, calls.plain_norm), Served(SANDWICH, calls.plain_norm)
 
 
 def rms_norm_add(

@@ -29,6 +29,7 @@ class Served:
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         self.weight = len(self.form.rows)  # the place of the first: a norm has one
+        self.tensors = self.form.tensors  # read here: dynamo doesn't trace the lock of a cached property of Python 3.11
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
         self.record: Callable[..., Any] | None = None
@@ -52,7 +53,7 @@ class Served:
     def everyday(self, *arguments: Any) -> Any:
         """The same of a call of which nothing unusual is known; an error for what no kernel has."""
         if torch.is_grad_enabled():
-            for tensor in arguments[: self.form.tensors]:  # not any(...): 0.3 µs of each call
+            for tensor in arguments[: self.tensors]:  # not any(...): 0.3 µs of each call
                 if tensor is not None and tensor.requires_grad:
                     if self.form.fixed and self.is_moved(arguments):
                         raise RuntimeError
@@ -74,7 +75,7 @@ class Served:
 
     def __call__(self, native: bool, *arguments: Any) -> Any:
         """The outputs; ``native`` is False for types that no kernel has."""
-        tensors = arguments[: self.form.tensors]
+        tensors = arguments[: self.tensors]
         if self.record is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"{self.form.name}: its results have no derivative, but one of the arguments requires grad; call it "
@@ -121,6 +122,10 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     known_at = [i for i, known in enumerate(form.known) if known]
     # Of most forms each gradient is one tensor's; any(...) takes 0.3 µs of each.
     alone = [at[0] for at in asked_at] if all(len(at) == 1 for at in asked_at) else None
+    followed = [
+        (i, [names.index(t) for t in form.follows[name]]) for i, name in enumerate(form.outputs) if name in form.follows
+    ]
+    twice = _twice_of(served)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
@@ -132,6 +137,9 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
             return results[0]
         if "Tensor?" in form.grads:
             ctx.set_materialize_grads(False)
+        if followed and not torch.compiler.is_compiling():
+            asked = ctx.needs_input_grad
+            ctx.mark_non_differentiable(*(results[i] for i, at in followed if not any(asked[j] for j in at)))
         return results[:outputs]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,14 +157,11 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         if wider:
             saved = tuple(t if t is None else t.to(first.dtype) for t in saved)
             rest = tuple(t if t is None else t.to(first.dtype) for t in rest)
-        # A graph of the gradient is wanted, or it is a batch of gradients.
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        if way := _way(served, twice):
+            found = way(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
+        else:
             assert form.gradients is not None
             found = form.gradients((first, *rest), saved, weights, tuple(options))
-        else:
-            operator = served.backward if compiling else getattr(served.backward, "_op", served.backward)
-            found = operator(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
         if wider:
             found = [t if t is None or i >= moving else t.to(dtype) for i, t in enumerate(found)]
         results = [
@@ -166,3 +171,59 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn
+
+
+def _way(served: Served, twice: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What finds the gradients now: an operator, or None for the row's derivative, of a batch of gradients say."""
+    way: Callable[..., Any] = served.backward
+    if torch.compiler.is_compiling():
+        return way
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    return twice if torch.is_grad_enabled() else getattr(way, "_op", way)
+
+
+def _twice_of(served: Served) -> Callable[..., Any]:
+    """The form's backward where a graph of the gradient is wanted: the operator's bits, whose derivatives are those of
+    the row's derivative."""
+    form = served.form
+    learnt, known = len(form.learnt), sum(form.known)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        tensors = len(arguments) - learnt - known
+        ctx.options = arguments[tensors:-learnt]
+        ctx.save_for_backward(*arguments[:tensors])
+        ctx.set_materialize_grads(False)
+        found = served.backward(*arguments)
+        found = found if isinstance(found, tuple) else (found,)
+        ctx.mark_non_differentiable(*(t for t, need in zip(found, arguments[-learnt:], strict=True) if not need))
+        return found
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, again = ctx.saved_tensors, torch.is_grad_enabled()  # whether a graph of this one is wanted, too
+        needs = ctx.needs_input_grad[: len(saved)]
+        with torch.enable_grad():
+            # Each a tensor of its own: one that was given twice would have both gradients twice.
+            given = [
+                t if t is None or not need else t.view_as(t) if again else t.detach().requires_grad_()
+                for t, need in zip(saved, needs, strict=True)
+            ]
+            assert form.gradients is not None
+            found = form.gradients(*form.parts((*given, *ctx.options)))
+            pairs = [
+                (one, grad)
+                for one, grad in zip(found, grads, strict=True)
+                if one is not None and grad is not None and one.requires_grad
+            ]
+            wanted = [t for t, need in zip(given, needs, strict=True) if need]
+            ones, beside = [one for one, _ in pairs], [grad for _, grad in pairs]
+            results = iter(
+                torch.autograd.grad(ones, wanted, beside, create_graph=again, allow_unused=True)
+                if pairs
+                else [None] * len(wanted)
+            )
+        return *(next(results) if need else None for need in needs), *(None,) * (learnt + known)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"{form.title}BackwardFunction", (torch.autograd.Function,), members)
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

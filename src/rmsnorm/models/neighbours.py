@@ -45,7 +45,8 @@ def unweighted(norm: Any, x: Tensor) -> Ours | None:
 
 def _passed_by(norm: Any, binding: Binding, x: Tensor) -> Ours | None:
     if (
-        not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        "forward" not in vars(norm)  # accelerate's offloading sets one, on the module itself
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
         and not _has_any_global_hook()
     ):
         weight = weight_of(norm, binding)
