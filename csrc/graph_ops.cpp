@@ -30,6 +30,7 @@ struct Gradients {
   double eps, next_eps, offset;
   const char *input, *sum, *grad, *grad_sum, *rstd, *next_rstd, *weight, *next_weight;
   char *grad_input, *grad_residual, *grad_weight, *grad_next_weight;  // null where nobody wants it
+  Around around;                                                      // of one norm's
 };
 
 // Heads of query or of key, which are normed and turned: [batch, heads, tokens, columns] with strides, in elements, to
@@ -128,9 +129,10 @@ void run(const Gradients& c) {
   const auto given = [](const char* data) { return const_cast<char*>(data); };
   if (c.kind == Gradients::kNorm) {
     Operands<kBackwardOperands> operands;
-    operands.data = {given(c.input), given(c.grad), c.grad_input, given(c.grad_sum), nullptr, nullptr};
+    operands.data = {given(c.input), given(c.around.before ? nullptr : c.grad), c.grad_input, given(c.grad_sum)};
     operands.push(c.rows, {row, row, row, row, 0, 0});
-    return run_backward(*gain.target, b, operands, c.rstd, nullptr, {to(c.weight_type, c.grad_weight), GradWeight()});
+    return run_backward(*gain.target, b, operands, c.rstd, nullptr, {to(c.weight_type, c.grad_weight), GradWeight()},
+                        &c.around);
   }
   const Gain second = gain_of(c.next_weight_type, c.next_weight);
   SandwichBackward s = {{b, b}, {c.rstd, c.next_rstd}};
@@ -179,6 +181,6 @@ extern "C" __attribute__((visibility("default"))) void rmsnorm_heads_1(const voi
   rmsnorm::run(*static_cast<const rmsnorm::Heads*>(call));
 }
 
-extern "C" __attribute__((visibility("default"))) void rmsnorm_gradients_1(const void* call) {
+extern "C" __attribute__((visibility("default"))) void rmsnorm_gradients_2(const void* call) {
   rmsnorm::run(*static_cast<const rmsnorm::Gradients*>(call));
 }

@@ -160,11 +160,27 @@ inline int64_t scratch_bytes(const Backward& b) {
 inline int64_t grad_rows(const Backward& b) { return b.layer || b.need_bias ? 2 : b.gain.count; }
 inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
-// Rows of one chunk; `scratch` has scratch_bytes(); `partial` is zeros, wide(input)[grad_rows][padded(columns)];
-// `total` is double[grad_rows][columns], or null, as both may be: then there are no more rows than kFlush.
+// What a graph's own code does around the kernel, while rows [begin, end) are in a cache.
+struct Around {
+  using Step = void (*)(void* context, int64_t begin, int64_t end, void* rows);
+  // Or null: writes the gradient that arrives, into `rows` of this thread's; goes on with what leaves, in its place.
+  Step before = nullptr, after = nullptr;
+  void *before_context = nullptr, *after_context = nullptr;
+};
+
+// Rows of 32 KiB: a divisor of kFlush, as kBatch is, and at least two, which share what they load.
+inline int64_t around_rows(int64_t row_bytes) {
+  int64_t rows = kBatch;
+  while (rows > 2 && rows * row_bytes > 32768) rows /= 2;
+  return rows;
+}
+
+// Rows of one chunk; `scratch` has scratch_bytes(), or room for the rows of around->before; `partial` is zeros,
+// wide(input)[grad_rows][padded(columns)]; `total` is double[grad_rows][columns], or null, as both may be: then there
+// are no more rows than kFlush.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, const double* mean, char* scratch, char* partial, double* total,
-                          int64_t begin, int64_t end) {
+                          int64_t begin, int64_t end, const Around* around = nullptr) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows = {};
@@ -182,8 +198,13 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
       (rows.stream || b.input != Type::f16) &&
       should_walk_back({data[kX], data[kGrad], data[kGradSum], data[kXGate]}, {data[kGradInput], data[kGradGate]});
   for (int k : {kX, kGrad}) rows.next[k] = operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0;
+  const int64_t row_bytes = b.columns * size_of(b.input);
+  const bool made = around && around->before, changed = around && around->after;
+  const int64_t most = made || changed ? around_rows(row_bytes) : kBatch;
+  rows.stream &= !changed;
+  for (int64_t r = 0; made && r < most; ++r) rows.grad[r] = scratch + r * row_bytes;
   for (int64_t row = begin; row < end; row += rows.count) {
-    rows.count = std::min(kBatch, end - row);
+    rows.count = std::min(most, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
     rows.mean = mean ? mean + row : nullptr;
     cursor.take(rows.count, {rows.input, rows.grad, rows.grad_input, rows.grad_sum, rows.gate, rows.grad_gate});
@@ -192,7 +213,9 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
       take_weight(grad_weight, row, rows.count, rows.grad_weight);
       if (b.inverse.data) take_weight(b.inverse, row, rows.count, rows.gate);
     }
+    if (made) around->before(around->before_context, row, row + rows.count, scratch);
     kernel(b, rows);
+    if (changed) around->after(around->after_context, row, row + rows.count, rows.grad_input[0]);
     const int64_t done = row + rows.count - begin;
     if (total && (done % flush == 0 || begin + done == end))
       for (int64_t k = 0; k < grad_rows(b); ++k)

@@ -332,13 +332,15 @@ inline void finish_weight(const Target& target, const double* totals, int64_t ch
 // Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:
 // finish() adds those of the columns asked for.
 inline void run_backward(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
-                         const char* rstd, const double* means, const std::array<GradWeight, 2>& grad_weights) {
-  const int64_t grain = grain_rows(b.columns), bytes = scratch_bytes(b);
+                         const char* rstd, const double* means, const std::array<GradWeight, 2>& grad_weights,
+                         const Around* around = nullptr) {
+  const int64_t grain = grain_rows(b.columns), row = b.columns * size_of(b.input);
+  const int64_t bytes = around && around->before ? around_rows(row) * row : scratch_bytes(b);
   const auto room = [&] { return std::unique_ptr<char[]>(bytes ? new char[bytes] : nullptr); };
   if (!b.need_weight && !b.need_bias) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
-      backward_rows(target, b, operands, rstd, means, scratch.get(), nullptr, nullptr, begin, end);
+      backward_rows(target, b, operands, rstd, means, scratch.get(), nullptr, nullptr, begin, end, around);
     });
     return;
   }
@@ -346,7 +348,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
   if (rows > 0 && rows <= kFlush && grad_rows(b) == 1 && grad_weights[0].data) {
     const auto scratch = room();
     const auto partial = std::make_unique<char[]>(grad_stride(b));  // zeros
-    backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), nullptr, 0, rows);
+    backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), nullptr, 0, rows, around);
     target.finish_one(b.input, partial.get(), b.columns, grad_weights[0].type, grad_weights[0].data);
     return;
   }
@@ -357,7 +359,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
     const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
     for (int64_t chunk = begin; chunk < end; ++chunk)
       backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
-                    chunk * each, std::min(rows, (chunk + 1) * each));
+                    chunk * each, std::min(rows, (chunk + 1) * each), around);
   });
   for (int k = 0; k < 2; ++k) finish_weight(target, totals.get() + k * b.columns, chunks, columns, grad_weights[k]);
 }

@@ -222,6 +222,9 @@ def test_large_gradients_have_the_bits_of_small_ones(native_target, everything_i
             x[5:6] *= 2.0**-120 if dtype is not torch.float16 else 2.0**-8
             for weight in weights(columns, dtype):
                 yield from gradients(x, weight, grad)
+                rstd = torch.ops.rmsnorm.rms_norm_forward(x, weight, 1, EPS, 0.0, False)[1]
+                options = weight, 1, EPS, 0.0, True, weight is not None
+                yield from torch.ops.rmsnorm.rms_norm_backward(grad, grad * 3, x, rstd, *options)  # a sum's, too
 
     small = list(results())
     everything_is_large()

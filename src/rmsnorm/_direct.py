@@ -20,8 +20,11 @@ from . import _called
 
 _SUMS = frozenset({"add_rms_norm", "sandwich_rms_norm", "add_rms_norm_cast", "scale_rms_norm"})
 """Return the sum that they normalise, too."""
+_AROUND = "around_rms_norm_backward"
 _OTHERS = "heads_rms_norm_rope", "heads_rms_norm_rope_forward", "heads_rms_norm_rope_backward"
-_ROWS = frozenset({"input", "residual", "sum", "grad", "grad_sum"})
+_BESIDE = "other", "output"
+"""What is read around the kernel; the gradient that arrives may be of another type then."""
+_ROWS = frozenset({"input", "residual", "sum", "grad", "grad_sum", *_BESIDE})
 _WEIGHTS = "weight", "next_weight"
 _ENTRIES = {kind: entry for entry in (_called.ROWS, _called.GRADIENTS) for kind in entry.kinds}
 
@@ -53,12 +56,14 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     x, dims = given["input"], given["dims"]
     dtype, sizes = x.get_dtype(), x.get_size()
     rows, columns = sizes[: len(sizes) - dims], sizes[len(sizes) - dims :]
-    tensors = {label: given[label] for label in entry.read if given.get(label) is not None}
+    tensors = {label: given[label] for label in (*entry.read, *_BESIDE) if given.get(label) is not None}
     if not all(map(_is_plain, tensors.values())) or not all(isinstance(one, ir.MultiOutput) for one in outputs):
         return False
     alike = {label: one for label, one in tensors.items() if label in _ROWS or label in _WEIGHTS}
     same = all([*one.get_size()] == [*(columns if label in _WEIGHTS else sizes)] for label, one in alike.items())
-    same &= all(one.get_dtype() is dtype for one in alike.values())  # operators have other pairs, too
+    around = kind == _AROUND
+    # Operators have other pairs, too.
+    same &= all(one.get_dtype() is dtype for label, one in alike.items() if not (around and label == "grad"))
     results = dict(zip(_results(kind, node), outputs, strict=True))
     wanted = [label for label in results if _is_wanted(label, given)]
     if not same or not _called.is_known(dtype) or not {*wanted} - {"grad_residual", "grad_next_weight"}:
@@ -67,14 +72,22 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     variables = {label: size for label, size in numbers.items() if not isinstance(size, int)}
     values: dict[str, Any] = numbers | {label: label for label in (*variables, *tensors, *wanted)}
     values |= {"kind": entry.kinds[kind], "input_type": dtype, "output_type": given.get("dtype", dtype)}
-    values |= {"round_sum": kind.startswith("rounded_")}
+    values |= {"round_sum": kind.startswith(("rounded_", "around_"))}
     values |= {f"{label}_type": dtype if label in tensors else None for label in _WEIGHTS}
     values |= {label: given.get(label) for label in ("eps", "next_eps", "offset", "factor", "round_first")}
     if values["next_eps"] is None:
         values["next_eps"] = values["eps"]
     known = {label: value for label, value in values.items() if label in entry.fields and value is not None}
+    preamble, before = entry.preamble, ""
+    if around:
+        types = {label: tensors[label].get_dtype() for label in ("input", "grad", *_BESIDE) if label in tensors}
+        columns = str(values["columns"])
+        more, before, fields = _called.around(
+            types, given["scale"], columns, [one for one in ("input", "grad_sum") if one in tensors]
+        )
+        preamble, known = preamble + more, known | fields
     read = {label: one.codegen_reference() for label, one in tensors.items()}
-    _call(node, writeline, entry.preamble, entry.statement(known), read, results, wanted, variables)
+    _call(node, writeline, preamble, before + entry.statement(known), read, results, wanted, variables)
     return True
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._form import library
+from ._form import define
 
 
 def _times(
@@ -71,11 +71,22 @@ def _sandwich_gradients(
     return dx, ds, dw, next
 
 
+def _around_gradients(
+    grad: Tensor,
+    other: Tensor | None,
+    output: Tensor | None,
+    scale: float | None,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arrives = grad.to(input.dtype) if other is None else grad * other
+    dx, dw = _gradients(arrives, grad_sum, input, *arguments)
+    return dx if scale is None else dx * scale, dw, grad.new_empty(0) if output is None else grad * output
+
+
 def _register(name: str, schema: str, definition: Callable[..., Any]) -> torch._ops.OpOverload:
-    library.define(name + schema)
-    library.impl(name, definition, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmsnorm::{name}", definition, lib=library)
-    return getattr(torch.ops.rmsnorm, name).default
+    return define(name, schema, definition, definition)
 
 
 def _schema(beside: str, returned: str, options: str = "") -> str:
@@ -97,4 +108,14 @@ add_rms_norm_cast = _register("add_rms_norm_cast", _schema("Tensor residual", _B
 rounded_rms_norm_backward = _register("rounded_rms_norm_backward", _schema_of("rms_norm_backward"), _gradients)
 rounded_sandwich_rms_norm_backward = _register(
     "rounded_sandwich_rms_norm_backward", _schema_of("sandwich_rms_norm_backward"), _sandwich_gradients
+)
+
+# The same, where what arrives is cast, or multiplied with what the norm's output was, of which this is the gradient,
+# too; and dx is multiplied with a number.
+_FIRST = "(Tensor grad, Tensor? other, Tensor? output, float? scale, Tensor? grad_sum, Tensor input, Tensor rstd"
+around_rms_norm_backward = _register(
+    "around_rms_norm_backward",
+    f"{_FIRST}, Tensor? weight, int dims, float eps, float offset, bool need_input, bool need_weight)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_other)",
+    _around_gradients,
 )

@@ -183,6 +183,17 @@ class Operators:
 registered: list[Operators] = []
 
 
+def define(
+    name: str, schema: str, default: Callable[..., Any] | None, fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """An operator: the function that serves every device, and the one that serves tensors without data."""
+    library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    if default is not None:
+        library.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{name}", fake, lib=library)
+    return getattr(torch.ops.rmsnorm, name).default
+
+
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
     outputs, moving, tensors = len(form.outputs), len(form.moving), len(form.learnt)
@@ -232,12 +243,8 @@ def register(form: Form) -> Operators:
     }
     schemas, made = form.schemas(), {}
     for end, schema in schemas.items():
-        name = form.name + end
-        library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        if form.define is not None:
-            library.impl(name, functions[end][0], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rmsnorm::{name}", functions[end][1], lib=library)
-        made[end] = getattr(torch.ops.rmsnorm, name).default
+        default, fake = functions[end]
+        made[end] = define(form.name + end, schema, default if form.define is not None else None, fake)
     defaults, fakes = ({end: pair[i] for end, pair in functions.items()} for i in (0, 1))
     plain, ahead = (form.same.plain, form.same.forward) if form.same else (made[""], made.get("_forward"))
     registered.append(Operators(form, plain, ahead, made.get("_backward"), schemas, defaults, fakes))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
@@ -15,6 +16,8 @@ from torch.fx.node import map_arg
 aten = torch.ops.aten
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of which there are kernels."""
+HALF = torch.bfloat16, torch.float16
+_CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 _VIEWS = frozenset(
     {getattr(aten, name).default for name in ("view", "_unsafe_view", "reshape", "permute", "t", "unsqueeze", "expand")}
     | {aten.squeeze.dim, aten.squeeze.dims, aten.transpose.int}
@@ -115,3 +118,69 @@ def erase(graph: Graph, nodes: Iterable[Node]) -> None:
     for node in sorted(set(nodes), reverse=True):
         if not node.users:
             graph.erase_node(node)
+
+
+def is_contiguous(value: Tensor) -> bool:
+    return known_equal(value.stride(), make_contiguous_strides_for(value.shape))
+
+
+def operands(node: Any, target: Any = aten.add.Tensor) -> tuple[Node, Node] | None:
+    """Of a sum, or a product, of two tensors of one shape and type on the CPU, which is contiguous."""
+    if not isinstance(node, Node) or node.target is not target or node.kwargs or len(node.args) != 2:
+        return None
+    values = [one.meta.get("val") if isinstance(one, Node) else None for one in (node, *node.args)]
+    sum: Any = values[0]
+    for value in values:
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype not in TYPES:
+            return None
+        if value.dtype is not sum.dtype or not known_equal(value.shape, sum.shape):
+            return None
+    return node.args if is_contiguous(sum) else None  # type: ignore[return-value]
+
+
+def partner(node: Node, one: Node, target: Any = aten.add.Tensor) -> Node | None:
+    """What is added to it, or multiplied with it, if that is another tensor, and lies in memory."""
+    if not (both := operands(node, target)) or both[0] is both[1]:
+        return None
+    other = both[both[0] is one]
+    return other if is_written(other) else None
+
+
+def scaled(node: Any) -> tuple[Node, float] | None:
+    """Of a product with a number what is multiplied, and the number."""
+    if not isinstance(node, Node) or node.target is not aten.mul.Tensor or node.kwargs:
+        return None
+    one, number = node.args
+    if not isinstance(one, Node) or not isinstance(number, int | float):
+        return None
+    value, product = one.meta["val"], node.meta["val"]
+    same = value.device.type == "cpu" and value.dtype is product.dtype
+    return (one, float(number)) if same else None
+
+
+def is_cast(node: Node) -> bool:
+    """Whether it changes a type between float32 and a half type, and nothing else."""
+    if node.target not in _CASTS or not set(node.kwargs) <= {"dtype"}:
+        return False
+    dtypes = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+    return torch.float32 in dtypes and any(dtype in HALF for dtype in dtypes)
+
+
+def is_served(rows: Sequence[Node], weight: Any, dims: Any, eps: Any) -> bool:
+    """Whether _direct.py calls a kernel: contiguous rows, and a weight of one row, all of one type."""
+    values = [one.meta["val"] for one in rows]
+    gain: Any = None if weight is None else weight.meta["val"]
+    dtypes = {value.dtype for value in values} | ({gain.dtype} if gain is not None else set())
+    fits = gain is None or gain.dim() == dims
+    return all(map(is_contiguous, values)) and fits and len(dtypes) == 1 and values[0].dtype in TYPES and eps >= 0
+
+
+def become(
+    graph: Graph, at: Node, target: Any, arguments: Sequence[Any], taken: Sequence[list[Node]], last: Node
+) -> None:
+    """An operator before ``at``: its results take the place of these nodes; ``last``, whose work it does, goes."""
+    with graph.inserting_before(at):
+        replace(graph, call(graph, target, *arguments), taken)
+    gone = {node for old in taken for node in old}
+    takers: set[Any] = {node.args[0] for node in gone if node.target is operator.getitem}
+    erase(graph, gone | takers | {last, *last.users})
