@@ -119,7 +119,8 @@ struct ForwardRows {
   bool add_again;    // a sum's should, and it is added again for them, or kept in scratch until then
   bool back;         // rows are stored from their end on
   bool keep_gain;    // a row, its output and its gain fit in L1, if only just
-  bool ask;          // rows to come are asked for into L2, as L1 has no room for them
+  bool ask;          // rows to come are asked for into L2, as L1 has no room for them; or,
+  bool near;         // with it, into L1: a block's output while it is summed, the next block while it is stored
   int64_t next;      // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
   int64_t next_output, next_residual;  // the same, of the others
 };

@@ -71,6 +71,22 @@ inline bool is_plain(const Forward& f) {
          f.modulate == Modulate::none;
 }
 
+// Rows whose gain leaves room in L1 for an output that stays there.
+inline bool has_short_rows(const Forward& f) { return f.columns * size_of(f.input) <= first_cache_bytes() / 8; }
+
+// Whether several threads have `share` bytes each of what the last cache can just hold.
+inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
+
+// Whether short rows, where L1 has room for three blocks, are asked for into it: by several threads that find room in
+// one cache, as from there the output comes too late while it is stored, and the next rows while they are summed.
+// 32768x128 fp32 by 2 threads of a Zen 5 (L1 48 KiB) then takes 0.87 of the time past the caches, and without asking
+// 1.35; 16384x256 0.86, 4096x1024 0.84, but 1024x4096 1.07. By one thread 1.1; in less of the cache 1.05 to 1.1 of not
+// asking.
+inline bool should_ask_near(const Forward& f, int64_t bytes, int64_t share) {
+  return share_a_cache(bytes, share) && overflows_caches(bytes) && is_plain(f) && f.turn == Turn::none && !f.general &&
+         f.gain_type == Type::f32 && has_short_rows(f) && !fills_first_cache(f);
+}
+
 // Whether rows to come are asked for into L2: where there is something to wait for. Always memory; for fp32 all that
 // lies beyond L2 (a thread's share of 2 MiB then takes 0.97 of the time, 4 MiB 0.85 to 0.96, 8 MiB 0.75 to 0.95; within
 // L2 1.03); for what computes or reads more, a last cache that the share half fills (640x4096 LayerNorm 0.95; less full
@@ -81,9 +97,6 @@ inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
   const bool far = is_plain(f) || f.twice ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
   return fills_first_cache(f) && (far || overflows_caches(bytes));
 }
-
-// Whether several threads have `share` bytes each of what the last cache can just hold.
-inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
 
 // Whether add's sum goes past the caches, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread
 // or 2; 512x4096 0.7 by 1 thread, and 0.93 by two cores of a complex (1.4 with the output past their cache, too).
@@ -98,8 +111,7 @@ inline bool should_add_again(const Forward& f, int64_t bytes) {
 // more to compute or to read for what is written loses up to a tenth: fp64, LayerNorm, add of half types. Where a sum
 // goes past it, the output stays for such threads, as it is what is read next.
 inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
-  const bool short_rows = f.columns * size_of(f.input) <= first_cache_bytes() / 8;
-  const bool stay = should_add_again(f, bytes) || (is_plain(f) && short_rows && fills_first_cache(f));
+  const bool stay = should_add_again(f, bytes) || (is_plain(f) && has_short_rows(f) && fills_first_cache(f));
   return overflows_caches(bytes) && !(stay && share_a_cache(bytes, share));
 }
 
@@ -107,7 +119,9 @@ inline bool should_stream(const Forward& f, int64_t bytes, int64_t share) {
 // for it: at first a CPU compares twelve bits of their addresses. Tensors that are multiples of 4 KiB lie a line or a
 // few apart (64 to 256 bytes by glibc), so a store would meet the loads of columns soon to come; walking back there are
 // none. On a Zen 4, 64 bytes apart: 512x4096 bf16 takes 192 us, not 250 to 260, 1024x1024 bf16 98, not 159, dx and dw
-// of 512x4096 fp32 0.77 ms, not 1.0, of 3072x4096 bf16 3.3, not 5.6. From 512 bytes on it makes no difference.
+// of 512x4096 fp32 0.77 ms, not 1.0, of 3072x4096 bf16 3.3, not 5.6. From 512 bytes on it makes no difference, nor
+// there to fp32 forward in a cache. What reads but one tensor takes longer by it on a Zen 5 (16x4096 1.05 to 1.19 of
+// the time, 512x4096 1.09; LayerNorm 1.02 to 1.05), so forward_rows() doesn't ask for that.
 inline bool should_walk_back(std::initializer_list<const char*> loads, std::initializer_list<const char*> stores) {
   int64_t ahead = 4096, behind = 4096;  // from a load to the nearest store, either way
   for (const char* load : loads)

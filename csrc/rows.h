@@ -116,14 +116,16 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   const int64_t read = (sums ? 3 : f.add_after || f.gate != Gate::none ? 2 : 1) * size_of(f.input);
   const int64_t row_bytes = f.columns * (read + size_of(f.output));
   const int64_t bytes = operands.rows * row_bytes, share = (end - begin) * row_bytes;
-  rows.stream = should_stream(f, bytes, share);
+  rows.near = should_ask_near(f, bytes, share);
+  rows.stream = !rows.near && should_stream(f, bytes, share);
   rows.add_again = should_add_again(f, bytes);
   const auto& data = operands.data;
-  rows.back = rows.add_again || f.general
-                  ? should_walk_back({data[kInput], data[kResidual]}, {data[kSum], data[kOutput]})
-                  : should_walk_back({data[sums ? kSum : kInput], data[kGate]}, {data[kOutput]});
+  if (f.input == Type::f32 && read == size_of(f.input) && !f.general && !rows.stream) rows.back = false;
+  else if (rows.add_again || f.general)
+    rows.back = should_walk_back({data[kInput], data[kResidual]}, {data[kSum], data[kOutput]});
+  else rows.back = should_walk_back({data[sums ? kSum : kInput], data[kGate]}, {data[kOutput]});
   rows.keep_gain = f.columns * (size_of(f.input) + size_of(f.output) + size_of(f.gain_type)) <= first_cache_bytes();
-  rows.ask = should_ask(f, bytes, share);
+  rows.ask = rows.near || should_ask(f, bytes, share);
   rows.next = operands.dims > 0 ? operands.stride[kInput][operands.dims - 1] : 0;
   rows.next_output = operands.dims > 0 ? operands.stride[kOutput][operands.dims - 1] : 0;
   rows.next_residual = operands.dims > 0 ? operands.stride[kResidual][operands.dims - 1] : 0;

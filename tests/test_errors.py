@@ -154,6 +154,20 @@ def test_errors_name_the_tensor_that_is_wrong():
         rmsnorm.rope(q, q, torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
 
 
+@pytest.mark.parametrize("weight", [None, torch.linspace(-1, 1, 5)], ids=["no weight", "weight"])
+def test_out_beside_other_views_and_devices(weight):
+    """The short way of a call asks for neither: what the operators refuse is served or worded the long way."""
+    out = torch.empty_like(X)
+    assert rms_norm(torch._neg_view(X), 5, weight, out=out) is out
+    assert torch.equal(out, rms_norm(-X, 5, weight))
+    if _ops.native and weight is not None:  # torch itself calls the kernel before it finds that it can't
+        with pytest.raises(RuntimeError, match="a tensor is a negated view; call"):
+            _ops.rms_norm_weighted_out(X, weight, 1e-6, torch._neg_view(out))
+    for dims in (5, (5,)):
+        with pytest.raises(RuntimeError, match=r"^rms_norm: out must have shape .* and device meta, but has"):
+            rms_norm(X.to("meta"), dims, None if weight is None else weight.to("meta"), out=out)
+
+
 NO_TENSORS = {
     "list": ([1.0] * 4, "a list", "pass torch.tensor({})"),
     "numpy": (np.ones((2, 4), np.float32), "a numpy.ndarray", "pass torch.from_numpy({})"),

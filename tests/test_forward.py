@@ -305,8 +305,8 @@ def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_share_the_last_cache_with_the_bits_of_one(native_target, everything_is_large, threads, dtype):
-    """Short rows that just fit in it are not streamed by several threads, where L1 has no room for the rows to come;
-    nor is what add writes, but its sum."""
+    """Short rows that just fit in it are not streamed by several threads, but asked for, into L2, or, where L1 has room
+    for the rows to come, into that; nor is what add writes streamed, but its sum."""
     for columns, rows in product((1, 127, 128, 576, 1027), (1025, 2051)):
         x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
 

@@ -148,12 +148,19 @@ def _rms_norm_out(
     out.copy_(_rms_norm(input, weight, dims, eps, offset, round_first))
 
 
+def _rms_norm_into_nothing(
+    input: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool, out: Tensor
+) -> None:
+    if out.device != input.device:  # without data, nobody else would ask
+        raise RuntimeError("rmsnorm: out must be on the device of input; call rmsnorm.rms_norm, which says more")
+
+
 SCHEMAS["rms_norm_out"] = (
     "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, Tensor(a!) out) -> ()"
 )
 library.define("rms_norm_out" + SCHEMAS["rms_norm_out"], tags=torch.Tag.pt2_compliant_tag)
 library.impl("rms_norm_out", _rms_norm_out, "CompositeExplicitAutograd")
-torch.library.register_fake("rmsnorm::rms_norm_out", lambda *arguments: None, lib=library)
+torch.library.register_fake("rmsnorm::rms_norm_out", _rms_norm_into_nothing, lib=library)
 
 
 def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:

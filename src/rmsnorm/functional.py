@@ -119,19 +119,20 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
                 elif eps < 0.0:  # not 0: Python has an instruction for two floats
                     raise RuntimeError  # to the operators that is a floor
-                if is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad)):
+                recording = is_grad_enabled()
+                if recording and (input.requires_grad or (weight is not None and weight.requires_grad)):
                     return _record(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out, memory)
                 if out is not None:
                     if (
                         type(out) is not Tensor
-                        or out.requires_grad
-                        or out.is_cpu is not input.is_cpu  # of two other devices the operator knows
-                        or out.is_neg()
+                        or (recording and out.requires_grad)
                         or (_CONJUGATE_ENDS_IT and out.is_conj())
                     ):
                         raise RuntimeError
                     if weight is not None and not offset and casting_mode == "torch":
-                        _weighted_into(input, weight, eps, out)
+                        _weighted_into(input, weight, eps, out)  # refuses what is negated: 60 ns less
+                    elif out.is_neg():
+                        raise RuntimeError
                     else:
                         _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
                     _written((out,))  # an operator of ours doesn't tell autograd: 0.08 µs
