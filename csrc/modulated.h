@@ -107,9 +107,10 @@ void add_gated(const Forward& f, const ForwardRows& rows) {
       Vector<T> y = span.load_from(x);
       if (gate) y = round_if<T>(f.round_first, y * modulation_of<T>(f.modulation, gate, span));
       y = y + span.load_from(residual);
-      if (rows.output[r]) span.store_to((T*)rows.output[r], y);
+      if (is_whole<Full<T>> && rows.output[r]) span.store_to((T*)rows.output[r], y);
       store_or_stream<T>(rows.stream, rows.sum[r], y, span);
     });
+    if (!is_whole<Full<T>> && rows.output[r]) __builtin_memcpy(rows.output[r], rows.sum[r], f.columns * sizeof(T));
   }
 }
 

@@ -119,8 +119,9 @@ void add_gated_backward(const Backward& b, const BackwardRows& rows) {
       if (b.need_input)
         store_or_stream<T>(rows.stream, rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds,
                            span);
-      if (rows.gain[r]) store_or_stream<T>(rows.stream, rows.gain[r], ds, span);
+      if (is_whole<Full<T>> && rows.gain[r]) store_or_stream<T>(rows.stream, rows.gain[r], ds, span);
     });
+    if (!is_whole<Full<T>> && rows.gain[r]) __builtin_memcpy(rows.gain[r], rows.grad[r], b.columns * sizeof(T));
   }
 }
 
