@@ -31,7 +31,10 @@ RMSNORM_INLINE void general_backward_row(const Backward& b, const BackwardRows& 
     minus_mean = splat<T>((S)(-total / (double)b.divisor));
   }
   S *dw = (S*)rows.grad_weight[r], *db = dw + padded(b.columns);
+  const bool stream = rows.stream && can_stream(rows.grad_input[r]);
+  const char *next = (const char*)x + rows.next[0], *next_grad = (const char*)rows.grad[r] + rows.next[1];
   for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
+    if (is_whole<decltype(span)> && stream) prefetch_part<T, 2>(next, span), prefetch_part<T, 2>(next_grad, span);
     const V normalised = span.load_from(x) * scale;
     const V dy = b.grad != Type::none ? dy_of(span) : V{};
     if (b.need_weight) span.store_raw(dw, fma(dy, normalised, span.load_raw(dw)));
@@ -40,7 +43,7 @@ RMSNORM_INLINE void general_backward_row(const Backward& b, const BackwardRows& 
     const V mean = b.mask ? minus_mean * span.load_raw((const S*)b.mask) : minus_mean;
     V dx = fma(normalised, mean, h_of(span, dy)) * scale;
     if (b.add) dx = dx + span.load_from((const T*)rows.grad_sum[r]);
-    span.store_to((T*)rows.grad_input[r], dx);
+    store_or_stream<T>(stream, rows.grad_input[r], dx, span);
   });
 }
 

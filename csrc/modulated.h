@@ -91,24 +91,26 @@ void modulated(const Forward& f, const ForwardRows& rows) {
   forward<Modulated<Norm>>(f, rows);
 }
 
-// The add: of rows.input and rows.residual, to rows.sum; without a gate the input is added as it is.
-template <class T, bool Stream>
-RMSNORM_INLINE void add_gated_row(const Forward& f, const ForwardRows& rows, int64_t r) {
-  const T *x = (const T*)rows.input[r], *residual = (const T*)rows.residual[r];
-  const void* gate = rows.gate[r];
-  for_columns<T>(f.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
-    Vector<T> y = span.load_from(x);
-    if (gate) y = round_if<T>(f.round_first, y * modulation_of<T>(f.modulation, gate, span));
-    y = y + span.load_from(residual);
-    if constexpr (Stream) stream_to(span, (T*)rows.sum[r], y);
-    else span.store_to((T*)rows.sum[r], y);
-  });
-}
+// The add: of rows.input and rows.residual, to rows.sum; without a gate the input is added as it is. A sum that goes
+// past the caches may be stored once more, to rows.output, and rows to come are asked for, so many further on as there
+// are.
 template <class T>
 void add_gated(const Forward& f, const ForwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
-    if (kStreams && rows.stream && can_stream(rows.sum[r])) add_gated_row<T, kStreams>(f, rows, r);
-    else add_gated_row<T, false>(f, rows, r);
+    const T *x = (const T*)rows.input[r], *residual = (const T*)rows.residual[r];
+    const void* gate = rows.gate[r];
+    const char *next = (const char*)x + rows.next * rows.count,
+               *next_residual = (const char*)residual + rows.next_residual * rows.count;
+    for_columns<T>(f.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
+      if (is_whole<decltype(span)> && rows.ask)
+        prefetch_part<T, 2>(next, span), prefetch_part<T, 2>(next_residual, span);
+      Vector<T> y = span.load_from(x);
+      if (gate) y = round_if<T>(f.round_first, y * modulation_of<T>(f.modulation, gate, span));
+      y = y + span.load_from(residual);
+      if (is_whole<Full<T>> && rows.output[r]) span.store_to((T*)rows.output[r], y);
+      store_or_stream<T>(rows.stream, rows.sum[r], y, span);
+    });
+    if (!is_whole<Full<T>> && rows.output[r]) __builtin_memcpy(rows.output[r], rows.sum[r], f.columns * sizeof(T));
   }
 }
 

@@ -30,14 +30,23 @@ RMSNORM_INLINE void modulated_rows(const Backward& b, const BackwardRows& rows, 
     if (!b.need_input) continue;
     const T *x = (const T*)rows.input[first + k], *grad = (const T*)rows.grad[first + k];
     typename Norm::Sums sum;
+    const void* soon = rows.ask && b.add ? rows.grad_sum[first + k] : grad;
     sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
+      prefetch_part<T, 2>((const char*)soon, span);
       sum.add(u, span.load_from(grad) * gain_of(span), norm[k].normalised(span.load_from(x)));
     });
     norm[k].set_means(value_of(sum), (double)b.columns);
   }
   auto* dscale = (Scalar<T>*)rows.grad_weight[first];
   auto* dshift = dscale + padded(b.columns);
+  const int64_t ahead = rows.count;
   for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
+    if (is_whole<decltype(span)> && rows.ask)
+      for (int k = 0; k < Rows; ++k) {
+        const int64_t r = first + k;
+        prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead + 4096, span);
+        prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead + 4096, span);
+      }
     V gain, ds[Rows], dy[Rows], product[Rows];
     if (b.need_input) gain = gain_of(span);
     for (int k = 0; k < Rows; ++k) {
@@ -93,21 +102,26 @@ void modulated_backward(const Backward& b, const BackwardRows& rows) {
   }
 }
 
-// Of the add: the gradient that arrived at the sum is rows.grad.
+// Of the add: the gradient that arrived at the sum is rows.grad, and may be stored once more, to rows.gain.
 template <class T>
 void add_gated_backward(const Backward& b, const BackwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const void* gate = rows.gate[r];
     auto* dgate = (Scalar<T>*)rows.grad_weight[r];
+    const char* next = (const char*)rows.input[r] + rows.next[0] * rows.count + 4096;
     for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
       const Vector<T> ds = span.load_from((const T*)rows.grad[r]);
       Vector<T> product = {};
+      if (is_whole<decltype(span)> && rows.ask) prefetch_part<T, 2>(next, span);
       if (b.need_weight || rows.grad_gate[r]) product = ds * span.load_from((const T*)rows.input[r]);
       if (b.need_weight) span.store_raw(dgate, span.load_raw(dgate) + product);
       else if (rows.grad_gate[r]) store_modulation<T>(b.modulation, rows.grad_gate[r], product, span);
       if (b.need_input)
-        span.store_to((T*)rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds);
+        store_or_stream<T>(rows.stream, rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds,
+                           span);
+      if (is_whole<Full<T>> && rows.gain[r]) store_or_stream<T>(rows.stream, rows.gain[r], ds, span);
     });
+    if (!is_whole<Full<T>> && rows.gain[r]) __builtin_memcpy(rows.gain[r], rows.grad[r], b.columns * sizeof(T));
   }
 }
 

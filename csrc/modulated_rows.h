@@ -16,12 +16,16 @@ struct ModulatedForward {
   int64_t shared;  // rows that share the norm's modulations: those that lie one behind the other
 };
 
-// Of a thread: two addresses, which are no row's at first, and what was formed of them.
-constexpr int64_t kFormed = 64;
-inline int64_t modulated_scratch(const Forward& f) { return kFormed + 2 * padded(f.columns) * size_of(wide(f.input)); }
-
 inline int64_t modulated_block(Type type, int64_t columns) {
   return std::max<int64_t>(2, block_rows(type, columns) / 2 * 2);
+}
+
+// Of a thread: two addresses, which are no row's at first, and what was formed of them; and rows of sums that go past
+// the caches, until they are normed.
+constexpr int64_t kFormed = 64;
+inline int64_t formed_bytes(const Forward& f) { return kFormed + 2 * padded(f.columns) * size_of(wide(f.input)); }
+inline int64_t modulated_scratch(const Forward& f) {
+  return formed_bytes(f) + modulated_block(f.input, f.columns) * padded(f.columns) * size_of(f.input);
 }
 
 inline void modulated_forward_rows(const Target& target, const ModulatedForward& m,
@@ -37,10 +41,15 @@ inline void modulated_forward_rows(const Target& target, const ModulatedForward&
   const int64_t bytes = operands.rows * row_bytes, share = (end - begin) * row_bytes;
   norms.stream = m.normed && should_stream(any, bytes, share);
   norms.back = should_walk_back({data[m.added ? kModSum : kModX]}, {data[kModOutput]});
-  adds.stream = !m.normed && should_stream(any, bytes, share);
+  adds.stream = m.added && should_stream(any, bytes, share) &&
+                (reinterpret_cast<uintptr_t>(data[kModSum]) | any.columns * size_of(any.input)) % 32 == 0;
   adds.back = should_walk_back({data[kModX], data[kModResidual]}, {data[kModSum]});
   norms.next = !m.added && operands.dims > 0 ? operands.stride[kModX][operands.dims - 1] : 0;
   norms.next_output = operands.dims > 0 ? operands.stride[kModOutput][operands.dims - 1] : 0;
+  adds.next = operands.dims > 0 ? operands.stride[kModX][operands.dims - 1] : 0;
+  adds.next_residual = operands.dims > 0 ? operands.stride[kModResidual][operands.dims - 1] : 0;
+  adds.ask = m.added && share > second_cache_bytes();
+  const bool apart = m.normed && adds.stream;
   const int64_t block = m.added && m.normed ? modulated_block(any.input, any.columns) : kBatch;
   void** const input = m.added ? adds.input : norms.input;
   if (m.normed) {
@@ -48,13 +57,15 @@ inline void modulated_forward_rows(const Target& target, const ModulatedForward&
     std::fill_n(norms.gain, kBatch, scratch + kFormed);
     std::fill_n(norms.first_gain, kBatch, scratch + kFormed + padded(any.columns) * size_of(wide(any.input)));
   }
+  for (int64_t r = 0; apart && r < block; ++r)
+    adds.output[r] = norms.input[r] = scratch + formed_bytes(any) + r * padded(any.columns) * size_of(any.input);
   for (int64_t row = begin; row < end; row += norms.count) {
     const int64_t alike = m.normed ? m.shared - row % m.shared : block;
     adds.count = norms.count = std::min({block, end - row, alike});
     cursor.take(norms.count, {input, adds.residual, adds.gate, norms.gate, norms.residual, adds.sum, norms.output});
     if (m.added) add(m.add, adds);
     if (!m.normed) continue;
-    if (m.added) std::copy_n(adds.sum, adds.count, norms.input);
+    if (m.added && !apart) std::copy_n(adds.sum, adds.count, norms.input);
     norms.rstd = kept.rstd ? kept.rstd + row * size_of(wide(any.input)) : nullptr;
     norms.mean = kept.mean ? kept.mean + row : nullptr;
     norm(m.norm, norms);
@@ -89,9 +100,13 @@ struct ModulatedBackward {
 constexpr int kModulations = 3;
 inline int64_t modulation_bytes(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
-// Room for the sum's gradient where nobody asked for it.
+// Rows at a time: 32 KiB of them, as the calls for two rows cost a twentieth (16x1152 fp32), and past the caches a
+// tenth.
+inline int64_t modulated_backward_block(const Backward& b) { return modulated_block(b.input, b.columns / 2); }
+
+// Room for the sum's gradient where nobody asked for it, or it goes past the caches.
 inline int64_t modulated_scratch(const Backward& b) {
-  return modulated_block(b.input, 2 * b.columns) * b.columns * size_of(b.input);
+  return modulated_backward_block(b) * b.columns * size_of(b.input);
 }
 
 // Rows of one chunk, all of which share their modulations if `partial` is there: zeros, kModulations ·
@@ -100,43 +115,49 @@ inline void modulated_backward_rows(const Target& target, const ModulatedBackwar
                                     const Operands<kModulatedGrads>& operands, char* partial, double* total,
                                     char* scratch, int64_t begin, int64_t end) {
   const Backward& any = m.normed ? m.norm : m.add;
-  const BackwardKernel norm = m.normed ? target.backward(m.norm) : nullptr;
-  const BackwardKernel add = m.added ? target.backward(m.add) : nullptr;
-  Cursor<kModulatedGrads> cursor(operands, begin);
-  BackwardRows norms = {}, adds = {};
   const int64_t each = modulation_bytes(any), bytes = any.columns * size_of(any.input);
+  const bool both = m.normed && m.added, overflows = overflows_caches(operands.rows * bytes * (both ? 6 : 3));
+  const auto& data = operands.data;
+  const auto can = [&](int k) { return (reinterpret_cast<uintptr_t>(data[k]) | bytes) % 32 == 0; };
+  BackwardRows norms = {}, adds = {};
+  norms.ask = overflows, adds.ask = overflows && data[kBackX];
+  adds.stream = overflows && can(kBackGradX) && can(kBackGradResidual);
+  // The gradient of what was normed; without an add it is x's. The add, or a copy, stores it past the caches.
+  const int normed_grad = m.added ? kBackGradResidual : kBackGradX;
+  const bool apart = m.normed && (adds.stream || !data[normed_grad]);
+  Backward second = m.add;
+  if (!m.added) second.need_input = second.need_weight = false;
+  const BackwardKernel norm = m.normed ? target.backward(m.norm) : nullptr;
+  const BackwardKernel add = m.added || apart ? target.backward(second) : nullptr;
+  Cursor<kModulatedGrads> cursor(operands, begin);
   std::fill_n(norms.grad_weight, kBatch, partial);
   std::fill_n(adds.grad_weight, kBatch, partial ? partial + 2 * each : nullptr);
-  const auto& data = operands.data;
-  norms.back = should_walk_back({data[kBackSum], data[kBackGrad], data[kBackGradSum]},
-                                {data[m.added ? kBackGradResidual : kBackGradX]});
-  const int64_t block = m.added && m.normed ? modulated_block(any.input, 2 * any.columns) : kBatch;
-  // The sum's gradient: of the norm alone it is x's, of the add alone what arrived.
-  void** const sum_grad = m.normed ? norms.grad_input : adds.grad;
-  for (int64_t r = 0; m.normed && !data[m.added ? kBackGradResidual : kBackGradX] && r < block; ++r)
-    sum_grad[r] = scratch ? scratch + r * bytes : nullptr;
+  norms.back = should_walk_back({data[kBackSum], data[kBackGrad], data[kBackGradSum]}, {data[normed_grad]});
+  const auto next = [&](int k) { return operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0; };
+  norms.next[0] = next(kBackSum), norms.next[1] = next(kBackGrad), adds.next[0] = next(kBackX);
+  const int64_t block = m.normed && add ? modulated_backward_block(any) : kBatch;
+  for (int64_t r = 0; apart && r < block; ++r) norms.grad_input[r] = adds.grad[r] = scratch + r * bytes;
   for (int64_t row = begin; row < end; row += norms.count) {
     norms.count = adds.count = std::min({block, end - row, kFlush - (row - begin) % kFlush});
     void* unread[kBatch];
-    cursor.take(norms.count,
-                {adds.input, adds.gate, norms.gate, norms.input, m.normed ? norms.grad : adds.grad, norms.grad_sum,
-                 m.added ? adds.grad_input : norms.grad_input, m.added && m.normed ? norms.grad_input : unread,
-                 norms.grad_gate, norms.gain, adds.grad_gate});
+    void** const found = !m.normed ? unread : apart ? adds.gain : norms.grad_input;
+    cursor.take(norms.count, {adds.input, adds.gate, norms.gate, norms.input, m.normed ? norms.grad : adds.grad,
+                              norms.grad_sum, m.added ? adds.grad_input : found, m.added ? found : unread,
+                              norms.grad_gate, norms.gain, adds.grad_gate});
     if (m.normed) {
       norms.rstd = m.rstd + row * size_of(wide(any.input));
       norms.mean = m.mean ? m.mean + row : nullptr;
       norm(m.norm, norms);
     }
-    if (m.added) {
-      if (m.normed) std::copy_n(norms.grad_input, norms.count, adds.grad);
-      add(m.add, adds);
-    }
+    if (both && !apart) std::copy_n(norms.grad_input, norms.count, adds.grad);
+    if (add) add(second, adds);
     const int64_t done = row + norms.count - begin;
     if (partial && (done % kFlush == 0 || begin + done == end))
       for (int k = 0; k < kModulations; ++k)
         if (k < 2 ? m.norm.need_weight : m.add.need_weight)
           target.flush(any.input, partial + k * each, total + k * any.columns, any.columns, done <= kFlush);
   }
+  if (adds.stream) finish_streaming();
 }
 
 }  // namespace rmsnorm

@@ -38,6 +38,20 @@ RMSNORM_INLINE void stream_to(const Tail<Row>& span, T* row, const V& x) {
   else span.store_to(row, x);
 }
 
+// Whether a span's columns are asked for and streamed in loops that find out at run time. Half types wait for
+// arithmetic where AVX2 makes them, and fp16 everywhere: 10 KB.
+template <class Span>
+constexpr bool is_whole = false;
+template <class Row>
+constexpr bool is_whole<Full<Row>> = kStreams && (sizeof(Row) == 4 || (kBytes == 64 && std::is_same_v<Row, bf16>));
+
+// Past the caches, if asked for: where a second loop would be too much code.
+template <class T, class V, class Span>
+RMSNORM_INLINE void store_or_stream(bool stream, void* row, const V& x, Span span) {
+  if (is_whole<Span> && stream) stream_to(span, (T*)row, x);
+  else span.store_to((T*)row, x);
+}
+
 // Asks for the same columns of another row. Level 3 means L1, level 2 the cache behind it.
 template <class T, int Level, class Span>
 RMSNORM_INLINE void prefetch_part(const char* row, Span span) {
