@@ -27,6 +27,7 @@ from . import _native
 library = torch.library.Library("rmsnorm", "DEF")
 
 _Results = tuple[Tensor, ...]
+_Call = Callable[..., Any]
 KERNELS = frozenset({"cpu", "cuda", "xpu"})
 """Devices whose operators may have more than the definition; on others the definition is called without an operator."""
 _LITERALS = {"True": True, "False": False}
@@ -183,9 +184,7 @@ class Operators:
 registered: list[Operators] = []
 
 
-def define(
-    name: str, schema: str, default: Callable[..., Any] | None, fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
+def define(name: str, schema: str, default: _Call | None, fake: _Call) -> torch._ops.OpOverload:
     """An operator: the function that serves every device, and the one that serves tensors without data."""
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     if default is not None:
