@@ -99,6 +99,7 @@ void add_gated(const Forward& f, const ForwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const T *x = (const T*)rows.input[r], *residual = (const T*)rows.residual[r];
     const void* gate = rows.gate[r];
+    const bool stream = rows.stream && can_stream(rows.sum[r]);
     const char *next = (const char*)x + rows.next * rows.count,
                *next_residual = (const char*)residual + rows.next_residual * rows.count;
     for_columns<T>(f.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
@@ -108,7 +109,7 @@ void add_gated(const Forward& f, const ForwardRows& rows) {
       if (gate) y = round_if<T>(f.round_first, y * modulation_of<T>(f.modulation, gate, span));
       y = y + span.load_from(residual);
       if (is_whole<Full<T>> && rows.output[r]) span.store_to((T*)rows.output[r], y);
-      store_or_stream<T>(rows.stream, rows.sum[r], y, span);
+      store_or_stream<T>(stream, rows.sum[r], y, span);
     });
     if (!is_whole<Full<T>> && rows.output[r]) __builtin_memcpy(rows.output[r], rows.sum[r], f.columns * sizeof(T));
   }

@@ -108,6 +108,7 @@ void add_gated_backward(const Backward& b, const BackwardRows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const void* gate = rows.gate[r];
     auto* dgate = (Scalar<T>*)rows.grad_weight[r];
+    const bool stream = rows.stream && (!b.need_input || can_stream(rows.grad_input[r])) && can_stream(rows.gain[r]);
     const char* next = (const char*)rows.input[r] + rows.next[0] * rows.count + 4096;
     for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
       const Vector<T> ds = span.load_from((const T*)rows.grad[r]);
@@ -117,9 +118,9 @@ void add_gated_backward(const Backward& b, const BackwardRows& rows) {
       if (b.need_weight) span.store_raw(dgate, span.load_raw(dgate) + product);
       else if (rows.grad_gate[r]) store_modulation<T>(b.modulation, rows.grad_gate[r], product, span);
       if (b.need_input)
-        store_or_stream<T>(rows.stream, rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds,
+        store_or_stream<T>(stream, rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds,
                            span);
-      if (is_whole<Full<T>> && rows.gain[r]) store_or_stream<T>(rows.stream, rows.gain[r], ds, span);
+      if (is_whole<Full<T>> && rows.gain[r]) store_or_stream<T>(stream, rows.gain[r], ds, span);
     });
     if (!is_whole<Full<T>> && rows.gain[r]) __builtin_memcpy(rows.gain[r], rows.grad[r], b.columns * sizeof(T));
   }
