@@ -112,7 +112,9 @@ def test_float64_has_no_steps_around_its_kernel():
 @pytest.mark.parametrize(
     ("rows", "columns"), [(1, 576), (70, 127), pytest.param(70, 4096, marks=pytest.mark.heavy)], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)], ids=str
+)
 @pytest.mark.parametrize("function", [cast, product, scale, all_of_them])
 def test_backward_is_one_kernel_with_the_bits_of_eager_mode(function, dtype, rows, columns):
     """Of rows that are one block, and of many, the last of them shorter; with columns behind the last whole vector."""
