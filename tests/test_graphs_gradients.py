@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from oracle import same_bits
-from test_graphs import drawn, norm, results
+from test_graphs import drawn, norm, results, rewritten
 from test_graphs_code import code_of, uneven, wider
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from rmsnorm import _called, _ops
-from rmsnorm._neighbours import Neighbours
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -62,21 +59,8 @@ LEFT: dict[str, Callable[..., Any]] = {
 
 
 def joined(function: Callable[..., Any], leaves: list[Tensor]) -> tuple[list[Tensor], list[torch.fx.Node]]:
-    """Results, and our operators of the graph of backward."""
-    graphs: list[torch.fx.Graph] = []
-
-    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        Neighbours()(graph.graph)
-        graph.graph.lint()
-        graph.recompile()
-        graphs.append(graph.graph)
-        return make_boxed_func(graph.forward)
-
-    torch.compiler.reset()
-    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, decompositions=select_decomp_table())
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    found = results(compiled, leaves, *leaves[0].shape)
-    return found, [node for node in graphs[-1].nodes if getattr(node.target, "namespace", "") == "rmsnorm"]
+    """With the decompositions that Inductor has: casts are ``convert_element_type`` then."""
+    return rewritten(function, leaves, select_decomp_table())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

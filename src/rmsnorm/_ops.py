@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native, reference
-from ._form import Form, library, like, register
+from ._form import Form, define, library, like, register
 
 
 def _check(input: Tensor, weight: Tensor | None, dims: int, *_: Any) -> None:
@@ -158,9 +158,7 @@ def _rms_norm_into_nothing(
 SCHEMAS["rms_norm_out"] = (
     "(Tensor input, Tensor? weight, int dims, float eps, float offset, bool round_first, Tensor(a!) out) -> ()"
 )
-library.define("rms_norm_out" + SCHEMAS["rms_norm_out"], tags=torch.Tag.pt2_compliant_tag)
-library.impl("rms_norm_out", _rms_norm_out, "CompositeExplicitAutograd")
-torch.library.register_fake("rmsnorm::rms_norm_out", _rms_norm_into_nothing, lib=library)
+define("rms_norm_out", SCHEMAS["rms_norm_out"], _rms_norm_out, _rms_norm_into_nothing)
 
 
 def _rms_norm_weighted(input: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -110,9 +110,6 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
         )
 
 
-_form.library.define("add_rms_norm_" + _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-_form.library.impl("add_rms_norm_", _ops.add_rms_norm_by_copies, "CompositeExplicitAutograd")
-torch.library.register_fake("rmsnorm::add_rms_norm_", lambda *arguments: None, lib=_form.library)
-_operator = torch.ops.rmsnorm.add_rms_norm_.default
+_operator = _form.define("add_rms_norm_", _SCHEMA, _ops.add_rms_norm_by_copies, lambda *arguments: None)
 _run: Any = _operator._op
 _weighted, _written = everyday_ops.add_rms_norm_, _ops.increment_versions
