@@ -118,19 +118,6 @@ std::tuple<Tensor, Tensor> general_add_rms_norm_weighted(Tensor input, Tensor re
   return {*output, *sum};
 }
 
-const char* begin_of(const Tensor& t) { return static_cast<const char*>(t.data_ptr()); }
-
-// Behind the last element.
-const char* end_of(const Tensor& t) {
-  int64_t last = 0;
-  for (size_t d = 0; d < t.sizes().size(); ++d) last += (t.sizes()[d] - 1) * t.strides()[d];
-  return begin_of(t) + (last + 1) * static_cast<int64_t>(t.element_size());
-}
-
-bool are_beside(const Tensor& a, const Tensor& b) {
-  return a.numel() == 0 || b.numel() == 0 || end_of(a) <= begin_of(b) || end_of(b) <= begin_of(a);
-}
-
 // Whether each element has a place of its own, as it has where each stride passes over all that shorter ones reach.
 bool has_own_places(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
@@ -146,12 +133,12 @@ bool has_own_places(const Tensor& t) {
 
 // Whether all elements have places of their own, and both tensors'. Where they lie between each other, rows must be
 // alike: the parts of one projection.
-bool are_apart(const Tensor& a, const Tensor& b) {
+bool are_apart(const Tensor& a, const Extent& one, const Tensor& b, const Extent& two) {
   const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
   int64_t least = INT64_MAX, inner = 1, stride = 0;
   bool same = a.element_size() == b.element_size();
   if (!has_own_places(a) || !has_own_places(b)) return false;
-  if (are_beside(a, b)) return true;
+  if (a.numel() == 0 || are_beside(one, two)) return true;
   for (size_t d = sizes.size(); d-- > 0;) {
     if (sizes[d] == 1) continue;
     same = same && strides[d] == others[d];
@@ -159,7 +146,7 @@ bool are_apart(const Tensor& a, const Tensor& b) {
     else least = stride == 0 ? strides[d] : std::min(least, strides[d]), stride = strides[d];
   }
   const int64_t size = static_cast<int64_t>(a.element_size());
-  const int64_t apart = std::abs(begin_of(a) - begin_of(b)) / size;
+  const int64_t apart = std::abs(one.begin - two.begin) / size;
   return same && apart >= inner && apart + inner <= least;
 }
 
@@ -168,9 +155,11 @@ void add_rms_norm_(Tensor input, Tensor residual, OptionalTensor weight, int64_t
   check_sizes(residual, input, "residual");
   const Type type = type_of(input), sum = type_of(residual);
   require(promoted(type, sum) == sum, "rmsnorm: residual must have the dtype of the sum");
-  const bool read = !weight || (are_beside(*weight, input) && are_beside(*weight, residual));
+  const Extent first(input), second(residual);
+  const auto is_apart = [&](const Extent& other) { return are_beside(other, first) && are_beside(other, second); };
+  const bool read = !weight || input.numel() == 0 || weight->numel() == 0 || is_apart(Extent(*weight));
   require(
-      read && are_apart(input, residual),
+      read && are_apart(input, first, residual, second),
       "rmsnorm: input and residual are written to, and must not share memory: within themselves, with each other or "
       "with the weight");
   const Asked asked = {dims, eps, offset, round_first, -1, true, true, round_sum, scalar_of(type), false};

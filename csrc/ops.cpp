@@ -37,21 +37,10 @@ Tensor rms_norm_rounded(Tensor input, Tensor weight, double eps) {
   return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, true);
 }
 
-// Where a tensor's elements begin, and where they end. All sizes by one call: each crosses the stable ABI.
-struct Extent {
-  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.const_data_ptr())) {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t last = 0;
-    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
-  }
-  const char *begin, *end;
-};
-
 // Whether rows may be written while others are still to be read: nothing shared, or the very same elements.
 bool may_write(const Tensor& out, const Extent& written, const Tensor& read) {
   const Extent from(read);
-  if (written.end <= from.begin || from.end <= written.begin) return true;
+  if (are_beside(written, from)) return true;
   bool same = written.begin == from.begin && code_of(out) == code_of(read) && out.dim() == read.dim();
   for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == read.stride(d);
   return same;

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._form import Operators, library
+from ._form import Operators, define, library
 
 
 def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -18,8 +18,6 @@ def recorded(made: Operators, end: str, apply: Callable[..., Any]) -> torch._ops
     them 2 to 4 µs. ``apply`` calls the operator in turn, and that is the node which is left in the compiled graph.
     """
     name = f"{made.form.name}_recorded"
-    library.define(name + made.schemas[end], tags=torch.Tag.pt2_compliant_tag)
-    library.impl(name, made.forward if end else made.plain, "CompositeExplicitAutograd")
+    operator = define(name, made.schemas[end], made.forward if end else made.plain, made.fakes[end])
     library.impl(name, apply, "Autograd")
-    torch.library.register_fake(f"rmsnorm::{name}", made.fakes[end], lib=library)
-    return getattr(torch.ops.rmsnorm, name).default
+    return operator
