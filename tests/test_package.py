@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
-    "functional": {"_arguments", "_everyday", "_ops", "_serve", "reference"},
+    "_eager": {"_arguments", "_autograd", "_ops", "forms/lean"},
+    "functional": {"_arguments", "_eager", "_everyday", "_ops", "_serve", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
@@ -51,7 +52,7 @@ MAY_IMPORT = {
         "distributed/placement",
     },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
-    "forms/floored": {"_arguments", "_autograd", "_everyday", "_ops", "_serve", "functional"},
+    "forms/floored": {"_arguments", "_autograd", "_eager", "_everyday", "_ops", "_serve", "functional"},
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
@@ -278,7 +279,7 @@ def test_every_file_says_what_it_is_for(path):
         (
             "autograd.Function",
             [
-                *("_autograd", "_everyday", "distributed/parts", "distributed/ranks"),
+                *("_autograd", "_eager", "distributed/parts", "distributed/ranks"),
                 *("forms/served", "models/gates"),
             ],
         ),
