@@ -119,8 +119,12 @@ def test_what_arrives_in_backward(either_way):
     alone = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
     batch = torch.stack([grad, 2 * grad])
     batched = torch.autograd.grad(y, (x, weight), batch, retain_graph=True, is_grads_batched=True)
-    for one, both in zip(alone, batched, strict=True):
-        torch.testing.assert_close(both, torch.stack([one, 2 * one]), rtol=1e-13, atol=0)
+    with torch.autograd.profiler.profile() as seen:
+        mapped = torch.func.vmap(lambda grad: torch.autograd.grad(y, (x, weight), grad, retain_graph=True))(batch)
+    assert [event.name for event in seen.function_events].count("rmsnorm::rms_norm_backward") == 1  # for all of it
+    for one, *both in zip(alone, batched, mapped, strict=True):
+        for found in both:
+            torch.testing.assert_close(found, torch.stack([one, 2 * one]), rtol=1e-13, atol=0)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(grad, 3 * grad)
         moved = torch.autograd.grad(y, (x, weight), dual, retain_graph=True)
