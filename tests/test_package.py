@@ -40,12 +40,14 @@ MAY_IMPORT = {
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
-    "functional": {"_arguments", "_everyday", "_ops", "_serve", "reference"},
+    "functional": {"_arguments", "_everyday", "_handed", "_ops", "_serve", "reference"},
+    "_handed": {"_native", "_ops"},
     "_everyday": {
         "_arguments",
         "_autograd",
         "_foreign",
         "_graphs",
+        "_handed",
         "_ops",
         "forms/lean",
         "distributed/placement",
@@ -83,6 +85,7 @@ MAY_IMPORT = {
             "_everyday",
             "_foreign",
             "_form",
+            "_handed",
             "_ops",
             "forms/calls",
             "functional",
@@ -253,7 +256,7 @@ def test_every_file_says_what_it_is_for(path):
 @pytest.mark.parametrize(
     ("text", "owners"),
     [
-        ("ctypes", ["_native", "surgery/allocator"]),
+        ("ctypes", ["_handed", "_native", "surgery/allocator"]),
         ("pip install", ["_extras"]),
         ("rmsnorm[", []),
         ("environ.get", ["_native", "gpu/route", "study/workers"]),

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import _arguments, _autograd, _foreign, _graphs, _ops
+from . import _arguments, _autograd, _foreign, _graphs, _handed, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]
@@ -133,10 +133,15 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         tensors = input, residual, weight
         if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in _PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
+        round_first = ROUND_FIRST[casting_mode]
+        recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
+        if not recorded:
+            both = _handed.norm(input, residual, normalized_shape, weight, eps, offset, round_first, None)
+            if both is not None:
+                return both
         if not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
-        round_first = ROUND_FIRST[casting_mode]
-        if is_grad_enabled() and _autograd.needed(input, weight, residual):
+        if recorded:
             if memory is not None:  # what else may be kept is decided the long way
                 assert eps is not None  # dims_of() asked
                 if memory not in _arguments.MEMORY:
