@@ -1,4 +1,4 @@
-"""Small calls that pass torch's dispatcher by (src/rmsnorm/_handed.py): the operators' bits, and nobody who would have
+"""Everyday calls that pass torch's dispatcher by (src/rmsnorm/_handed.py): the operators' bits, and nobody who would have
 been asked there is passed by."""
 
 import ctypes
@@ -59,8 +59,7 @@ def test_bits_are_the_operators(handed, dtype, shape, weighted, offset, casting_
         rmsnorm.add_rms_norm(x, residual, shape[-1], weight, 1e-6, **options),
         rmsnorm.rms_norm(x.clone(), shape[-1], weight, 1e-6, out=x, **options),  # the very elements
     ]
-    small = x.numel() <= 65536
-    assert handed == [small] * 4
+    assert handed == [True] * 4
     for got, expected in zip((calls[0], calls[1], *calls[2], calls[3]), (want, want, *sums, want), strict=True):
         assert torch.equal(bits(got), bits(expected))
         assert got.dtype is expected.dtype
@@ -234,6 +233,18 @@ def test_what_is_odd_comes_out_as_the_long_way(monkeypatch, given):
     assert short == outcome()
 
 
+def test_what_is_large_is_the_operators(handed):
+    """Which asks for huge pages."""
+    before = _native.large_bytes()
+    _native.set_large_bytes(X.nbytes)
+    try:
+        rmsnorm.rms_norm(X, 4, WEIGHT)
+        rmsnorm.rms_norm(X[:2], 4, WEIGHT)
+    finally:
+        _native.set_large_bytes(before)
+    assert handed == [False, True]
+
+
 def test_the_version_counts(handed):
     x, residual, out = X.clone(), X.clone(), torch.empty_like(X)
     before = x._version, residual._version, out._version
@@ -289,14 +300,15 @@ def test_nothing_is_kept():
     assert [sys.getrefcount(one) for one in counted] == before
 
 
-def test_threads():
+@pytest.mark.parametrize("rows", [16, 160])  # with the interpreter's lock, and without
+def test_threads(rows):
     torch.manual_seed(0)
-    given = [torch.randn(16, 256) for _ in range(4)]
+    given = [torch.randn(rows, 256) for _ in range(4)]
     want = [rmsnorm.rms_norm(x, 256) for x in given]
     wrong = []
 
     def work(k):
-        wrong.extend(k for _ in range(300) if not torch.equal(rmsnorm.rms_norm(given[k], 256), want[k]))
+        wrong.extend(k for _ in range(100) if not torch.equal(rmsnorm.rms_norm(given[k], 256), want[k]))
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:

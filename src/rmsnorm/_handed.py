@@ -1,4 +1,4 @@
-"""The only file that hands tensors to C++ as objects: small everyday norms, past torch's dispatcher.
+"""The only file that hands tensors to C++ as objects: everyday norms, past torch's dispatcher.
 
 From Python to an operator and back takes 1.3 µs, this 0.2 (``csrc/handed_ops.cpp``). What the dispatcher does besides
 is asked here: whether a mode or a profiler watches, whether a tracer records, whether a tensor shows what its memory
@@ -41,7 +41,7 @@ def _made() -> Callable[..., Any] | None:
 # As `Python` in csrc/handed_ops.cpp has them.
 _FUNCTIONS = (
     "PyFloat_AsDouble PyLong_AsLongLong PySequence_Size PySequence_GetItem PyObject_Type PyObject_CallFunctionObjArgs "
-    "PyTuple_Pack PyErr_Occurred PyErr_Clear Py_IncRef Py_DecRef"
+    "PyTuple_Pack PyErr_Occurred PyErr_Clear Py_IncRef Py_DecRef PyEval_SaveThread PyEval_RestoreThread"
 )
 _OBJECTS = None, True, int, torch.empty_like, partial(torch.empty_like, memory_format=torch.contiguous_format)
 _norm = _made() or (lambda *given: None)
