@@ -71,6 +71,7 @@ def call(
         if weight is not None:
             _arguments.check_tensors(name, **{label: weight})
             native &= functional._resolve(name, input, normalized_shape, weight, eps, casting_mode, label=label)[3]
+            _check_kind(name, label, weight)
     if type(offset) is not float:
         _arguments.check_numbers(name, offset=offset)
     if eps < 0:
@@ -208,7 +209,4 @@ def check_alike(name: str, label: str, row: Any, input: Any) -> None:
 
 def _check_kind(name: str, label: str, row: Any) -> None:
     _arguments.check_tensors(name, **{label: row})
-    if row.is_complex() or not row.is_floating_point():
-        raise RuntimeError(
-            f"{name}: {label} must be of a real floating type, but is {row.dtype}; convert it, e.g. {label}.float()"
-        )
+    _arguments.check_real(name, **{label: row})
