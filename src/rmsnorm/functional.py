@@ -240,11 +240,10 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         norm = partial(add_rms_norm, memory=memory)
         return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
-    if residual.dtype is not input.dtype:
-        native = False
-        if residual.is_floating_point():  # torch promotes whole numbers
-            _arguments.check_floating("add_rms_norm", residual=residual)
-    native = native and not eps < 0
+    alike = residual.dtype is input.dtype
+    if not alike and residual.is_floating_point():  # torch promotes whole numbers
+        _arguments.check_floating("add_rms_norm", residual=residual)
+    native = native and alike and not eps < 0
     if both := _serve.add_rms_norm(input, residual, weight, dims, eps, offset, round_first, native, memory):
         return both
     sum = input + residual
