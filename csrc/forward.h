@@ -153,7 +153,9 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
       if (rows.rstd) keep(r, rescued);
       continue;
     }
-    const typename Norm::Row row = found[r - begin];  // no reference to it leaves: it would be written to memory
+    if constexpr (Form::kStores)
+      if (f.output == Type::none && !f.add) continue;  // 1/rms alone is wanted
+    const typename Norm::Row row = found[r - begin];   // no reference to it leaves: it would be written to memory
     auto* out = (typename Form::Out*)rows.output[r];
     const Form part(f, rows, r, r - begin, row);
     const char* half = (const char*)rows.input[r] + rows.next * (end - begin) + half_row;

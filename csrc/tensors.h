@@ -27,8 +27,8 @@ inline int32_t code_of(const Tensor& tensor) {
 }
 
 // Tensor::scalar_type() asks for the code of each of torch's types until one fits: 7 calls for float32, not 1.
-inline Type type_of(const Tensor& tensor) {
-  switch (static_cast<ScalarType>(code_of(tensor))) {
+inline Type type_of(int32_t code) {
+  switch (static_cast<ScalarType>(code)) {
     case ScalarType::Float: return Type::f32;
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Half: return Type::f16;
@@ -36,6 +36,8 @@ inline Type type_of(const Tensor& tensor) {
     default: refuse("rmsnorm: no native kernel for this dtype; call rmsnorm.rms_norm, which has a path for it");
   }
 }
+
+inline Type type_of(const Tensor& tensor) { return type_of(code_of(tensor)); }
 
 inline ScalarType scalar_of(Type type) {
   switch (type) {
@@ -47,8 +49,9 @@ inline ScalarType scalar_of(Type type) {
 }
 
 // Of any of torch's types, by its number and the bytes of an element; `order` has the dimensions from the outermost to
-// the innermost in memory, if that isn't the order of the sizes.
-inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size, const int64_t* order = nullptr) {
+// the innermost in memory, if that isn't the order of the sizes. The caller owns it.
+inline AtenTensorHandle new_empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size,
+                                  const int64_t* order = nullptr) {
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t i = dims; i-- > 0;) {
     const int64_t d = order ? order[i] : i;
@@ -59,9 +62,16 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t si
   require(aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
               AOTI_TORCH_SUCCESS,
           "rmsnorm: not enough memory for ", bytes, " bytes");
-  Tensor tensor(handle);
-  if (is_large(bytes)) ask_for_huge_pages(tensor.data_ptr(), bytes);
-  return tensor;
+  if (is_large(bytes)) {
+    void* data;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    ask_for_huge_pages(data, bytes);
+  }
+  return handle;
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size, const int64_t* order = nullptr) {
+  return Tensor(new_empty(sizes, dims, code, size, order));
 }
 
 inline Tensor empty(const int64_t* sizes, int64_t dims, Type type, const int64_t* order = nullptr) {

@@ -147,7 +147,8 @@ def test_dw_over_many_rows(target, dtype):
 
 
 def test_nothing_but_x_the_weight_and_one_number_per_row_is_kept(target):
-    for dtype, rows in product(DTYPES, (1, 37)):
+    """Of a row or a few not even that number, where the kernels find it again."""
+    for dtype, rows in product(DTYPES, (1, 57)):
         x = lay_out(sample(rows, 576, dtype), "row-strided").requires_grad_()
         weight = gains(576, dtype=dtype).requires_grad_()
         kept: list[Tensor] = []
@@ -155,8 +156,9 @@ def test_nothing_but_x_the_weight_and_one_number_per_row_is_kept(target):
             y = rms_norm(x, 576, weight, EPS)
         others = [t for t in kept if t.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
         wide = 8 if dtype is torch.float64 else 4
-        assert [t.untyped_storage().nbytes() for t in others] == [rows * wide], f"{dtype}: {[t.shape for t in kept]}"
-        assert len(kept) == 3, dtype
+        number = [rows * wide] if rows > 1 or target == "reference" else []
+        assert [t.untyped_storage().nbytes() for t in others] == number, f"{dtype}: {[t.shape for t in kept]}"
+        assert len(kept) == 2 + len(number), dtype
         assert y.grad_fn is not None
 
 

@@ -82,6 +82,8 @@ def operator_samples() -> dict[str, tuple[object, ...]]:
                     samples[f"add_{name}, {case}"] = (f"add_{name}", x, grad, weight, EPS)
                 into = x, weight, EPS, torch.empty(x.shape, dtype=x.dtype)
                 samples[f"rms_norm_weighted_out, {case}"] = ("rms_norm_weighted_out", *into)
+                back = grad, x, weight, EPS, True, True
+                samples[f"rms_norm_weighted_backward, {case}"] = ("rms_norm_weighted_backward", *back)
             samples[f"rms_norm_out, {tail}"] = ("rms_norm_out", x, *options, torch.empty(x.shape, dtype=wide))
             for name in ("add_rms_norm", "add_rms_norm_forward"):
                 samples[f"{name}, {tail}"] = (name, x, grad, *options)

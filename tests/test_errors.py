@@ -380,6 +380,7 @@ OPERATORS = {
     "rms_norm": (_x, _w, 1, 1e-6, 0.0, False),
     "rms_norm_weighted": (_x, _w, 1e-6),
     "rms_norm_rounded": (_x, _w, 1e-6),
+    "rms_norm_weighted_backward": (_x, _x, _w, 1e-6, True, True),
     "add_rms_norm_weighted": (_x, _x, _w, 1e-6),
     "add_rms_norm_rounded": (_x, _x, _w, 1e-6),
     "rms_norm_out": (_x, _w, 1, 1e-6, 0.0, False, torch.empty(4, 8)),

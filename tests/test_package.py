@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
-    "functional": {"_arguments", "_everyday", "_handed", "_ops", "_serve", "reference"},
     "_handed": {"_native", "_ops"},
+    "_eager": {"_arguments", "_autograd", "_handed", "_ops", "forms/lean"},
+    "functional": {"_arguments", "_eager", "_everyday", "_handed", "_ops", "_serve", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         "distributed/placement",
     },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
-    "forms/floored": {"_arguments", "_autograd", "_everyday", "_ops", "_serve", "functional"},
+    "forms/floored": {"_arguments", "_autograd", "_eager", "_everyday", "_ops", "_serve", "functional"},
     "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
@@ -281,7 +282,7 @@ def test_every_file_says_what_it_is_for(path):
         (
             "autograd.Function",
             [
-                *("_autograd", "_everyday", "distributed/parts", "distributed/ranks"),
+                *("_autograd", "_eager", "distributed/parts", "distributed/ranks"),
                 *("forms/served", "models/gates"),
             ],
         ),

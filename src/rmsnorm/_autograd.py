@@ -57,16 +57,23 @@ def backward(
     """Gradients of the normalised tensor (plus what arrives at it directly, ``grad_sum``) and of the weight."""
     if grad is None:
         return grad_sum if need_input else None, None
-    input, weight, rstd = ctx.saved_tensors
+    return gradients(grad, grad_sum, ctx.saved_tensors, ctx.options, need_input, need_weight)
+
+
+def gradients(
+    grad: Tensor, grad_sum: Tensor | None, saved: Any, options: Any, need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same of what was kept."""
+    input, weight, rstd = saved
     need_weight = need_weight and weight is not None
     if not (need_input or need_weight):
         return None, None
     apply = _gradient if needed(input, weight, grad) or needed(grad, grad_sum) else _ops.rms_norm_backward
     if grad.dtype == input.dtype:
-        dx, dw = apply(grad, grad_sum, input, rstd, weight, *ctx.options, need_input, need_weight)
+        dx, dw = apply(grad, grad_sum, input, rstd, weight, *options, need_input, need_weight)
     else:
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
-        dx, dw = apply(grad, None, input.to(grad.dtype), rstd, weight, *ctx.options, need_input, need_weight)
+        dx, dw = apply(grad, None, input.to(grad.dtype), rstd, weight, *options, need_input, need_weight)
         dx = dx.to(input.dtype) if grad_sum is None or not need_input else dx.to(input.dtype) + grad_sum
     return dx if need_input else None, dw if need_weight else None
 
@@ -128,13 +135,7 @@ class RMSNormFunction(TracedRMSNorm):
 class TracedAddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        input: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        dims: int,
-        eps: float,
-        offset: float,
-        round_first: bool,
+        input: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float, offset: float, round_first: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _ops.add_rms_norm_forward(input, residual, weight, dims, eps, offset, round_first)
 

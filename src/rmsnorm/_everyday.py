@@ -25,7 +25,6 @@ _Call = Callable[..., Any]
 
 # OpOverload.__call__ adds 0.5 µs to what it calls; names of a module's own are found sooner than attributes.
 _native, _operator = _ops.native, _ops.rms_norm
-_forward: _Call = _ops.rms_norm_forward._op
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
@@ -168,58 +167,3 @@ def distributed(*tensors: Tensor | None) -> ModuleType | None:
     from .distributed import placement
 
     return placement
-
-
-class EverydayRMSNorm(torch.autograd.Function):
-    """``RMSNormFunction`` in fewer steps, for when nothing but a backward can follow: 13 µs a call instead of 16."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        dims: int,
-        eps: float,
-        offset: float = 0.0,
-        round_first: bool = False,
-    ) -> Tensor:
-        output, rstd = _forward(input, weight, dims, eps, offset, round_first)
-        ctx.options = dims, eps, offset
-        ctx.save_for_backward(input, weight, rstd)
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dw = _autograd.backward(ctx, grad, None, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        return dx, dw, None, None, None, None
-
-
-# Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
-_recorded: _Call = super(torch.autograd.Function, EverydayRMSNorm).apply
-
-
-def record(
-    input: Tensor,
-    weight: Tensor | None,
-    dims: int,
-    eps: float,
-    offset: float,
-    round_first: bool,
-    out: Tensor | None = None,
-    memory: str | None = None,
-) -> Tensor:
-    """The output of an everyday call of ``rmsnorm.rms_norm``, recorded; an error if more has to be asked first."""
-    if out is not None or _tracing_state() is not None:
-        raise RuntimeError
-    if memory is not None:
-        if (
-            memory not in _arguments.MEMORY
-            or (output := lean.everyday(input, weight, dims, eps, offset, round_first)) is None
-        ):
-            raise RuntimeError  # what is kept is decided the long way
-    elif offset or round_first:
-        output = _recorded(input, weight, dims, eps, offset, round_first)
-    else:
-        output = _recorded(input, weight, dims, eps)  # each argument costs
-    return output

@@ -169,6 +169,16 @@ def _rms_norm_rounded(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(input, weight, weight.dim(), eps, 0.0, True)
 
 
+def _rms_norm_weighted_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, eps: float, need_input: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    rstd = rms_norm_forward(input, weight, weight.dim(), eps, 0.0, False)[1]
+    gradients: tuple[Tensor, Tensor] = rms_norm_backward(
+        grad, None, input, rstd, weight, weight.dim(), eps, 0.0, need_input, need_weight
+    )
+    return gradients
+
+
 def _add_rms_norm_weighted(input: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return add_rms_norm(input, residual, weight, weight.dim(), eps, 0.0, False)
 
@@ -187,6 +197,9 @@ _ADDED = "(Tensor input, Tensor residual, Tensor weight, float eps) -> (Tensor o
 for _name, _schema in {
     "rms_norm_weighted": "(Tensor input, Tensor weight, float eps) -> Tensor",
     "rms_norm_rounded": "(Tensor input, Tensor weight, float eps) -> Tensor",
+    "rms_norm_weighted_backward": (
+        "(Tensor grad, Tensor input, Tensor weight, float eps, bool need_input, bool need_weight) -> (Tensor, Tensor)"
+    ),
     "add_rms_norm_weighted": _ADDED,
     "add_rms_norm_rounded": _ADDED,
     "rms_norm_weighted_out": "(Tensor input, Tensor weight, float eps, Tensor(a!) out) -> ()",
@@ -213,6 +226,7 @@ rms_norm, rms_norm_forward, rms_norm_backward = RMS_NORM.plain, RMS_NORM.forward
 add_rms_norm, add_rms_norm_forward = ADD_RMS_NORM.plain, ADD_RMS_NORM.forward
 rms_norm_weighted = torch.ops.rmsnorm.rms_norm_weighted.default
 rms_norm_rounded = torch.ops.rmsnorm.rms_norm_rounded.default
+rms_norm_weighted_backward = torch.ops.rmsnorm.rms_norm_weighted_backward.default
 add_rms_norm_weighted = torch.ops.rmsnorm.add_rms_norm_weighted.default
 add_rms_norm_rounded = torch.ops.rmsnorm.add_rms_norm_rounded.default
 gain_span = torch.ops.rmsnorm.gain_span.default

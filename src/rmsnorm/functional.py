@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _everyday, _handed, _ops, _serve, reference
+from . import _arguments, _eager, _everyday, _handed, _ops, _serve, reference
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -33,7 +33,7 @@ MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 _native, _transforms_active = _ops.native, _everyday.transforms_active
 _written, _small = _ops.increment_versions, _handed.norm
 _resolve, _as_shape = _arguments.resolve, _arguments.as_shape
-_in_graph, _record = _everyday.in_graph, _everyday.record
+_in_graph, _record = _everyday.in_graph, _eager.record
 _operator, _weighted, _rounded, _into, _weighted_into = (
     *(_ops.rms_norm._op, _ops.rms_norm_weighted._op, _ops.rms_norm_rounded._op),
     *(_ops.rms_norm_out._op, _ops.rms_norm_weighted_out._op),

@@ -54,7 +54,7 @@ def test_the_everyday_call_is_rms_norm_elsewhere():
     """Operators with fewer arguments have kernels in C++ alone; on each other device they become `rms_norm`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     few = [f"{add}rms_norm_{mode}" for add in ("", "add_") for mode in ("weighted", "rounded")]
-    for name in (f"rmsnorm::{name}" for name in (*few, "rms_norm_weighted_out")):
+    for name in (f"rmsnorm::{name}" for name in (*few, "rms_norm_weighted_out", "rms_norm_weighted_backward")):
         assert has(name, "CompositeImplicitAutograd")
         assert not any(has(name, key) for key in (*OURS, "MPS", "Meta") if key != "CUDA" or not launcher.available())
     seen = []

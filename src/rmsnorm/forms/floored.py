@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from .. import _arguments, _autograd, _everyday, _ops, _serve, functional
+from .. import _arguments, _autograd, _eager, _everyday, _ops, _serve, functional
 
 _operator = _ops.rms_norm._op  # OpOverload.__call__ adds 0.5 µs to what it calls
 
@@ -43,7 +43,7 @@ def floored_rms_norm(
     if _everyday.ordinary(input, (input, weight)):
         try:  # as in rms_norm
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
-                way = _everyday.record if _autograd.needed(input, weight) else _operator
+                way = _eager.record if _autograd.needed(input, weight) else _operator
                 return way(input, weight, len(shape), -floor, offset, functional.ROUND_FIRST[casting_mode])
         except (RuntimeError, KeyError, AttributeError):
             pass
