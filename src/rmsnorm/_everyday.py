@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _arguments, _autograd, _foreign, _graphs, _handed, _ops
 from .forms import lean
@@ -104,6 +104,21 @@ def ordinary(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
     )
+
+
+def overridden(
+    public: _Call, tensors: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any], **named: Any
+) -> Any:
+    """What a class that overrides torch's functions makes of a call, which it sees by the public name.
+
+    Jagged tensors look for the name of torch's norm, and know none of our options: such a call they see as any other of
+    a function that they don't know, from within.
+    """
+    jagged = type(tensors[0]).__module__.startswith("torch.nested.")
+    if options and jagged and not torch._C._len_torch_function_stack():
+        with torch._C.DisableTorchFunctionSubclass():
+            return public(*arguments, **named, **options)
+    return handle_torch_function(public, tensors, *arguments, **named, **options)
 
 
 def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> int:

@@ -151,7 +151,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
         options |= _arguments.given(memory=(memory, None))
         tensors = (input, weight, out)
-        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
+        if isinstance(normalized_shape, int):  # as torch's own has it: nested tensors count its sizes
+            normalized_shape = (normalized_shape,)
+        return _everyday.overridden(rms_norm, tensors, (input, normalized_shape), options, weight=weight, eps=eps)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
