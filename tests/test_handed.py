@@ -1,5 +1,5 @@
-"""Everyday calls that pass torch's dispatcher by (src/rmsnorm/_handed.py): the operators' bits, and nobody who would have
-been asked there is passed by."""
+"""Everyday calls that pass torch's dispatcher by (src/rmsnorm/_handed.py): the operators' bits, and nobody is left out
+who would have been asked there."""
 
 import ctypes
 import gc
