@@ -17,7 +17,7 @@ struct Full {
   }
   // Stores, and returns what loading would give.
   template <class T, class V>
-  RMSNORM_INLINE V store_back(T* row, const V& x) const {
+  RMSNORM_INLINE auto store_back(T* row, const V& x) const {
     return store_back_for<Row>(row + j, x);
   }
   RMSNORM_INLINE Vector<Row> load_raw(const Scalar<Row>* row) const {

@@ -162,8 +162,9 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
     const char* half_residual = (const char*)rows.residual[r] + rows.next_residual * (end - begin) + half_row;
     const char* next_out = (const char*)out + rows.next_output * (end - begin);
     for_columns<T, !Stream>(columns, back, [&](auto span) __attribute__((always_inline)) {
-      if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_ahead<T>(half, span);
-      if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(half_residual, span);
+      if constexpr (Ask && Form::kTwice) prefetch_part<T, 2>(half - half_row, span);
+      else if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_ahead<T>(half, span);
+      if constexpr (Ask && Form::kAdds && !Form::kTwice) prefetch_ahead<T>(half_residual, span);
       if constexpr (Near) prefetch_part<T, 3>(half - half_row, span);
       else if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
@@ -199,7 +200,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
       else sum_row<Form, Ask>(load, rows, r, found, r - begin, block, counted, ask);
     };
     if constexpr (Form::kTwice) {
-      Form::template sum_twice<Ask>(f, rows, found, begin, end, again, block, ask);
+      Form::template sum_twice<Ask>(f, rows, found, begin, end, again, block);
     } else {
       for (int64_t r = begin; r < end; ++r) {
         if (again) sum_up(r, std::bool_constant<!kAgain>{});

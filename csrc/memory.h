@@ -92,10 +92,13 @@ inline bool should_ask_near(const Forward& f, int64_t bytes, int64_t share) {
 // L2 1.03); for what computes or reads more, a last cache that the share half fills (640x4096 LayerNorm 0.95; less full
 // 1.05). Half types wait for arithmetic there (32768x128 bf16 1.08). All on a Zen 4 (L1 32 KiB), where 8192x4096 fp32,
 // 1 thread, takes 0.86 of a copy by it, and not 1.32. Two norms wait for two tensors at once, in half types too
-// (512x4096 bf16 0.8 of the time).
+// (512x4096 bf16 0.8 of the time). On a Zen 5, whose L1 isn't filled, they ask for what comes from memory alone: 256
+// rows would take 1.08 of the time. So does a norm of half types that is added to what is read, too (4096x4096 bf16 by
+// 1 thread 0.75 to 0.8; fp32 by 2 threads 1.04).
 inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
   const bool far = is_plain(f) || f.twice ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
-  return fills_first_cache(f) && (far || overflows_caches(bytes));
+  const bool reads_two = f.twice || (f.add_after && size_of(f.input) == 2);
+  return overflows_caches(bytes) ? reads_two || fills_first_cache(f) : far && fills_first_cache(f);
 }
 
 // Whether add's sum goes past the caches, and is added twice for it. 4096x4096 fp32 takes 0.92 of the time, by 1 thread

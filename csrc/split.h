@@ -74,8 +74,16 @@ RMSNORM_INLINE Split round_split(const Split& x) {
   });
 }
 
+// What round_split() made. To store it is not to round again, nor to look for subnormals, which stops at every zero.
+struct Rounded {
+  Split x;
+};
+
 RMSNORM_INLINE Split load_split(const bf16* p) { return unpack(load_register<BitsReg>(p)); }
 RMSNORM_INLINE void store_split(bf16* p, const Split& x) { store_register(p, pack(x)); }
+RMSNORM_INLINE void store_split(bf16* p, const Rounded& y) {
+  store_register(p, merge((BitsReg)y.x.v[0], (BitsReg)y.x.v[1]));
+}
 
 #if defined(RMSNORM_AVX512)
 RMSNORM_INLINE Split load_few(const bf16* p, int64_t count) {
@@ -164,6 +172,14 @@ RMSNORM_INLINE V store_back_for(T* p, const V& x) {
   if constexpr (sizeof(T) == 2) return load_for<Row>(p);
   else return x;
 }
+
+#if defined(__AVX2__)
+template <class Row, class T>
+RMSNORM_INLINE Split store_back_for(T* p, const Rounded& y) {
+  store_split(p, y);
+  return y.x;
+}
+#endif
 
 // The value that storing as T and loading again would give.
 template <class T>

@@ -38,6 +38,84 @@ def test_arguments_that_do_not_fit(function, arguments, message):
         function(*arguments)
 
 
+HEADS, ANGLES, ROW = torch.ones(2, 4, 3, 6), torch.ones(2, 3, 6), torch.ones(2, 5)
+# How forms are called with these tensors, which are all of those that may be wrong.
+FORMS = {
+    "rms_norm": (lambda *t: rms_norm(t[0], 5, *t[1:], 1e-6), (X, X[0, 0])),
+    "rms_norm, bias": (lambda x, w, b: rms_norm(x, 5, w, 1e-6, bias=b), (X, X[0, 0], X[0, 0])),
+    "add_rms_norm": (lambda x, r, w: add_rms_norm(x, r, 5, w, 1e-6), (X, X, X[0, 0])),
+    "add_rms_norm_": (lambda x, r, w: rmsnorm.add_rms_norm_(x.clone(), r.clone(), w, 1e-6), (X, X, X[0, 0])),
+    "add_rms_norm, round_sum": (lambda x, r, w: add_rms_norm(x, r, 5, w, 1e-6, round_sum=False), (X, X, X[0, 0])),
+    "rms_norm_add": (lambda x, r, w: rmsnorm.rms_norm_add(x, r, 5, w, 1e-6), (X, X, X[0, 0])),
+    "sandwich_rms_norm": (lambda x, r, *w: rmsnorm.sandwich_rms_norm(x, r, 5, *w, 1e-6), (X, X, X[0, 0], X[0, 0])),
+    "gated_rms_norm": (lambda x, g, w: gated_rms_norm(x, g, 5, w, 1e-6), (X, X, X[0, 0])),
+    "modulated_norm": (lambda x, a, b: rmsnorm.modulated_norm(x, 5, None, 1e-6, scale=a, shift=b), (X, ROW, ROW)),
+    "modulated_norm, gate": (
+        lambda x, r, g, a: rmsnorm.modulated_norm(x, 5, None, 1e-6, scale=a, residual=r, gate=g),
+        (X, X, ROW, ROW),
+    ),
+    "gated_add": (rmsnorm.gated_add, (X, X, ROW)),
+    "quantised_rms_norm": (lambda x, r, w: rmsnorm.quantised_rms_norm(x, 5, w, 1e-6, residual=r), (X, X, X[0, 0])),
+    "l2_norm": (lambda x, w: rmsnorm.l2_norm(x, 5, w), (X, X[0, 0])),
+    "layer_norm": (lambda x, w, b: layer_norm(x, 5, w, b), (X, X[0, 0], X[0, 0])),
+    "heads_rms_norm_rope": (
+        lambda *t: rmsnorm.heads_rms_norm_rope(*t, 1e-6),
+        (HEADS, HEADS, ANGLES, ANGLES, ANGLES[0, 0], ANGLES[0, 0]),
+    ),
+    "rope": (rmsnorm.rope, (HEADS, HEADS, ANGLES, ANGLES)),
+}
+EACH = [(name, i) for name, (_, tensors) in FORMS.items() for i in range(len(tensors))]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("name", "which"), EACH)
+def test_one_tensor_without_values(name, which, grad):
+    """A weight that was never loaded lies on meta: torch asks shapes alone of what it is part of, and the output on
+    the CPU would be memory that nobody has written."""
+    call, tensors = FORMS[name]
+    mixed = [t.to("meta") if i == which else t for i, t in enumerate(tensors)]
+    if grad and name not in ("add_rms_norm_", "quantised_rms_norm"):
+        mixed[0] = mixed[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"meta") as error:
+        call(*mixed)
+    assert "cpu" in str(error.value)
+
+
+def test_operators_refuse_one_tensor_without_values():
+    for made in (torch.ops.rmsnorm.rms_norm_add, torch.ops.rmsnorm.sandwich_rms_norm_forward):
+        count = len([a for a in made.default._schema.arguments if "Tensor" in str(a.type)])
+        tensors = [X, X, *[X[0, 0].to("meta")] * (count - 2)]
+        with pytest.raises(RuntimeError, match="tensors are on cpu and meta; move them to one device"):
+            made(*tensors, *([1, 1e-6, 0.0, False] if count == 3 else [1, 1e-6, 1e-6, 0.0, False]))
+
+
+@pytest.mark.parametrize(("name", "which"), [each for each in EACH if each[0] != "layer_norm"])
+def test_eight_bits_are_no_numbers(name, which):
+    """Torch has no arithmetic of them: its own words were of ``pow``, and of promotion."""
+    call, tensors = FORMS[name]
+    narrow = [t.to(torch.float8_e4m3fn) if i == which else t for i, t in enumerate(tensors)]
+    with pytest.raises(RuntimeError, match=rf"^{name.partition(',')[0]}: .*16 bits.* but .*float8_e4m3fn"):
+        call(*narrow)
+
+
+@pytest.mark.parametrize("name", ["rms_norm_add", "sandwich_rms_norm", "heads_rms_norm_rope", "l2_norm"])
+def test_weights_of_forms_are_real(name):
+    call, tensors = FORMS[name]
+    with pytest.raises(RuntimeError, match=r"weight must be of a real floating type, but is torch\.complex64"):
+        call(*tensors[:-1], tensors[-1].cfloat())
+
+
+def test_an_eps_of_two_numbers():
+    many = torch.ones(2)
+    for call in (
+        lambda: rmsnorm.l2_norm(X, 5, None, many),
+        lambda: rmsnorm.heads_rms_norm_rope(HEADS, HEADS, ANGLES, ANGLES, None, None, many),
+        lambda: rmsnorm.sandwich_rms_norm(X, X, 5, None, None, many),
+    ):
+        with pytest.raises(TypeError, match=r"eps must be a float, but is a tensor of shape \[2\]"):
+            call()
+
+
 @pytest.mark.parametrize(
     "call",
     [

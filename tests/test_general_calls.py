@@ -358,3 +358,43 @@ def test_arguments_that_do_not_fit(call, error, message):
 def test_the_public_signatures():
     """Type checkers see the keywords, which a call that has none of them doesn't pay for."""
     assert rmsnorm.rms_norm.__kwdefaults__.keys() == {"offset", "casting_mode", "out", "memory"}
+
+
+JAGGED = {
+    "int": lambda x, w: rms_norm(x, 6, w, 1e-6),
+    "llama": lambda x, w: rms_norm(x, (6,), w, 1e-6, casting_mode="llama"),
+    "offset": lambda x, w: rms_norm(x, (6,), w, 1e-6, offset=1.0),
+    "lean": lambda x, w: rms_norm(x, (6,), w, 1e-6, memory="lean"),
+    "bias": lambda x, w: rms_norm(x, (6,), w, 1e-6, bias=w),
+    "out_dtype": lambda x, w: rms_norm(x, (6,), w, 1e-6, out_dtype=torch.bfloat16),
+    "inverse_rms": lambda x, w: rmsnorm.inverse_rms(x, 6, 1e-6),
+    "modulated_norm": lambda x, w: rmsnorm.modulated_norm(x, 6, None, 1e-6, scale=x, shift=x),
+    "quantised_rms_norm": lambda x, w: rmsnorm.quantised_rms_norm(x, 6, w, 1e-6)[0],
+}
+
+
+@pytest.mark.parametrize("name", JAGGED)
+def test_jagged_tensors(name):
+    """Their rows as they are alone; torch's jagged tensors look for ``rms_norm`` by its name, with torch's arguments
+    alone, and have no empty tensors."""
+    values, w = torch.randn(7, 6), torch.rand(6) + 0.5
+    rows = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 6, 7]))
+    found, wanted = JAGGED[name](rows, w), JAGGED[name](values, w)
+    assert found.is_nested
+    assert found.dtype is wanted.dtype
+    # The same formula in torch's operators; codes are one apart where a half is rounded.
+    tolerance = {torch.int8: 1.0, torch.bfloat16: 2**-6}.get(wanted.dtype, 1e-5)
+    torch.testing.assert_close(found.values().double(), wanted.double(), rtol=0, atol=tolerance)
+
+
+def test_jagged_tensors_learn_with_llamas_rounding():
+    layer, values = rmsnorm.RMSNorm(6, casting_mode="llama"), torch.randn(7, 6)
+    gradients = []
+    for jagged in (False, True):
+        leaf = values.clone().requires_grad_()
+        layer.zero_grad()
+        rows = torch.nested.nested_tensor_from_jagged(leaf, torch.tensor([0, 2, 6, 7])) if jagged else leaf
+        output = layer(rows)
+        (output.values() if jagged else output).square().sum().backward()
+        gradients.append((leaf.grad, layer.weight.grad))
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -201,3 +201,31 @@ def test_traced_by_fx():
     scale = modulations("sample", 3, 6, torch.float32)["scale"]
     traced = torch.fx.symbolic_trace(Layer())
     torch.testing.assert_close(traced(x, residual, scale), Layer()(x, residual, scale))
+
+
+def test_a_mode_and_a_subclass_see_the_call_alone():
+    """By its public name, once, whichever tensor is of a class with a say."""
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(getattr(func, "__name__", str(func)))
+            return func(*args, **(kwargs or {}))
+
+    class Logged(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen: list[str] = []
+    with Mode():
+        modulated_norm(X, 6, scale=S, shift=S, residual=X, gate=S)
+        gated_add(X, X, S)
+    assert seen == ["modulated_norm", "gated_add"]
+    for name in ("scale", "shift", "gate"):
+        seen.clear()
+        modulated_norm(X, 6, **({"scale": S, "shift": S, "residual": X, "gate": S} | {name: S.as_subclass(Logged)}))
+        assert seen == ["modulated_norm"], name
+    seen.clear()
+    gated_add(X, X, S.as_subclass(Logged))
+    assert seen == ["gated_add"]

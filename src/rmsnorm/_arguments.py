@@ -134,12 +134,30 @@ def resolve(
 
 
 def check_floating(name: str, **tensors: Tensor | None) -> None:
-    """Raises torch's own NotImplementedError, which is a RuntimeError, for types that have no fractions."""
+    """Raises torch's own NotImplementedError, which is a RuntimeError, for types that have no fractions, or in which
+    torch doesn't compute: those of 8 bits and less."""
     for label, tensor in tensors.items():
-        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+        if tensor is not None and not (is_real(tensor) or tensor.is_complex()):
+            wanted = "at least 16 bits" if tensor.is_floating_point() else "a floating or complex type"
             raise NotImplementedError(
-                f"{name}: {label} must be of a floating or complex type, but is {tensor.dtype} "
-                f"(shape {list(tensor.shape)}); convert it, e.g. {label}.float()"
+                f"{name}: {label} must be of {wanted}, but is {tensor.dtype} (shape {list(tensor.shape)}); convert it, "
+                f"e.g. {label}.float()"
+            )
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether it is of a real floating type in which torch computes."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def check_real(name: str, **tensors: Tensor) -> None:
+    """Raises RuntimeError for types that forms of the norm don't know."""
+    for label, tensor in tensors.items():
+        if not is_real(tensor):
+            width = " of at least 16 bits" if tensor.is_floating_point() else ""
+            raise RuntimeError(
+                f"{name}: {label} must be of a real floating type{width}, but is {tensor.dtype}; convert it, e.g. "
+                f"{label}.float()"
             )
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _autograd, _foreign, _graphs, _ops
+from . import _arguments, _autograd, _foreign, _graphs, _handed, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]
@@ -106,6 +106,21 @@ def ordinary(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
+def overridden(
+    public: _Call, tensors: tuple[Any, ...], arguments: tuple[Any, ...], options: dict[str, Any], **named: Any
+) -> Any:
+    """What a class that overrides torch's functions makes of a call, which it sees by the public name.
+
+    Jagged tensors look for the name of torch's norm, and know none of our options: such a call they see as any other of
+    a function that they don't know, from within.
+    """
+    jagged = type(tensors[0]).__module__.startswith("torch.nested.")
+    if options and jagged and not torch._C._len_torch_function_stack():
+        with torch._C.DisableTorchFunctionSubclass():
+            return public(*arguments, **named, **options)
+    return handle_torch_function(public, tensors, *arguments, **named, **options)
+
+
 def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> int:
     """How many dimensions a call that is :func:`ordinary` normalises; 0 if more has to be asked first."""
     if eps is None or eps < 0:  # to the operators that is a floor
@@ -132,10 +147,15 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         tensors = input, residual, weight
         if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in _PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
+        round_first = ROUND_FIRST[casting_mode]
+        recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
+        if not recorded:
+            both = _handed.norm(input, residual, normalized_shape, weight, eps, offset, round_first, None)
+            if both is not None:
+                return both
         if not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
-        round_first = ROUND_FIRST[casting_mode]
-        if is_grad_enabled() and _autograd.needed(input, weight, residual):
+        if recorded:
             if memory is not None:  # what else may be kept is decided the long way
                 assert eps is not None  # dims_of() asked
                 if memory not in _arguments.MEMORY:

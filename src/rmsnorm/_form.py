@@ -30,7 +30,6 @@ _Results = tuple[Tensor, ...]
 _Call = Callable[..., Any]
 KERNELS = frozenset({"cpu", "cuda", "xpu"})
 """Devices whose operators may have more than the definition; on others the definition is called without an operator."""
-_LITERALS = {"True": True, "False": False}
 
 
 def like(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -106,13 +105,13 @@ class Form:
 
     @cached_property
     def known(self) -> tuple[bool, ...]:  # of each option whether the derivative knows it
-        return tuple(_name(option) not in self.silent for option in self.options.split(", "))
+        return tuple(option.split()[1].partition("=")[0] not in self.silent for option in self.options.split(", "))
 
     @cached_property
     def defaults(self) -> tuple[Any, ...]:
         """Of the last options: torch doesn't hand over what equals its default."""
         given = [option.partition("=")[2] for option in self.options.split(", ") if "=" in option]
-        return tuple(_LITERALS[text] if text in _LITERALS else float(text) for text in given)
+        return tuple(text == "True" if text in ("True", "False") else float(text) for text in given)
 
     def filled(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         missing = self.tensors + len(self.known) - len(arguments)
@@ -151,10 +150,6 @@ class Form:
         return {"_backward": schemas["_backward"]} if self.same else schemas
 
 
-def _name(option: str) -> str:
-    return option.split()[1].partition("=")[0]
-
-
 def _declared(name: str) -> str:
     return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
 
@@ -175,10 +170,9 @@ class Operators:
     """and of one whose gradient another's operator finds."""
     schemas: dict[str, str]
     """By the ends of their names, as are"""
-    defaults: dict[str, Callable[..., Any]]
-    """the functions that serve every device, and"""
-    fakes: dict[str, Callable[..., Any]]
-    """those that serve tensors without data."""
+    defaults: dict[str, _Call]
+    """the functions that serve every device, and those that serve tensors without data."""
+    fakes: dict[str, _Call]
 
 
 registered: list[Operators] = []
@@ -186,21 +180,27 @@ registered: list[Operators] = []
 
 def define(name: str, schema: str, default: _Call | None, fake: _Call) -> torch._ops.OpOverload:
     """An operator: the function that serves every device, and the one that serves tensors without data."""
+
+    def shapes(*arguments: Any) -> Any:
+        # One tensor on meta is enough for torch to come here: beside others, what comes back would hold no values.
+        if len(devices := {str(x.device) for x in arguments if isinstance(x, Tensor)}) > 1:
+            raise RuntimeError(f"{name}: tensors are on {' and '.join(sorted(devices))}; move them to one device")
+        return fake(*arguments)
+
     library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     if default is not None:
         library.impl(name, default, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmsnorm::{name}", fake, lib=library)
+    torch.library.register_fake(f"rmsnorm::{name}", shapes, lib=library)
     return getattr(torch.ops.rmsnorm, name).default
 
 
 def register(form: Form) -> Operators:
     """Makes the operators of a row."""
     outputs, moving, tensors = len(form.outputs), len(form.moving), len(form.learnt)
+    all = outputs + len(form.kept)
 
     def some(results: _Results, count: int = outputs) -> Any:
         return results[0] if count == 1 else tuple(results[:count])
-
-    all = outputs + len(form.kept)
 
     def forward(*arguments: Any) -> Any:
         arguments = form.filled(arguments)

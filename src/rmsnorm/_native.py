@@ -24,7 +24,7 @@ KNOWN_TARGETS = ("avx512", "avx2", "baseline")
 
 _LOADER = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64)
 _loader: Any = None  # what C++ holds
-_library: ctypes.CDLL | None = None
+_library: Any = None  # a ctypes.CDLL, once it is loaded
 _why_not: str | None = "it was not loaded yet"
 _warned = False
 
@@ -48,19 +48,8 @@ def load() -> None:
         except OSError as error:
             _why_not = f"{LIBRARY.name} could not be loaded into torch {torch.__version__}: {error}"
     if _library is not None:
-        _library.rmsnorm_cpu_target.restype = ctypes.c_char_p
-        _library.rmsnorm_cpu_targets.restype = ctypes.c_char_p
-        _library.rmsnorm_install.argtypes = [ctypes.c_bool]
-        _library.rmsnorm_install.restype = ctypes.c_char_p
-        _library.rmsnorm_failed.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-        _library.rmsnorm_failed.restype = None
-        _library.rmsnorm_set_large_bytes.argtypes = [ctypes.c_int64]
-        _library.rmsnorm_large_bytes.restype = ctypes.c_int64
-        _library.rmsnorm_cache_bytes.restype = ctypes.c_int64
-        _library.rmsnorm_contract.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-        _library.rmsnorm_contract.restype = None
-        for name, kinds in _GPU.items():
-            function = getattr(_library, f"rmsnorm_gpu_{name}")
+        for name, kinds in _FUNCTIONS.items():
+            function = getattr(_library, f"rmsnorm_{name}")
             function.argtypes, function.restype = kinds[1:], kinds[0]
         if target:
             set_cpu_target(target)
@@ -69,16 +58,25 @@ def load() -> None:
 # Functions that the launcher asks for, in the order of Driver in csrc/launch.cpp: of the driver, and of torch.
 _DRIVERS = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuGetErrorString")
 _TORCHS = ("aoti_torch_get_current_cuda_stream",)
-# The launcher's functions (csrc/launch.cpp, csrc/gpu_ops.cpp): what each returns, and takes.
-_GPU: dict[str, tuple[Any, ...]] = {
-    "open": (None, ctypes.POINTER(ctypes.c_void_p)),
-    "loader": (None, _LOADER),
-    "tiles": (None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64),
-    "serve": (None, ctypes.c_int, ctypes.c_int),
-    "kernel": (None, *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)),
-    "forget": (None,),
-    "operators": (ctypes.c_char_p,),
-    "register": (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
+# The library's functions: what each returns, and takes.
+_TEXT, _INT, _POINTER = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("cpu_target", "cpu_targets", "gpu_operators"), (_TEXT,)),
+    "set_cpu_target": (ctypes.c_bool, _TEXT),
+    "install": (_TEXT, ctypes.c_bool),
+    "failed": (None, _TEXT, _TEXT),
+    "set_large_bytes": (None, _INT),
+    "large_bytes": (_INT,),
+    "cache_bytes": (_INT, ctypes.c_int),
+    "contract": (None, _TEXT, _INT),
+    "handed": (_POINTER, _POINTER, ctypes.POINTER(_POINTER), _INT),
+    "gpu_open": (None, ctypes.POINTER(_POINTER)),
+    "gpu_loader": (None, _LOADER),
+    "gpu_tiles": (None, ctypes.POINTER(_INT), _INT),
+    "gpu_serve": (None, ctypes.c_int, ctypes.c_int),
+    "gpu_kernel": (None, _TEXT, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, _TEXT, _INT),
+    "gpu_forget": (None,),
+    "gpu_register": (_TEXT, _TEXT, _TEXT),
 }
 
 
@@ -142,7 +140,6 @@ def cache_bytes() -> list[int]:
 
 def set_large_bytes(count: int) -> None:
     """Sets it, in every thread. For the tests: from 1 on every output is large."""
-    assert _library is not None
     _library.rmsnorm_set_large_bytes(count)
 
 
@@ -156,8 +153,12 @@ def publish(name: str) -> bool:
 
 def fill_slot(on: bool) -> str | None:
     """Puts the kernels into the CPU slot of torch's own operator, or takes them out; returns what went wrong."""
-    assert _library is not None
     return error.decode() if (error := _library.rmsnorm_install(on)) else None
+
+
+def handed(table: int, rest: Sequence[int | None]) -> int | None:
+    """The address of what makes a function of Python's (csrc/handed_ops.cpp), or None."""
+    return _library.rmsnorm_handed(table, (ctypes.c_void_p * len(rest))(*rest), len(rest)) if _library else None
 
 
 @contextmanager
@@ -181,7 +182,6 @@ def gpu_operators() -> list[str]:
 
 def gpu_register(key: str, prefix: str) -> None:
     """Serves them for a dispatch key from here on, each under its name with a prefix."""
-    assert _library is not None
     if error := _library.rmsnorm_gpu_register(key.encode(), prefix.encode()):
         raise RuntimeError(error.decode())
 
@@ -191,7 +191,6 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
     raises is Triton's to launch from then on, through Python, which meets the same and says so. While a stream is
     captured it loads as torch's allocator gets memory, in relaxed mode, if the driver is CUDA 12.3's or later."""
     global _loader
-    assert _library is not None
     functions: list[int | None] = []
     for path, names in ((cuda, _DRIVERS), (torch_cuda, _TORCHS)):
         try:
@@ -221,19 +220,16 @@ def gpu_open(cuda: str, torch_cuda: str, loader: Callable[[bytes], bool], tiles:
 
 def gpu_serve(device: int, how: int) -> None:
     """Who serves a device: 0, Python; 1, torch what it can, and C++ the rest; 2, C++; 3, torch, and Python the rest."""
-    assert _library is not None
     _library.rmsnorm_gpu_serve(device, how)
 
 
 def gpu_kernel(key: bytes, function: int, threads: int, shared: int, sizes: bytes) -> None:
     """Makes a kernel known, with the bytes of each argument; function 0 is one that Triton launches itself."""
-    assert _library is not None
     _library.rmsnorm_gpu_kernel(key, function, threads, shared, sizes, len(sizes))
 
 
 def gpu_forget() -> None:
     """Forgets all kernels, for the tests."""
-    assert _library is not None
     _library.rmsnorm_gpu_forget()
 
 

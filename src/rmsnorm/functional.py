@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _eager, _everyday, _ops, _serve, reference
+from . import _arguments, _eager, _everyday, _handed, _ops, _serve, reference
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -31,7 +31,7 @@ ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _argume
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 # Found sooner here; and OpOverload.__call__ adds 0.5 µs to what it calls.
 _native, _transforms_active = _ops.native, _everyday.transforms_active
-_written = _ops.increment_versions
+_written, _small = _ops.increment_versions, _handed.norm
 _resolve, _as_shape = _arguments.resolve, _arguments.as_shape
 _in_graph, _record = _everyday.in_graph, _eager.record
 _operator, _weighted, _rounded, _into, _weighted_into = (
@@ -113,19 +113,24 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             and not _transforms_active()
             and forward_ad._current_level < 0
         ):
+            recorded = is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
+            first = ROUND_FIRST[casting_mode]
+            if not recorded and (
+                (y := _small(input, None, normalized_shape, weight, eps, offset, first, out)) is not None
+            ):
+                return y
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
                 elif eps < 0.0:  # not 0: Python has an instruction for two floats
                     raise RuntimeError  # to the operators that is a floor
-                recording = is_grad_enabled()
-                if recording and (input.requires_grad or (weight is not None and weight.requires_grad)):
-                    return _record(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out, memory)
+                if recorded:
+                    return _record(input, weight, len(shape), eps, offset, first, out, memory)
                 if out is not None:
                     if (
                         type(out) is not Tensor
-                        or (recording and out.requires_grad)
+                        or (out.requires_grad and is_grad_enabled())
                         or (_CONJUGATE_ENDS_IT and out.is_conj())
                     ):
                         raise RuntimeError
@@ -134,19 +139,21 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     elif out.is_neg():
                         raise RuntimeError
                     else:
-                        _into(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode], out)
+                        _into(input, weight, len(shape), eps, offset, first, out)
                     _written((out,))  # an operator of ours doesn't tell autograd: 0.08 µs
                     return out
                 if weight is not None and not offset:
-                    return (_rounded if ROUND_FIRST[casting_mode] else _weighted)(input, weight, eps)  # 0.7 µs less
-                return _operator(input, weight, len(shape), eps, offset, ROUND_FIRST[casting_mode])
+                    return (_rounded if first else _weighted)(input, weight, eps)  # 0.7 µs less
+                return _operator(input, weight, len(shape), eps, offset, first)
     except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
         options |= _arguments.given(memory=(memory, None))
         tensors = (input, weight, out)
-        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, **options)
+        if isinstance(normalized_shape, int):  # as torch's own has it: nested tensors count its sizes
+            normalized_shape = (normalized_shape,)
+        return _everyday.overridden(rms_norm, tensors, (input, normalized_shape), options, weight=weight, eps=eps)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
@@ -235,7 +242,10 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         norm = partial(add_rms_norm, memory=memory)
         return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)
-    native = native and not eps < 0 and residual.dtype is input.dtype
+    alike = residual.dtype is input.dtype
+    if not alike and residual.is_floating_point():  # torch promotes whole numbers
+        _arguments.check_floating("add_rms_norm", residual=residual)
+    native = native and alike and not eps < 0
     if both := _serve.add_rms_norm(input, residual, weight, dims, eps, offset, round_first, native, memory):
         return both
     sum = input + residual

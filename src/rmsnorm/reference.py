@@ -65,6 +65,13 @@ def empty_rstd(input: Tensor, dims: int) -> Tensor:
     return input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 
 
+def nothing(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What stands for an output that isn't there, of the kind that the others are of."""
+    if input.is_nested:  # whose new tensors are nested, or none
+        return torch.empty(0, dtype=dtype or input.dtype, device=input.device)
+    return input.new_empty(0, dtype=dtype)
+
+
 def _last(dims: int) -> tuple[int, ...]:
     return tuple(range(-dims, 0))
 

@@ -131,6 +131,44 @@ def test_fused_with_the_same_bits(dtype: torch.dtype, called: list[str]) -> None
     assert same_bits(model(**example).detach(), theirs.detach())
 
 
+class Branches(Block):
+    """DiT's block: one class, two ways, of which a model goes one."""
+
+    modulates = True
+
+    def forward(self, hidden_states: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = emb[:, None], emb[:, None] * 2
+        if self.modulates:
+            hidden_states = self.norm2(hidden_states)
+            hidden_states = hidden_states * (1 + scale) + shift
+        else:
+            gate = emb.unsqueeze(1)
+            hidden_states = hidden_states + gate * self.ff(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize(("modulates", "said"), [(True, "norm2, modulated"), (False, "gated add")])
+def test_only_what_the_model_runs_is_said_to_be_fused(modulates: bool, said: str, called: list[str]) -> None:
+    block = Branches()
+    block.modulates = modulates
+    example = {"hidden_states": given()["x"], "emb": given()["emb"]}
+    report = rmsnorm.patch(block, layer_norm=True, fuse=example)
+    assert [(entry.name, entry.meaning) for entry in report.fused] == [("", said)]
+    called.clear()
+    block(**example)
+    assert called == ["modulated_norm" if modulates else "gated_add"]
+
+
+def test_a_layer_of_which_nothing_is_served_is_not_said_to_be_fused() -> None:
+    """CogVideoX: its norms have weights and biases, which one pass doesn't take."""
+    zero = Zero()
+    zero.norm = nn.LayerNorm(WIDTH)
+    report = rmsnorm.patch(zero, layer_norm=True, fuse=given())
+    assert report.fused == []
+    assert "modulation not fused: the model reaches no such line" in report.skipped[-1].reason
+    assert type(zero) is Zero
+
+
 def test_what_was_not_proven_runs_the_lines(called: list[str]) -> None:
     """A norm that isn't patched or is listened to, autocast, other types: the same numbers, without our functions."""
     model, example = Model(), given()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, _everyday, _foreign, functional
 from .served import Served
@@ -62,7 +62,7 @@ def call(
         given |= {label: t for label in by_name if (t := (rows | weights)[label]) is not None}
         first, learnt = ([t for label, t in named.items() if label not in by_name] for named in (rows, weights))
         arguments = (*first, normalized_shape, *learnt, eps)
-        found = handle_torch_function(public, tensors, *arguments, **given)
+        found = _everyday.overridden(public, tensors, arguments, given)
         if count > 1 and isinstance(found, torch.fx.Proxy):  # a graph's caller may unpack it
             return tuple(found[i] for i in range(count))  # type: ignore[index]
         return found
@@ -71,6 +71,7 @@ def call(
         if weight is not None:
             _arguments.check_tensors(name, **{label: weight})
             native &= functional._resolve(name, input, normalized_shape, weight, eps, casting_mode, label=label)[3]
+            _check_kind(name, label, weight)
     if type(offset) is not float:
         _arguments.check_numbers(name, offset=offset)
     if eps < 0:
@@ -208,7 +209,4 @@ def check_alike(name: str, label: str, row: Any, input: Any) -> None:
 
 def _check_kind(name: str, label: str, row: Any) -> None:
     _arguments.check_tensors(name, **{label: row})
-    if row.is_complex() or not row.is_floating_point():
-        raise RuntimeError(
-            f"{name}: {label} must be of a real floating type, but is {row.dtype}; convert it, e.g. {label}.float()"
-        )
+    _arguments.check_real(name, **{label: row})

@@ -207,6 +207,7 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
             f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "
             f"{None if gate is None else gate.dtype}; convert them, e.g. gate.float()"
         )
+    _arguments.check_real("gated_rms_norm", **{"input": input} | ({} if gate is None else {"gate": gate}))
     if gate is not None and (gate.shape != input.shape or gate.device != input.device):
         raise RuntimeError(
             f"gated_rms_norm: gate must have the shape and device of input, {tuple(input.shape)} on {input.device}, "

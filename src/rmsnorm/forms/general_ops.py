@@ -69,7 +69,7 @@ def _normalise(
     rstd, floored = _factor(wide, dims, eps, counted, mean)
     kept = rstd if floored is None else torch.where(floored, -rstd, rstd)
     if not store:
-        return wide.new_empty(0, dtype=low), kept
+        return reference.nothing(wide, low), kept
     y = wide * rstd
     if round_first:
         y = reference.cast(y, low)

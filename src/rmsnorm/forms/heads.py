@@ -82,7 +82,7 @@ def heads_rms_norm_rope(
             options = eps, offset, functional.ROUND_FIRST[casting_mode], interleaved
             if both := calls.everyday(_normed, tensors, options):
                 return both
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, RuntimeError):
         pass
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
@@ -168,6 +168,7 @@ def _resolve(name: str, tensors: tuple[Any, ...], eps: float | None, casting_mod
         if weight is not None:
             _check_weight(name, label, weight, size)
             native &= functional._resolve(name, x, size, weight, eps, casting_mode, label=label)[3]
+            _arguments.check_real(name, **{label: weight})
             native &= not round_first or weight.dtype is x.dtype
     return native, least, round_first
 
@@ -177,11 +178,7 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
     named = {"query": query, "key": key, "cos": cos, "sin": sin}
     _arguments.check_tensors(name, **named)
     for label, tensor in named.items():
-        if tensor.is_complex() or not tensor.is_floating_point():
-            raise RuntimeError(
-                f"{name}: {label} must be of a real floating type, but is {tensor.dtype}; convert it, e.g. "
-                f"{label}.float()"
-            )
+        _arguments.check_real(name, **{label: tensor})
         if tensor.dim() < _DIMS[label]:
             wanted = "[*, heads, tokens, head_dim]" if label in ("query", "key") else "[*, tokens, turned]"
             raise RuntimeError(f"{name}: {label} must be {wanted}, but has shape {list(tensor.shape)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _arguments, _autograd, _everyday, _foreign, _form, _ops, functional, reference
+from .. import _arguments, _autograd, _everyday, _foreign, _form, _handed, _ops, functional, reference
 from . import calls, everyday_ops
 
 _SCHEMA = (
@@ -57,11 +57,14 @@ def add_rms_norm_(
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
             dims = 1 if weight is None else weight.dim()
-            if input.shape[input.dim() - dims :] == (input.shape[-1:] if weight is None else weight.shape):
+            shape, round_first = input.shape[-1:] if weight is None else weight.shape, _ROUND_FIRST[casting_mode]
+            if round_sum is True and _small(input, residual, shape, weight, eps, offset, round_first, input):
+                return input, residual
+            if input.shape[input.dim() - dims :] == shape:
                 if weight is not None and not offset and casting_mode == "torch":
                     _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less
                 else:
-                    _run(input, residual, weight, dims, eps, offset, functional.ROUND_FIRST[casting_mode], round_sum)
+                    _run(input, residual, weight, dims, eps, offset, round_first, round_sum)
                 _written((input, residual))
                 return input, residual
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -112,4 +115,5 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
 
 _operator = _form.define("add_rms_norm_", _SCHEMA, _ops.add_rms_norm_by_copies, lambda *arguments: None)
 _run: Any = _operator._op
-_weighted, _written = everyday_ops.add_rms_norm_, _ops.increment_versions
+_weighted, _written, _small = everyday_ops.add_rms_norm_, _ops.increment_versions, _handed.norm
+_ROUND_FIRST = functional.ROUND_FIRST

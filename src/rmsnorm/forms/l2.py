@@ -58,7 +58,7 @@ def l2_norm(
             options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
             if (found := calls.everyday(general._served, tensors, options)) is not None:
                 return found[0]
-    except (KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError, RuntimeError):
         pass
     if eps is None:
         raise TypeError("l2_norm: eps must be a float, but is None; pass a number, e.g. 1e-12")

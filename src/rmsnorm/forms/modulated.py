@@ -77,7 +77,8 @@ def modulated_norm(
     """
     name, layer = "modulated_norm", STATISTICS.get(statistic)
     eps = _EPS if eps is None and layer else eps
-    if type(input) is Tensor and weight is None and layer is not None and (residual is not None or gate is None):
+    everyday = type(input) is Tensor and not has_torch_function_variadic(input, scale, shift, gate)
+    if everyday and weight is None and layer is not None and (residual is not None or gate is None):
         try:
             dims = 1 if type(normalized_shape) is int else len(normalized_shape)  # type: ignore[arg-type]
             along = input, residual, *(calls.along(m, input, dims) for m in (gate, scale, shift)), None
@@ -143,7 +144,7 @@ def gated_add(
     Source: Peebles & Xie 2022, arXiv 2212.09748.
     """
     name, tensors = "gated_add", (input, residual, gate)
-    if type(input) is Tensor:
+    if type(input) is Tensor and not has_torch_function_variadic(input, gate):
         try:
             along = input, residual, calls.along(gate, input, 1)
             found = calls.everyday(_added, along, (functional.ROUND_FIRST[casting_mode],))

@@ -64,14 +64,14 @@ def norm(
     if not round_first:  # nothing but the end is rounded
         wide = reference.accumulation_dtype(sum.dtype)
         x, scale, shift = sum.to(wide), scale.to(wide), shift if shift is None else shift.to(wide)
-    mean: Any = input.new_empty(0, dtype=torch.float64)
+    mean: Any = reference.nothing(input, torch.float64)
     if layer:
         normed, mean, rstd = centre(x, dims, eps)
     else:
         normed, rstd = normalise(x, weight, dims, eps, offset, round_first)
     output = modulate(normed, scale, shift)
     output = (output if round_first else output.to(sum.dtype)).contiguous()
-    return output, input.new_empty(0) if residual is None else sum, mean, rstd
+    return output, reference.nothing(input) if residual is None else sum, mean, rstd
 
 
 def _summed(product: Tensor, modulation: _Maybe) -> _Maybe:

@@ -134,7 +134,7 @@ def _define(
         y = gated_ops.gated_rms_norm(input, gate, weight, *options, norm_before_gate, silu, normalise=normalise)[0]
     else:
         y = normalise(sum, weight, *options)[0]
-    return *quantise(y, dims, e4m3), input.new_empty(0) if residual is None else sum
+    return *quantise(y, dims, e4m3), reference.nothing(input) if residual is None else sum
 
 
 def _like(input: Tensor, residual: Tensor | None, gate: Any, weight: Any, dims: int, *options: Any) -> Any:

@@ -38,7 +38,10 @@ class Turned(rewrite.Remade):
         self.cls = cls
         self.function, found = _rewrite(cls.forward)
         self.norms = tuple(name for name in found if name != _PLAIN)
-        self.meaning = ", ".join((*self.norms, _PLAIN))
+
+    def said(self, served: rewrite.Served) -> str:
+        """What became one call, if it was served (``witness.py``)."""
+        return ", ".join([*served[0][1], _PLAIN]) if served else ""
 
 
 classes.READERS["heads"] = Turned

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import attention, classes, gates, modulation, rewrite
 from .binding import binding_of
 from .report import Entry
+from .witness import watch
 
 GRADIENT = 16.0
 """In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
@@ -58,12 +59,12 @@ def fuse(
             if name not in calls:
                 raise ValueError(failure)
             rewritten = changes[name](cls)
-            apart = _bind(layer, rewritten, calls[name])
+            apart, meaning = _bind(layer, rewritten, calls[name])
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"{changes[name].what} not fused: {_words(reason)}"))
             continue
         kept = gates.KEPT if isinstance(rewritten, gates.Gated) else ""
-        fused.append(Entry(name, cls.__name__, rewritten.meaning, errors={"gradient": apart}, kept=kept))
+        fused.append(Entry(name, cls.__name__, meaning, errors={"gradient": apart}, kept=kept))
     return fused, left
 
 
@@ -108,14 +109,18 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
     return calls
 
 
-def _bind(layer: nn.Module, rewritten: Any, call: Call) -> float:
+def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
     """Gives the layer the rewritten forward, and takes it away again if the proof fails."""
     with _evaluating(layer), torch.enable_grad():
         before = _run(layer, rewritten.norms, call)
         classes.change(layer, rewritten)
         try:
             # By the class, with all wrappers: some look up what the class has, and the call has their names.
-            return _compare(before, _run(layer, rewritten.norms, call))
+            after, served = watch(lambda: _run(layer, rewritten.norms, call), layer)
+            apart, said = _compare(before, after), rewritten.said(served)
+            if not said:
+                raise ValueError("the model reaches no such line, or with norms or tensors that one pass doesn't take")
+            return apart, said
         except Exception:
             classes.restore(layer)
             raise

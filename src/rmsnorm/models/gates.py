@@ -39,6 +39,10 @@ class Gated(rewrite.Remade):
         self.function, found = _rewrite(cls.forward)
         self.meaning = ", ".join(f"{name}, product" for name in found)
 
+    def said(self, _: rewrite.Served) -> str:
+        """``is_gated`` has asked the activations."""
+        return self.meaning
+
 
 classes.READERS["gate"] = Gated
 

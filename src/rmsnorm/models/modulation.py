@@ -33,9 +33,13 @@ class Modulated(rewrite.Remade):
         self.cls = cls
         self.function, found = _rewrite(cls.forward)
         self.norms = tuple(dict.fromkeys(name for name in found if name != GATED_ADD))
-        adds = found.count(GATED_ADD)
-        said = [f"{name}, modulated" for name in self.norms]
-        self.meaning = "; ".join([*said, *([GATED_ADD if adds == 1 else f"{adds} gated adds"] if adds else [])])
+
+    def said(self, served: rewrite.Served) -> str:
+        """What became one call each, of the lines that were served (``witness.py``)."""
+        norms = dict.fromkeys(name for _, names in served for name in names)
+        adds = sum(call != "modulated" for call, _ in served)
+        said = [f"{name}, modulated" for name in norms]
+        return "; ".join([*said, *([GATED_ADD if adds == 1 else f"{adds} gated adds"] if adds else [])])
 
 
 classes.READERS["modulated"] = Modulated

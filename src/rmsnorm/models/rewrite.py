@@ -14,7 +14,7 @@ import ast
 import functools
 import inspect
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -27,7 +27,10 @@ from .patterns import CALLS, Fused, fuse
 Forward = Callable[..., Any]
 # Of a function's source and the name of its first argument: changes it, and says what was found.
 Change = Callable[[ast.AST, str], Iterable[Any]]
+Served = Sequence[tuple[str, tuple[str, ...]]]
 _MAKE = "_rmsnorm_make"
+FILE = "<rmsnorm: "
+"""What the file of a rewritten function begins with."""
 _FLAGS = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -64,11 +67,10 @@ class Rewritten(Remade):
     def norms(self) -> tuple[str, ...]:
         return tuple(norm for pair in self.fused for norm in pair if norm)
 
-    @property
-    def meaning(self) -> str:
-        """What became one call each."""
-        behind = [after for before, after in self.fused if after and not before]
-        said = [", then ".join(filter(None, (f"{before}, add", after))) for before, after in self.fused if before]
+    def said(self, served: Served) -> str:
+        """What became one call each, of the lines that were served (``witness.py``)."""
+        behind = [norm for call, (norm, *_) in served if call == "add_norm"]
+        said = [", then ".join((f"{before}, add", *after)) for call, (before, *after) in served if call != "add_norm"]
         return "; ".join([*(["add, then " + ", ".join(behind)] if behind else []), *said])
 
 
@@ -117,7 +119,7 @@ def remade(original: Forward, change: Change, calls: dict[str, Forward], what: s
     said = tuple(change(definition, definition.args.args[0].arg))
     text = ast.unparse(_module(innermost, definition, calls))
     line = innermost.__code__.co_firstlineno
-    file = f"<rmsnorm: {innermost.__module__}.{innermost.__qualname__}, line {line}, with {what}>"
+    file = f"{FILE}{innermost.__module__}.{innermost.__qualname__}, line {line}, with {what}>"
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
     code = _compile(innermost, text, file)
     # The cells themselves, that of ``super()`` among them: what is assigned to them later is seen here too.
