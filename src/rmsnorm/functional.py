@@ -31,9 +31,8 @@ ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _argume
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 # Found sooner here; and OpOverload.__call__ adds 0.5 µs to what it calls.
 _native, _transforms_active = _ops.native, _everyday.transforms_active
-_written, _small = _ops.increment_versions, _handed.norm
-_resolve, _as_shape = _arguments.resolve, _arguments.as_shape
-_in_graph, _record = _everyday.in_graph, _eager.record
+_written, _resolve, _as_shape = _ops.increment_versions, _arguments.resolve, _arguments.as_shape
+_small, _in_graph, _record = _handed.norm, _everyday.in_graph, _eager.record
 _operator, _weighted, _rounded, _into, _weighted_into = (
     *(_ops.rms_norm._op, _ops.rms_norm_weighted._op, _ops.rms_norm_rounded._op),
     *(_ops.rms_norm_out._op, _ops.rms_norm_weighted_out._op),
@@ -150,10 +149,9 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))
         options |= _arguments.given(memory=(memory, None))
-        tensors = (input, weight, out)
-        if isinstance(normalized_shape, int):  # as torch's own has it: nested tensors count its sizes
-            normalized_shape = (normalized_shape,)
-        return _everyday.overridden(rms_norm, tensors, (input, normalized_shape), options, weight=weight, eps=eps)
+        # A tuple as torch's own has it: nested tensors count its sizes.
+        given = input, (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        return _everyday.overridden(rms_norm, (input, weight, out), given, options, weight=weight, eps=eps)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
         _arguments.check_numbers("rms_norm", offset=offset)
