@@ -158,7 +158,7 @@ struct BackwardRows {
   void* grad_sum[kBatch];  // or sines
   void* grad_input[kBatch];
   void* gate[kBatch];       // or cosines, or scales, or inverse gains
-  void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or null
+  void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or a sum's past the caches, or null
   void* gain[kBatch];       // or the same of its shifts
   const void* rstd;         // one wide(input) value per row of this batch, as forward kept it
   const double* mean;  // the same, for LayerNorm; with inverse gains, and of the general form, what arrives at 1/rms
@@ -170,7 +170,11 @@ struct BackwardRows {
   bool ask;            // rows to come are asked for: so many further on as there are here, of modulated forms, or the
                        // next two, where a gradient is added
   int64_t next[2];     // as in forward, of input and grad
-  void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
+  // What a kernel that streams asks for while it sums a row, and while it stores one: for the first of these rows, and
+  // bytes to that for the next. Or null: for rows of its own.
+  const char* soon[2];
+  int64_t soon_step[2];
+  void* scratch;  // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
@@ -196,6 +200,8 @@ struct Target {
   void (*describe)(char* text, int64_t room);
   // Bytes and a scale for a row of any type but f64, in int8 or float8.
   void (*quantise)(Type type, const void* row, int64_t columns, bool e4m3, void* codes, float* scale);
+  // Whether backward stores a sum's gradient twice if asked to, with the weight's in fp32 and bf16.
+  bool stores_twice;
 };
 
 // The targets that were built and that this CPU can run, best first; ends with null.

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> add_rms_norm_lean_backward(Tensor grad, OptionalTenso
   // kernel of its own.
   b.gain = gain.rows, b.need_weight = need_weight && weight, b.need_input = need_input || b.need_weight;
   const int64_t stride = padded(shape.columns) * size_of(wide(type));
-  const std::unique_ptr<char[]> inverse(new char[gain.rows.count * stride]);
+  const Lines inverse(gain.rows.count * stride);
   b.inverse = {inverse.get(), gain.rows.count, stride};
   const int64_t count = type == Type::bf16 ? padded(shape.columns) : shape.columns;
   if (output.numel() == 0) std::fill_n(inverse.get(), gain.rows.count * stride, 0);  // nor has the weight

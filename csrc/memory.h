@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 
 #include "kernel.h"
 
@@ -38,6 +39,29 @@ inline bool is_large(int64_t bytes) { return bytes >= large_bytes().load(std::me
 // level on, what a row pushes out has to be fetched again (Zen 5, 32 MiB: 16 MiB in and out, 1.9 times memcpy,
 // streamed 1.0).
 inline bool overflows_caches(int64_t bytes) { return is_large(bytes / 3 * 4); }
+
+// Memory of our own that begins with a line of a cache: a register of 64 bytes anywhere else takes parts of two. With
+// gains and the sums of a weight's gradient in it, gradients of 16x4096 take 0.87 of the time in bf16 on a Zen 5, and
+// 0.84 in fp32.
+class Lines {
+ public:
+  Lines() = default;
+  explicit Lines(int64_t bytes) : Lines(new char[bytes + kLine], nullptr) {}
+  // Half a page from a tensor's offset within its own, so that what is stored here stops no load of it
+  // (should_walk_back()).
+  Lines(int64_t bytes, const void* tensor) : Lines(new char[bytes + kPage], tensor) {}
+  static Lines zeros(int64_t bytes) { return Lines(new char[bytes + kLine](), nullptr); }
+  char* get() const { return begin_; }
+
+ private:
+  static constexpr uintptr_t kLine = 64, kPage = 4096;
+  Lines(char* memory, const void* tensor) : memory_(memory), begin_(memory) {
+    const auto from = reinterpret_cast<uintptr_t>(memory), to = reinterpret_cast<uintptr_t>(tensor) / kLine * kLine;
+    begin_ += tensor ? (to + kPage / 2 - from) % kPage : (0 - from) % kLine;
+  }
+  std::unique_ptr<char[]> memory_;
+  char* begin_ = nullptr;
+};
 
 // Must come between the last row written past the caches and whatever tells another thread that it is there. Once for
 // all rows of a thread: after each batch it costs up to a quarter of 32768x128 fp32.

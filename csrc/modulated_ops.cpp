@@ -79,9 +79,8 @@ void run(const ModulatedForward& m, const std::array<const Tensor*, kModulatedOp
                            mean ? static_cast<double*>(mean->data_ptr()) : nullptr};
   const Target& target = current_target();
   parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[m.normed ? modulated_scratch(m.norm) + 63 : 1]);
-    char* lines = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);  // whole ones of the cache
-    modulated_forward_rows(target, m, operands, kept, lines, begin, end);
+    const Lines scratch(m.normed ? modulated_scratch(m.norm) : 0);
+    modulated_forward_rows(target, m, operands, kept, scratch.get(), begin, end);
   });
 }
 
@@ -144,7 +143,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
       if (grad) std::memset(grad->data_ptr(), 0, grad->numel() * grad->element_size());
     return;
   }
-  const auto room = [&] { return std::unique_ptr<char[]>(new char[modulated_scratch(any)]); };
+  const auto room = [&] { return Lines(modulated_scratch(any)); };
   if (!m.norm.need_weight && !m.add.need_weight) {
     parallel(rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
@@ -167,7 +166,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   const std::unique_ptr<double[]> totals(chunks > 1 ? new double[units * wide_columns] : nullptr);
   parallel(units, std::max<int64_t>(1, grain / std::min(each, shared)), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
-    const auto partial = std::make_unique<char[]>(kModulations * modulation_bytes(any));  // zeros
+    const Lines partial = Lines::zeros(kModulations * modulation_bytes(any));
     const std::unique_ptr<double[]> own(chunks > 1 ? nullptr : new double[wide_columns]);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / chunks, first = group * shared + unit % chunks * each;

@@ -40,7 +40,11 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     std::fill_n(rows[k].grad_weight, kBatch, partial[k]);
   }
   const bool overflows = overflows_caches(operands.rows * columns * bytes * 6);
-  rows[0].stream = overflows;
+  // Past the caches, the sum's gradient is stored twice: where the first norm reads it, and where it goes.
+  const Backward& last = s.norm[1];
+  const bool apart = overflows && data[kTheGradResidual] && last.add && last.need_weight && target.stores_twice &&
+                     (last.input == Type::f32 || last.input == Type::bf16);
+  rows[0].stream = overflows, rows[1].stream = apart;
   rows[0].back = (overflows || s.norm[0].input != Type::f16) &&
                  should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
   rows[1].back = (overflows || s.norm[0].input != Type::f16) &&
@@ -48,13 +52,20 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   const auto next = [&](int k) { return operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0; };
   rows[0].next[0] = next(kTheX), rows[1].next[0] = next(kTheSum), rows[1].next[1] = next(kTheGrad);
   for (int64_t r = 0; r < block; ++r) rows[0].grad[r] = scratch + r * padded(columns) * bytes;
+  // Each of the four passes over a block asks for one thing: its own x, and the other three for the next block.
+  const auto ask = [&](int k, int pass, int what, const void* row, int64_t ahead) {
+    rows[k].soon[pass] = apart ? static_cast<const char*>(row) + ahead * next(what) : nullptr;
+    rows[k].soon_step[pass] = next(what);
+  };
   for (int64_t row = begin; row < end; row += rows[0].count) {
     // Blocks end with a flush.
     const int64_t flush = kFlush - (row - begin) % kFlush;
     rows[0].count = rows[1].count = std::min({block, end - row, flush});
     const int64_t stride = size_of(wide(s.norm[0].input));
-    cursor.take(rows[0].count,
-                {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input, rows[0].grad});
+    cursor.take(rows[0].count, {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input,
+                                apart ? rows[1].grad_gate : rows[0].grad});
+    ask(1, 0, kTheX, rows[0].input[0], 0), ask(1, 1, kTheSum, rows[1].input[0], rows[0].count);
+    ask(0, 0, kTheGrad, rows[1].grad[0], rows[0].count), ask(0, 1, kTheGradSum, rows[1].grad_sum[0], rows[0].count);
     for (int64_t r = 0; r < rows[0].count; ++r) rows[1].grad_input[r] = rows[0].grad[r];
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {
@@ -80,10 +91,10 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
   for (int k = 0; k < 2; ++k)
     if (grad_weights[k].data && !few) totals[k].reset(new double[chunks * columns]);
   parallel(chunks, std::max<int64_t>(1, grain_rows(columns) / each), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[sandwich_scratch(s.norm[0])]);
-    std::unique_ptr<char[]> partial[2];
+    const Lines scratch(sandwich_scratch(s.norm[0]), operands.data[kTheX]);
+    Lines partial[2];
     for (int k = 0; k < 2; ++k)
-      if (grad_weights[k].data) partial[k] = std::make_unique<char[]>(padded_bytes);  // zeros
+      if (grad_weights[k].data) partial[k] = Lines::zeros(padded_bytes);
     const auto run = [&](int64_t chunk, int64_t first, int64_t last) {
       sandwich_backward_rows(target, s, operands, {partial[0].get(), partial[1].get()},
                              {totals[0] ? totals[0].get() + chunk * columns : nullptr,
@@ -93,7 +104,7 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
     if (!weights) return run(0, begin, end);
     for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, chunk * each, std::min(rows, (chunk + 1) * each));
     for (int k = 0; k < 2; ++k)
-      if (few && partial[k])
+      if (few && partial[k].get())
         target.finish_one(s.norm[k].input, partial[k].get(), columns, grad_weights[k].type, grad_weights[k].data);
   });
   for (int k = 0; k < 2; ++k)

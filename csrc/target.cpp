@@ -78,7 +78,7 @@ namespace {
 }  // namespace
 
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish,
-                               &finish_one,         &describe,       &quantise};
+const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain,  &flush, &finish,
+                               &finish_one,         &describe,       &quantise,        kBytes == 64};
 
 }  // namespace rmsnorm

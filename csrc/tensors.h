@@ -222,7 +222,7 @@ class Gain {
   }
 
   // `count` times `value`.
-  Gain(double value, Type input, int64_t count) : type(wide(input)), formed_(new char[count * size_of(type)]) {
+  Gain(double value, Type input, int64_t count) : type(wide(input)), formed_(count * size_of(type)) {
     rows.data = formed_.get();
     if (type == Type::f64) std::fill_n(reinterpret_cast<double*>(formed_.get()), count, value);
     else std::fill_n(reinterpret_cast<float*>(formed_.get()), count, static_cast<float>(value));
@@ -242,7 +242,7 @@ class Gain {
     const bool own_order = use == kBackward && size_of(input) == 2;
     if (offset == 0.0 && !own_order && (type == wide(input) || (type == input && use == kForward))) return;
     const int64_t stride = padded(columns) * size_of(wide(input));
-    formed_.reset(new char[rows.count * stride]);
+    formed_ = Lines(rows.count * stride);
     for (int64_t row = 0; row < rows.count && any; ++row)  // one of no rows has no data to read
       target->make_gain(own_order ? input : Type::none, type, rows.data + row * rows.stride, offset, wide(input),
                         formed_.get() + row * stride, columns);
@@ -251,7 +251,7 @@ class Gain {
   }
 
   OptionalTensor copy_;
-  std::unique_ptr<char[]> formed_;
+  Lines formed_;
 };
 
 // The weight's gain, or ones: of forms whose kernels always multiply.
@@ -294,9 +294,8 @@ inline void run_forward(const Forward& f, const Operands<kForwardOperands>& oper
                         const Statistics& kept) {
   const int64_t bytes = scratch_bytes(f);
   parallel(operands.rows, grain_rows(f.columns), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(bytes ? new char[bytes + 63] : nullptr);
-    char* lines = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);  // whole ones of the cache
-    forward_rows(target, f, operands, kept, lines, begin, end);
+    const Lines scratch = bytes ? Lines(bytes) : Lines();
+    forward_rows(target, f, operands, kept, scratch.get(), begin, end);
   });
 }
 
@@ -359,7 +358,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
                          const Around* around = nullptr) {
   const int64_t grain = grain_rows(b.columns), row = b.columns * size_of(b.input);
   const int64_t bytes = around && around->before ? around_rows(row) * row : scratch_bytes(b);
-  const auto room = [&] { return std::unique_ptr<char[]>(bytes ? new char[bytes] : nullptr); };
+  const auto room = [&] { return bytes ? Lines(bytes) : Lines(); };
   if (!b.need_weight && !b.need_bias) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
@@ -370,7 +369,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
   const int64_t rows = operands.rows, each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
   if (rows > 0 && rows <= kFlush && grad_rows(b) == 1 && grad_weights[0].data) {
     const auto scratch = room();
-    const auto partial = std::make_unique<char[]>(grad_stride(b));  // zeros
+    const Lines partial = Lines::zeros(grad_stride(b));
     backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), nullptr, 0, rows, around);
     target.finish_one(b.input, partial.get(), b.columns, grad_weights[0].type, grad_weights[0].data);
     return;
@@ -379,7 +378,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
   const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
-    const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));  // zeros
+    const Lines partial = Lines::zeros(grad_rows(b) * grad_stride(b));
     for (int64_t chunk = begin; chunk < end; ++chunk)
       backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
                     chunk * each, std::min(rows, (chunk + 1) * each), around);
