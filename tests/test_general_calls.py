@@ -398,3 +398,12 @@ def test_jagged_tensors_learn_with_llamas_rounding():
         (output.values() if jagged else output).square().sum().backward()
         gradients.append((leaf.grad, layer.weight.grad))
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("partial", [1e-9, 1e-10, 1e-300])
+def test_the_smallest_part_is_one_column(partial):
+    x = torch.tensor([[2.0, 30.0, 30.0], [0.5, 0.0, 0.0]])
+    output, factor = rms_norm(x, 3, None, 0.0, partial=partial, return_rstd=True)
+    assert factor.flatten().tolist() == [0.5, 2.0]
+    assert output.tolist() == [[1.0, 15.0, 15.0], [1.0, 0.0, 0.0]]
+    assert rms_norm(x[:, :0], 0, None, 0.0, partial=partial).shape == (2, 0)

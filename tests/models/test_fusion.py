@@ -110,11 +110,20 @@ def test_an_example_is_needed_and_can_be_given() -> None:
     alone = Layer()
     report = rmsnorm.patch(alone, fuse_add=True)
     assert len(report.patched) == 2
-    assert "the model can't be run on its example" in report.skipped[0].reason
+    assert "it has no dummy_inputs; pass what it is called with, as in fuse={'" in report.skipped[0].reason
     rmsnorm.unpatch(alone)
     training = alone.train().training
     assert rmsnorm.patch(alone, fuse_add={"hidden_states": x()}).fused
     assert alone.training is training
+
+
+@pytest.mark.parametrize("example", [torch.ones(2, 2), (1,), None, 0, "input_ids"])
+@pytest.mark.parametrize("name", ["fuse", "fuse_add"])
+def test_what_is_no_example_is_refused_before_anything_is_changed(name: str, example: object) -> None:
+    model = Model(Layer)
+    with pytest.raises(TypeError, match=rf"patch: {name} must be True, False, or the keyword arguments that the model"):
+        rmsnorm.patch(model, **{name: example})
+    assert not any(binding_of(module) for module in model.modules())
 
 
 def test_an_unpatched_norm_is_still_called(calls: list[int]) -> None:

@@ -169,6 +169,12 @@ def test_a_layer_of_which_nothing_is_served_is_not_said_to_be_fused() -> None:
     assert type(zero) is Zero
 
 
+def test_a_layer_whose_norms_are_left_alone_is_not_said_to_be_fused() -> None:
+    report = rmsnorm.patch(Zero(), fuse=given())
+    assert report.fused == []
+    assert [entry.reason for entry in report.skipped if entry.name == ""] == ["modulation not fused: norm: not patched"]
+
+
 def test_what_was_not_proven_runs_the_lines(called: list[str]) -> None:
     """A norm that isn't patched or is listened to, autocast, other types: the same numbers, without our functions."""
     model, example = Model(), given()

@@ -147,7 +147,7 @@ def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -
     size = 1
     for each in _arguments.as_shape(name, normalized_shape):
         size *= each
-    return ceil(size * partial - 1e-9)  # 100 · 0.07 is 7.000000000000001
+    return min(size, max(1, ceil(size * partial - 1e-9)))  # 100 · 0.07 is 7.000000000000001; a small part is a column
 
 
 def _check_dtype(name: str, out_dtype: Any) -> None:

@@ -76,7 +76,9 @@ def _check_sharding(model: nn.Module) -> None:
 
 
 def _dummy_inputs(model: Any) -> Mapping[str, Any]:
-    inputs: Mapping[str, Any] = model.dummy_inputs
+    inputs: Mapping[str, Any] | None = getattr(model, "dummy_inputs", None)
+    if inputs is None:
+        raise ValueError("it has no dummy_inputs; pass what it is called with, as in fuse={'input_ids': ids}")
     return inputs
 
 
@@ -119,11 +121,19 @@ def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
             after, served = watch(lambda: _run(layer, rewritten.norms, call), layer)
             apart, said = _compare(before, after), rewritten.said(served)
             if not said:
-                raise ValueError("the model reaches no such line, or with norms or tensors that one pass doesn't take")
+                raise ValueError(_unserved(layer, rewritten.norms))
             return apart, said
         except Exception:
             classes.restore(layer)
             raise
+
+
+def _unserved(layer: nn.Module, norms: tuple[str, ...]) -> str:
+    """Why none of a layer's lines ran in one pass."""
+    own = [name for name in dict.fromkeys(norms) if getattr(layer, name) is not None]
+    if own and not any(binding_of(getattr(layer, name)) for name in own):
+        return f"{', '.join(own)}: not patched"
+    return "the model reaches no such line, or with norms or tensors that one pass doesn't take"
 
 
 def _compare(before: Result, after: Result) -> float:

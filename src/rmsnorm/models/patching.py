@@ -56,7 +56,7 @@ def patch(
         A :class:`rmsnorm.PatchReport`: print it, or ``.to_dict()`` it.
 
     Raises:
-        TypeError: the model is no ``torch.nn.Module``.
+        TypeError: the model is no ``torch.nn.Module``; ``fuse`` or ``fuse_add`` is neither a bool nor a mapping.
         ValueError: another ``memory``.
 
     Examples:
@@ -67,6 +67,12 @@ def patch(
     _check(model, "patch")
     if memory is not None:
         check_one_of("patch", "memory", memory, MEMORY)
+    for label, value in (("fuse", fuse), ("fuse_add", fuse_add)):
+        if not isinstance(value, (bool, Mapping)):
+            raise TypeError(
+                f"patch: {label} must be True, False, or the keyword arguments that the model is called with, but is "
+                f"{described(value)}; pass e.g. {label}={{'input_ids': ids}}"
+            )
     report = PatchReport()
     known: dict[type, Recipe] = {}
     found: dict[Hashable, Proof | Refused] = {}  # of a model's norms most are alike
