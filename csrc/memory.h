@@ -92,8 +92,10 @@ inline bool should_ask_near(const Forward& f, int64_t bytes, int64_t share) {
 // L2 1.03); for what computes or reads more, a last cache that the share half fills (640x4096 LayerNorm 0.95; less full
 // 1.05). Half types wait for arithmetic there (32768x128 bf16 1.08). All on a Zen 4 (L1 32 KiB), where 8192x4096 fp32,
 // 1 thread, takes 0.86 of a copy by it, and not 1.32. Two norms wait for two tensors at once, in half types too
-// (512x4096 bf16 0.8 of the time).
+// (512x4096 bf16 0.8 of the time); past the caches wherever L1 has room, too (a Zen 5, 1 thread: 512x4096 fp32 0.84 to
+// 0.94, 16384x256 0.81, 4096x4096 bf16 0.92; in a cache 384x4096 fp32 0.96, 512x4096 bf16 1.02 to 1.07).
 inline bool should_ask(const Forward& f, int64_t bytes, int64_t share) {
+  if (f.twice && overflows_caches(bytes)) return true;
   const bool far = is_plain(f) || f.twice ? share > second_cache_bytes() : size_of(f.input) >= 4 && is_large(2 * share);
   return fills_first_cache(f) && (far || overflows_caches(bytes));
 }

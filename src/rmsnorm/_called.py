@@ -130,8 +130,23 @@ HEADS = Entry(
 )
 
 
-_STEPS = """
+ASK = """
+namespace rmsnorm {
+template <class T>
+inline void ask(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+}  // namespace rmsnorm
+"""
+"""C++ that asks for elements to come into L2."""
+LOCAL = 65536
+"""Bytes of rows that are normed before the rest is done with them, as ``csrc/graph_ops.cpp`` has it."""
+
+_STEPS = (
+    f"""
 #include <torch/csrc/inductor/cpp_prefix.h>
+{ASK}"""
+    """
 namespace rmsnorm {
 using Floats = at::vec::VectorizedN<float, 2>;
 template <class T>
@@ -143,10 +158,6 @@ template <class T>
 inline void store(T* to, const Floats& values, int64_t count) {
   if constexpr (std::is_same_v<T, float>) values.store(to, count);
   else at::vec::convert<T, 1, float, 2>(values).store(to, count);
-}
-template <class T>
-inline void ask(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
 }
 template <class F>
 inline void each(int64_t begin, int64_t end, F f) {
@@ -160,6 +171,7 @@ void step(void* context, int64_t begin, int64_t end, void* rows) {
 }
 }  // namespace rmsnorm
 """
+)
 
 
 def around(

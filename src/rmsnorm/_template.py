@@ -8,6 +8,7 @@ gradients are wanted, backward reads the norm's output again in most of these pl
 
 from __future__ import annotations
 
+import re
 from math import prod
 from typing import Any
 
@@ -24,7 +25,11 @@ from . import _called
 
 _ours = torch.ops.rmsnorm
 _LOCAL = "rows_done"
-_BEGIN, _END = "row_begin", "row_end"
+_BEGIN, _END, _NEXT = "row_begin", "row_end", "row_next"
+_STEP = re.compile(r"\+=static_cast<int64_t>\((\d+)L\)\)")
+"""Of a loop of Inductor's."""
+_PLACE = re.compile(r"\(([a-z]\w*) \+ static_cast<int64_t>\(([^()]*)\)", re.IGNORECASE)
+"""Where a vector is loaded from, or stored to: a pointer, and what is added to it."""
 
 
 def register() -> None:
@@ -64,9 +69,11 @@ class RowsTemplate(CppTemplate):
         before = ""
         if epilogue_nodes:
             type = DTYPE_TO_CPP[y.get_dtype()]
+            code = _rest(kernel, y, epilogue_nodes, bool(kept))
+            if not V.graph.sizevars.statically_known_leq(y.get_numel() * y.get_dtype().itemsize, _called.LOCAL):
+                code = _asking(code, *(values[name] for name in ("rows", "columns", "input")))
             before = (
-                f"auto rest = [&](const int64_t {_BEGIN}, const int64_t {_END}, const {type}* {_LOCAL}) {{\n"
-                f"{_rest(kernel, y, epilogue_nodes, bool(kept))}\n}};"
+                f"auto rest = [&](const int64_t {_BEGIN}, const int64_t {_END}, const {type}* {_LOCAL}) {{\n{code}\n}};"
             )
             values |= {
                 "rest": "[](void* context, int64_t begin, int64_t end, void* rows) "
@@ -74,7 +81,7 @@ class RowsTemplate(CppTemplate):
                 "context": "&rest",
             }
         body = f"{{\n{before}\n{_called.ROWS.statement(values)}\n}}\n"
-        return f'{self.header().getvalue()}\n{_called.ROWS.preamble}\nextern "C" {head}\n{body}'
+        return f'{self.header().getvalue()}\n{_called.ROWS.preamble}\n{_called.ASK}\nextern "C" {head}\n{body}'
 
 
 def _rest(kernel: Any, y: Any, nodes: list[Any], kept: bool) -> str:
@@ -91,6 +98,27 @@ def _rest(kernel: Any, y: Any, nodes: list[Any], kept: bool) -> str:
         kernel.slice_nd(to, [(_BEGIN, _END), ()]), done, y, nodes, offsets=[_BEGIN, "0"], reindexers=reindexers
     )
     return code
+
+
+def _asking(code: str, rows: str, columns: str, input: str) -> str:
+    """Loops of Inductor's, which ask for the next rows of what they read and write, and of the norm's input, while
+    they compute: 512x4096 gated float32 from 1.13 of the time of Inductor's own norm to 0.8. What a CPU finds by
+    itself comes too late, as an activation is a call for each vector, and a page ends after 64 lines.
+    """
+    lines, step, asked = [f"const int64_t {_NEXT} = {_END} < {rows} ? {_END} : {_BEGIN};"], 1, set[str]()
+    for line in code.splitlines():
+        if loop := _STEP.search(line):
+            step, asked = int(loop[1]), set()
+        for name, index in _PLACE.findall(line) if step > 1 else ():
+            if name != _LOCAL and _BEGIN not in index:
+                continue  # the same for all rows
+            row = f"{input} + {_NEXT} * {columns}" if name == _LOCAL else name
+            ask = f"rmsnorm::ask({row} + ({index.replace(_BEGIN, _NEXT)}), {step});"
+            if ask not in asked:
+                asked.add(ask)
+                lines.append(ask)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _lower(
