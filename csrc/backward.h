@@ -119,6 +119,15 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     norm[k].set_row(rows, first + k);
     if constexpr (NeedInput && Norm::kMeans) find_means<Stream, Norm, G, HasGain>(b, rows, first + k, norm[k]);
   }
+  // Of the next two rows, where three tensors are waited for.
+  constexpr bool kAsks = kStreams && Add && !Stream && Rows == 2;
+  const bool ask = kAsks && rows.ask && first + 2 * Rows <= rows.count;
+  const char* soon[3][Rows];
+  for (int k = 0; ask && k < Rows; ++k) {
+    soon[0][k] = (const char*)rows.input[first + Rows + k];
+    soon[1][k] = (const char*)rows.grad[first + Rows + k];
+    soon[2][k] = (const char*)rows.grad_sum[first + Rows + k];
+  }
   S* dw = (S*)rows.grad_weight[first];
   S* db = dw + padded(b.columns);
   for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
@@ -138,6 +147,8 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
           if (b.round_add) dx[k] = round_own<T>(dx[k]);
         if constexpr (Add) dx[k] = dx[k] + span.load_from((const T*)rows.grad_sum[r]);
         if constexpr (Stream) prefetch_both<T>(rows, r, Rows, span);
+        if constexpr (kAsks)
+          for (int n = 0; ask && n < 3; ++n) prefetch_part<T, 2>(soon[n][k], span);
       }
       if constexpr (NeedWeight) weight = fma(dy, normalised, weight);
       if constexpr (NeedWeight && Norm::kBias) bias = bias + dy;

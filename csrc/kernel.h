@@ -167,7 +167,8 @@ struct BackwardRows {
   void* grad_weight[kBatch];
   bool shared_weight;  // all rows have one
   bool stream, back;   // as in forward
-  bool ask;            // rows to come are asked for, so many further on as there are here: of modulated forms
+  bool ask;            // rows to come are asked for: so many further on as there are here, of modulated forms, or the
+                       // next two, where a gradient is added
   int64_t next[2];     // as in forward, of input and grad
   void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
