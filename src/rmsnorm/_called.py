@@ -183,9 +183,9 @@ def around(
         types: of ``input``, and of those that are read or written: ``grad``, ``other``, ``output``.
         scale: of the input's gradient.
         columns: of a row, as C++ has them.
-        cold: what the kernel reads from memory. Its next rows are asked for in these loops, as a kernel that walks a
-            row from its end meets no CPU that looks ahead (512x4096: scaled bfloat16 from 1.24 of Inductor's time to
-            0.93, cast float32 from 1.19 to 1.02, a product's float32 from 0.83 to 0.69).
+        cold: what is read from memory, if other rows come. What the kernel reads of those is asked for in these loops,
+            as a kernel that walks a row from its end meets no CPU that looks ahead (512x4096: scaled bfloat16 from
+            1.24 of Inductor's time to 0.93, cast float32 from 1.19 to 1.02, a product's float32 from 0.83 to 0.69).
     """
     own = DTYPE_TO_CPP[types["input"]]
     local, steps = f"static_cast<{own}*>(rows) + i - begin * {columns}", {}
@@ -200,13 +200,14 @@ def around(
         return f"g * rmsnorm::load({at(name)}, count)"
 
     if types["grad"] is not types["input"] or "other" in types:
-        steps["before"] = [*ask(cold), f"const auto g = rmsnorm::load({at('grad')}, count);"]
+        kernels = [name for name in cold if name != "grad"]
+        steps["before"] = [*ask(kernels), f"const auto g = rmsnorm::load({at('grad')}, count);"]
         steps["before"] += [f"rmsnorm::store({local}, {times('other') if 'other' in types else 'g'}, count);"]
         if "output" in types:
             steps["before"] += [f"rmsnorm::store({at('grad_other', kind='')}, {times('output')}, count);"]
     if scale is not None:
         product = f"rmsnorm::load({local}, count) * rmsnorm::Floats(static_cast<float>({scale!r}))"
-        asked = [] if "before" in steps else ask([*cold, "grad"])
+        asked = [] if "before" in steps else ask(cold)
         steps["after"] = [*asked, f"rmsnorm::store({local}, {product}, count);"]
     loop = f"rmsnorm::each(begin * {columns}, end * {columns}, [&](int64_t i, int64_t count)"
     code = [

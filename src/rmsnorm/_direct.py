@@ -82,9 +82,9 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     if around:
         types = {label: tensors[label].get_dtype() for label in ("input", "grad", *_BESIDE) if label in tensors}
         columns = str(values["columns"])
-        more, before, fields = _called.around(
-            types, given["scale"], columns, [one for one in ("input", "grad_sum") if one in tensors]
-        )
+        alone = isinstance(numbers["rows"], int) and numbers["rows"] <= 2  # no other rows come
+        cold = [] if alone else [one for one in ("input", "grad_sum", "grad") if one in tensors]
+        more, before, fields = _called.around(types, given["scale"], columns, cold)
         preamble, known = preamble + more, known | fields
     read = {label: one.codegen_reference() for label, one in tensors.items()}
     _call(node, writeline, preamble, before + entry.statement(known), read, results, wanted, variables)
@@ -146,7 +146,8 @@ def _results(kind: str, node: Any) -> list[str]:
 def _is_wanted(result: str, given: dict[str, Any]) -> bool:
     """A gradient is, if it was asked for, and there is something that it is the gradient of."""
     of = result.removeprefix("grad_")
-    return given.get(f"need_{of}", True) and (of not in _WEIGHTS or given[of] is not None)
+    there = given[of] if of in _WEIGHTS else given["output"] if of == "other" else result
+    return given.get(f"need_{of}", True) and there is not None
 
 
 def _call(
@@ -168,11 +169,14 @@ def _call(
     if (name := wrapper.src_to_kernel.get(text)) is None:
         name = wrapper.src_to_kernel[text] = f"rmsnorm_{wrapper.next_kernel_suffix()}"
         wrapper.define_kernel(name, text, gpu=False)
-    for one in results.values():
+    removed = V.graph.removed_buffers
+    for label, one in results.items():
+        one.codegen = _nothing  # Inductor's is to take it from a tuple, and to check it
+        if label not in wanted and one.get_name() in removed:
+            continue  # nobody writes it, nobody reads it
         shape, stride = tuple(one.get_size()), tuple(one.get_stride())
         writeline(wrapper.make_allocation(one.get_name(), torch.device("cpu"), one.get_dtype(), shape, stride))
-        one.codegen = _nothing  # Inductor's is to take it from a tuple, and to check it
-    unread = [one.get_name() for one in results.values() if one.get_name() in V.graph.removed_buffers]
+    unread = [results[label].get_name() for label in wanted if results[label].get_name() in removed]
     sizes = [wrapper.codegen_sizevar(value) for value in numbers.values()]
     writeline(f"{name}({', '.join([*read.values(), *(results[label].get_name() for label in wanted), *sizes])})")
     for nobody in unread:
