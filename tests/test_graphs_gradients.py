@@ -111,6 +111,8 @@ def test_backward_is_one_kernel_with_the_bits_of_eager_mode(function, dtype, row
     assert backward.count("async_compile.cpp_pybinding") == 1
     assert ("auto before = " in backward) == (function is not scale)
     assert ("auto after = " in backward) == (function in (scale, all_of_them))
+    assert ("rmsnorm::ask(" in backward) == (rows > 2)  # the next rows, if any come
+    assert "empty_strided_cpu((0, )" not in backward  # for a gradient that nobody has
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
