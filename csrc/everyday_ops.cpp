@@ -1,5 +1,5 @@
-// The only file with the gradient of a row or a few that lie side by side: it takes less time than the way to it, so
-// that counts. What else is given goes to ops.cpp.
+// The only file with the operators of an everyday call: a weight, and rows that lie side by side. A row or a few take
+// less time than the way to them, so that counts; what else is given goes to ops.cpp.
 #include <algorithm>
 #include <span>
 #include <utility>
@@ -85,6 +85,27 @@ struct Rows {
   Type type = Type::none;
 };
 
+template <bool RoundFirst>
+void rms_norm_weighted(StableIValue* values, uint64_t, uint64_t) {
+  const Given input(values[0]), weight(values[1]);
+  const double eps = stack::to<double>(values[2]);
+  const Rows rows(input, weight);
+  if (rows.count == 0) {
+    values[0] = stack::from(rms_norm(input.tensor(), weight.tensor(), weight.dims(), eps, 0.0, RoundFirst));
+    return;
+  }
+  const Gain gain(rows.type, weight.data(), 0.0, rows.type, rows.columns, Gain::kForward);
+  Forward f = {};
+  f.columns = rows.columns, f.input = f.output = rows.type, f.eps = eps, f.round_first = RoundFirst;
+  f.gain_type = gain.type, f.gain = gain.rows;
+  Handle output = empty_like(input, rows.type);
+  Operands<kForwardOperands> operands;
+  operands.data = {input.data(), output.data()};
+  operands.push(rows.count, {rows.bytes(), rows.bytes()});
+  run_forward(f, operands, *gain.target, Statistics{});
+  values[0] = stack::from(output.release());
+}
+
 // 1/rms of each row, as forward finds it.
 std::unique_ptr<char[]> inverse_rms(const Rows& rows, char* data, double eps) {
   std::unique_ptr<char[]> rstd(new char[rows.count * size_of(wide(rows.type))]);
@@ -137,7 +158,11 @@ void rms_norm_weighted_backward(StableIValue* values, uint64_t, uint64_t) {
   values[0] = stack::from(grad_input.release()), values[1] = stack::from(grad_weight.release());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) { m.impl("rms_norm_weighted_backward", &rms_norm_weighted_backward); }
+STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
+  m.impl("rms_norm_weighted", &rms_norm_weighted<false>);
+  m.impl("rms_norm_rounded", &rms_norm_weighted<true>);
+  m.impl("rms_norm_weighted_backward", &rms_norm_weighted_backward);
+}
 
 }  // namespace
 }  // namespace rmsnorm

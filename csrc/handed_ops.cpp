@@ -156,21 +156,19 @@ int sizes_of(Object shape, int64_t* sizes) {
 
 Object nothing() { return new_reference(python.none); }
 
-// (input, residual or None, normalized_shape or None for the weight's, weight or None, eps or None, offset,
-// round_first, output or None): the output, with a residual (output, sum), and None where the operator is to be asked:
-// it serves everything else, or refuses it. The caller has made sure that tensors are tensors, and that they show what
-// their memory holds.
+// (input, residual or None, normalized_shape, weight or None, eps or None, offset, round_first, output or None): the
+// output, with a residual (output, sum), and None where the operator is to be asked: it serves everything else, or
+// refuses it. The caller has made sure that tensors are tensors, and that they show what their memory holds.
 Object norm(Object, Object const* given, intptr_t count) {
   enum { kX, kResidual, kShape, kWeight, kEps, kOffset, kRoundFirst, kOutput, kCount };
   const auto has = [&](int which) { return given[which] != python.none; };
   if (count != kCount) return nothing();
   const Plain x(given[kX]);
-  if (x.type == Type::none || x.count == 0 || is_large(x.count * size_of(x.type))) return nothing();
-  const Plain weight = has(kWeight) ? Plain(given[kWeight]) : Plain();
-  int64_t own[kMaxDims];
-  const int64_t* sizes = has(kShape) ? own : weight.of.shape;
-  const int dims = has(kShape) ? sizes_of(given[kShape], own) : weight.of.ndim;
+  int64_t sizes[kMaxDims];
+  const bool known = x.type != Type::none && x.count != 0 && !is_large(x.count * size_of(x.type));
+  const int dims = known ? sizes_of(given[kShape], sizes) : 0;
   if (dims == 0 || !x.ends(sizes, dims)) return nothing();
+  const Plain weight = has(kWeight) ? Plain(given[kWeight]) : Plain();
   if (has(kWeight) && !(weight.type == x.type && weight.of.ndim == dims && weight.ends(sizes, dims))) return nothing();
   const Plain residual = has(kResidual) ? Plain(given[kResidual]) : x;
   if (!residual.is_like(x)) return nothing();

@@ -21,21 +21,15 @@ void norm(const Tensor& input, const Tensor* residual, const OptionalTensor& wei
               nullptr);
 }
 
+}  // namespace
+
 Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first) {
   Tensor output = empty_like(input, output_type(type_of(input), weight, round_first));
   norm(input, nullptr, weight, dims, eps, offset, round_first, output, nullptr, nullptr);
   return output;
 }
 
-Tensor rms_norm_weighted(Tensor input, Tensor weight, double eps) {
-  const int64_t dims = weight.dim();
-  return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, false);
-}
-
-Tensor rms_norm_rounded(Tensor input, Tensor weight, double eps) {
-  const int64_t dims = weight.dim();
-  return rms_norm(std::move(input), std::move(weight), dims, eps, 0.0, true);
-}
+namespace {
 
 // Whether rows may be written while others are still to be read: nothing shared, or the very same elements.
 bool may_write(const Tensor& out, const Extent& written, const Tensor& read) {
@@ -135,8 +129,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_weighted", TORCH_BOX(&rms_norm_weighted));
-  m.impl("rms_norm_rounded", TORCH_BOX(&rms_norm_rounded));
   m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
   m.impl("rms_norm_weighted_out", TORCH_BOX(&rms_norm_weighted_out));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));

@@ -13,6 +13,7 @@ namespace rmsnorm {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+Tensor rms_norm(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first);
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor input, OptionalTensor weight, int64_t dims, double eps,
                                             double offset, bool round_first);
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_sum, Tensor input, Tensor rstd,

@@ -258,8 +258,6 @@ def test_gradients_are_recorded(handed):
     x = X.clone().requires_grad_()
     assert rmsnorm.rms_norm(x, 4, WEIGHT).requires_grad
     assert rmsnorm.rms_norm(X, 4, WEIGHT.clone().requires_grad_()).requires_grad
-    assert handed == [True, True]  # from within a Function, which records them
-    handed.clear()
     assert rmsnorm.rms_norm(x, 4).requires_grad
     assert rmsnorm.rms_norm(x, 4, WEIGHT, offset=1.0).requires_grad
     with pytest.raises(RuntimeError, match="out"):

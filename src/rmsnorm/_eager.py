@@ -14,13 +14,12 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import _arguments, _autograd, _handed, _ops
+from . import _arguments, _autograd, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]
 # As in _everyday.py.
 _forward: _Call = _ops.rms_norm_forward._op
-_small: _Call = _handed.norm
 _weighted_backward: _Call = _ops.rms_norm_weighted_backward._op
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
@@ -53,7 +52,7 @@ class EverydayRMSNorm(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-def _few(operator: _Call, round_first: bool) -> _Call:
+def _few(operator: _Call) -> _Call:
     """What records ``operator(input, weight, eps)`` of a row or a few on the CPU; 1/rms isn't kept."""
 
     class FewRMSNorm(torch.autograd.Function):
@@ -62,8 +61,8 @@ def _few(operator: _Call, round_first: bool) -> _Call:
             ctx.save_for_backward(input, weight)
             ctx.set_materialize_grads(False)
             ctx.eps = eps
-            output: Tensor | None = _small(input, None, None, weight, eps, 0.0, round_first, None)
-            return operator(input, weight, eps) if output is None else output
+            output: Tensor = operator(input, weight, eps)
+            return output
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -96,7 +95,7 @@ def _apply_of(function: type[torch.autograd.Function]) -> _Call:
 
 
 _recorded = _apply_of(EverydayRMSNorm)
-_few_weighted, _few_rounded = _few(_ops.rms_norm_weighted._op, False), _few(_ops.rms_norm_rounded._op, True)
+_few_weighted, _few_rounded = _few(_ops.rms_norm_weighted._op), _few(_ops.rms_norm_rounded._op)
 
 
 def record(
