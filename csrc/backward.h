@@ -164,7 +164,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     // After all loads, as rows are often a multiple of 4 KiB apart (should_walk_back() says why that matters).
     for (int k = 0; NeedInput && k < Rows; ++k) {
       T* to = (T*)rows.grad_input[first + k];
-      T* far = Stream && Add && kInSandwich<Norm> ? (T*)rows.grad_gate[first + k] : nullptr;
+      T* far = Stream && Add && kInSandwich<Norm> && rows.far ? (T*)rows.far[first + k] : nullptr;
       if constexpr (Stream) stream_to(span, far ? far : to, dx[k]);
       if (!Stream || far) span.store_to(to, dx[k]);
     }
@@ -193,7 +193,7 @@ void backward(const Backward& b, const BackwardRows& rows) {
   constexpr int kTogether = kEmulates ? 1 : 2;
   bool stream = may_stream && rows.stream;
   for (int64_t r = 0; stream && r < rows.count; ++r)
-    stream = can_stream(stores_twice && rows.grad_gate[r] ? rows.grad_gate[r] : rows.grad_input[r]);
+    stream = can_stream(stores_twice && rows.far ? rows.far[r] : rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
     const int64_t begin = r;
     if (!is_safe<T>(rows, r)) {
@@ -206,8 +206,8 @@ void backward(const Backward& b, const BackwardRows& rows) {
     } else {
       backward_rows<kTogether, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += kTogether;
     }
-    for (int64_t i = begin; stores_twice && i < r; ++i)
-      if (rows.grad_gate[i]) __builtin_memcpy(rows.grad_gate[i], rows.grad_input[i], b.columns * sizeof(T));
+    for (int64_t i = begin; stores_twice && rows.far && i < r; ++i)
+      __builtin_memcpy(rows.far[i], rows.grad_input[i], b.columns * sizeof(T));
   }
 }
 
@@ -221,7 +221,7 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
   turn.next = rows.next[1];
   BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
   part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
-  part.soon[0] = part.soon[1] = nullptr;
+  part.soon[0] = part.soon[1] = nullptr, part.far = nullptr;
   part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
   for (int64_t r = 0; r < block; ++r) {
     part.grad[r] = (G*)rows.scratch + r * padded(b.columns);

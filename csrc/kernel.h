@@ -158,7 +158,7 @@ struct BackwardRows {
   void* grad_sum[kBatch];  // or sines
   void* grad_input[kBatch];
   void* gate[kBatch];       // or cosines, or scales, or inverse gains
-  void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or a sum's past the caches, or null
+  void* grad_gate[kBatch];  // or where the gradient of a row's own scales goes, or null
   void* gain[kBatch];       // or the same of its shifts
   const void* rstd;         // one wide(input) value per row of this batch, as forward kept it
   const double* mean;  // the same, for LayerNorm; with inverse gains, and of the general form, what arrives at 1/rms
@@ -174,7 +174,8 @@ struct BackwardRows {
   // bytes to that for the next. Or null: for rows of its own.
   const char* soon[2];
   int64_t soon_step[2];
-  void* scratch;  // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
+  void* const* far;  // of rows whose gradient is stored past the caches, too, there; else null
+  void* scratch;     // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);

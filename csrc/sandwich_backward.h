@@ -34,6 +34,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   const auto& data = operands.data;
   Cursor<kSandwichOperands> cursor(operands, begin);
   BackwardRows rows[2] = {};
+  void* far[kBatch];
   for (int k = 0; k < 2; ++k) {
     rows[k].shared_weight = true;
     std::fill_n(rows[k].gain, kBatch, s.norm[k].gain.data);
@@ -44,7 +45,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   const Backward& last = s.norm[1];
   const bool apart = overflows && data[kTheGradResidual] && last.add && last.need_weight && target.stores_twice &&
                      (last.input == Type::f32 || last.input == Type::bf16);
-  rows[0].stream = overflows, rows[1].stream = apart;
+  rows[0].stream = overflows, rows[1].stream = apart, rows[1].far = apart ? far : nullptr;
   rows[0].back = (overflows || s.norm[0].input != Type::f16) &&
                  should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
   rows[1].back = (overflows || s.norm[0].input != Type::f16) &&
@@ -63,7 +64,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     rows[0].count = rows[1].count = std::min({block, end - row, flush});
     const int64_t stride = size_of(wide(s.norm[0].input));
     cursor.take(rows[0].count, {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input,
-                                apart ? rows[1].grad_gate : rows[0].grad});
+                                apart ? far : rows[0].grad});
     ask(1, 0, kTheX, rows[0].input[0], 0), ask(1, 1, kTheSum, rows[1].input[0], rows[0].count);
     ask(0, 0, kTheGrad, rows[1].grad[0], rows[0].count), ask(0, 1, kTheGradSum, rows[1].grad_sum[0], rows[0].count);
     for (int64_t r = 0; r < rows[0].count; ++r) rows[1].grad_input[r] = rows[0].grad[r];

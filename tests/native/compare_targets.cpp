@@ -217,8 +217,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   grads.stream = need_weight, grads.back = back;
   for (int64_t r = 0; r < kRows; ++r)
     grads.input[r] = input.at(r), grads.grad[r] = grad.at(r), grads.grad_sum[r] = other.at(r),
-    grads.gate[r] = other.at(r), grads.grad_gate[r] = c.gate == Gate::none ? nullptr : dgate.at(r),
-    grads.grad_input[r] = dx.at(r), grads.gain[r] = b.gain.data, grads.grad_weight[r] = partial.data();
+    grads.gate[r] = other.at(r), grads.grad_gate[r] = dgate.at(r), grads.grad_input[r] = dx.at(r),
+    grads.gain[r] = b.gain.data, grads.grad_weight[r] = partial.data();
   for (int64_t r = 0; c.turn == Turn::norm && r < kRows; ++r)
     grads.gate[r] = cosines.at(r), grads.grad_sum[r] = sines.at(r);
   Rows dscale({}, kRows, angle_bytes, size_of(angle)), dshift({}, kRows, angle_bytes, size_of(angle));
