@@ -253,8 +253,11 @@ def test_what_autograd_keeps_of_known_functions() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ours_keeps_one_number_per_row(dtype: str) -> None:
+    """But of a row or a few none."""
+    found = memory.footprint(OURS, Case(72, 512, dtype, "recorded"))
+    assert (found.kept_bytes, found.kept) == (72 * 4, ["float32[72, 1]"])
     found = memory.footprint(OURS, Case(24, 512, dtype, "recorded"))
-    assert (found.kept_bytes, found.kept) == (24 * 4, ["float32[24, 1]"])
+    assert (found.kept_bytes, found.kept) == (0, [])
     theirs = memory.footprint(TORCH[0], Case(24, 512, dtype, "recorded"))
     assert theirs.kept_bytes >= 24 * 512 * 4
 
@@ -290,7 +293,11 @@ def test_the_contract_is_complete() -> None:
 
 def test_every_bar_can_be_measured() -> None:
     """At a small size, by everybody but the compiler, which is slow to start."""
-    small = [bars.Bar(**{**vars(bar), "rows": 3, "cols": 64}) for bar in bars.BARS if bar.other != "torch.compile"]
+    small = [
+        bars.Bar(**{**vars(bar), "rows": 600 if bar.other == bars.KEPT else 3, "cols": 64})  # a few rows keep nothing
+        for bar in bars.BARS
+        if bar.other != "torch.compile"
+    ]
     settled = [one for group in bars.run(bars.groups(small), 0.001) for one in group]
     assert {bar for bar, _, _ in settled} == set(small)
     assert all(0 < median < 1e4 and 0 < least < 1e4 for _, median, least in settled)

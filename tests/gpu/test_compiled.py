@@ -27,7 +27,7 @@ from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
 from rmsnorm.gpu import backward, launch, neighbours
 
-SOME = [pytest.param(name, marks=[] if name in ("sm_90", "gfx942") else pytest.mark.heavy) for name in TARGETS]
+SOME = [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
