@@ -46,6 +46,8 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_forward.py",
     "tests/test_backward.py",
     "tests/test_module.py",
+    "tests/test_handed.py",
+    "tests/test_eager.py",
     "tests/test_errors.py",
     "tests/test_install.py",
     "tests/test_installed.py",
