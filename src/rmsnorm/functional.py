@@ -32,7 +32,7 @@ MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 # Found sooner here; and OpOverload.__call__ adds 0.5 µs to what it calls.
 _native, _transforms_active = _ops.native, _everyday.transforms_active
 _written, _resolve, _as_shape = _ops.increment_versions, _arguments.resolve, _arguments.as_shape
-_small, _in_graph, _record = _handed.norm, _everyday.in_graph, _eager.record
+_as_objects, _in_graph, _record = _handed.norm, _everyday.in_graph, _eager.record
 _operator, _weighted, _rounded, _into, _weighted_into = (
     *(_ops.rms_norm._op, _ops.rms_norm_weighted._op, _ops.rms_norm_rounded._op),
     *(_ops.rms_norm_out._op, _ops.rms_norm_weighted_out._op),
@@ -115,7 +115,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             recorded = is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
             first = ROUND_FIRST[casting_mode]
             if not recorded and (
-                (y := _small(input, None, normalized_shape, weight, eps, offset, first, out)) is not None
+                (y := _as_objects(input, None, normalized_shape, weight, eps, offset, first, out)) is not None
             ):
                 return y
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)

@@ -58,7 +58,7 @@ def add_rms_norm_(
         if ordinary and not _autograd.needed(input, weight, residual):
             dims = 1 if weight is None else weight.dim()
             shape, round_first = input.shape[-1:] if weight is None else weight.shape, _ROUND_FIRST[casting_mode]
-            if round_sum is True and _small(input, residual, shape, weight, eps, offset, round_first, input):
+            if round_sum is True and _as_objects(input, residual, shape, weight, eps, offset, round_first, input):
                 return input, residual
             if input.shape[input.dim() - dims :] == shape:
                 if weight is not None and not offset and casting_mode == "torch":
@@ -115,5 +115,5 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
 
 _operator = _form.define("add_rms_norm_", _SCHEMA, _ops.add_rms_norm_by_copies, lambda *arguments: None)
 _run: Any = _operator._op
-_weighted, _written, _small = everyday_ops.add_rms_norm_, _ops.increment_versions, _handed.norm
+_weighted, _written, _as_objects = everyday_ops.add_rms_norm_, _ops.increment_versions, _handed.norm
 _ROUND_FIRST = functional.ROUND_FIRST
