@@ -308,7 +308,10 @@ WITH_OPTIONS = {
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 @pytest.mark.parametrize(
     ("bad", "came"),
-    [(4.0, "a float"), ("4", "a str"), (None, "None"), (torch.tensor(4.0), "a torch.Tensor"), (["4"], "a list")],
+    [
+        *((4.0, "a float"), ("4", "a str"), (None, "None"), (torch.tensor(4.0), "a torch.Tensor"), (["4"], "a list")),
+        *((torch.ones(4), "a tensor of shape [4]"), (torch.ones(2, 4), "a tensor of shape [2, 4]")),
+    ],
 )
 def test_sizes_that_are_none(name, bad, came):
     message = f"{name}: normalized_shape must be an int or a sequence of ints, but is {came}; pass the size of"

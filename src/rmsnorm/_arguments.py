@@ -57,12 +57,22 @@ def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...
         except TypeError:  # numpy's ints have no elements, nor do tensors with one number
             with suppress(TypeError):
                 shape = (operator.index(cast(Any, normalized_shape)),)
-    if shape is None or any(isinstance(size, (str, bytes)) for size in shape):
+    if shape is None or not all(map(_is_size, shape)):
+        came, weight = described(normalized_shape), ""
+        if isinstance(normalized_shape, Tensor) and normalized_shape.ndim:  # whose numbers would fill the screen
+            came, weight = f"a tensor of shape {list(normalized_shape.shape)}", ", and a weight behind it"
         raise TypeError(
-            f"{name}: normalized_shape must be an int or a sequence of ints, but is {described(normalized_shape)}; "
-            "pass the size of input's last dimension, input.shape[-1], or of several, e.g. input.shape[-2:]"
+            f"{name}: normalized_shape must be an int or a sequence of ints, but is {came}; pass the size of input's "
+            f"last dimension, input.shape[-1], or of several, e.g. input.shape[-2:]{weight}"
         )
     return shape
+
+
+def _is_size(size: object) -> bool:
+    """Whether an element of a shape may be one: no text, and of tensors (what torch.jit.trace has) whole numbers."""
+    if isinstance(size, Tensor):
+        return not (size.ndim or size.is_floating_point() or size.is_complex())
+    return not isinstance(size, (str, bytes))
 
 
 def raise_shape(
