@@ -280,14 +280,18 @@ BackwardKernel backward_of(const Backward& b) {
 }
 
 BackwardKernel select_backward(const Backward& b) {
-#if defined(RMSNORM_LENDER)
-  return b.input == Type::bf16 ? backward_of<bf16>(b) : RMSNORM_LENDER.backward(b);
-#else
   switch (b.input) {
-    case Type::bf16: return backward_of<bf16>(b);
-    case Type::f16: return backward_of<f16>(b);
-    case Type::f64: return backward_of<double>(b);
-    default: return backward_of<float>(b);
+    case Type::bf16:
+      if constexpr (compiles(Type::bf16)) return backward_of<bf16>(b);
+      break;
+    case Type::f16:
+      if constexpr (compiles(Type::f16)) return backward_of<f16>(b);
+      break;
+    case Type::f64:
+      if constexpr (compiles(Type::f64)) return backward_of<double>(b);
+      break;
+    default:
+      if constexpr (compiles(Type::f32)) return backward_of<float>(b);
   }
-#endif
+  return borrowed(b);
 }

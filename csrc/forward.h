@@ -282,14 +282,18 @@ ForwardKernel forward_of_full(const Forward& f) {
 }
 
 ForwardKernel select_forward(const Forward& f) {
-#if defined(RMSNORM_LENDER)
-  return f.input == Type::bf16 ? forward_of_half<bf16>(f) : RMSNORM_LENDER.forward(f);
-#else
   switch (f.input) {
-    case Type::bf16: return forward_of_half<bf16>(f);
-    case Type::f16: return forward_of_half<f16>(f);
-    case Type::f64: return forward_of_full<double>(f);
-    default: return forward_of_full<float>(f);
+    case Type::bf16:
+      if constexpr (compiles(Type::bf16)) return forward_of_half<bf16>(f);
+      break;
+    case Type::f16:
+      if constexpr (compiles(Type::f16)) return forward_of_half<f16>(f);
+      break;
+    case Type::f64:
+      if constexpr (compiles(Type::f64)) return forward_of_full<double>(f);
+      break;
+    default:
+      if constexpr (compiles(Type::f32)) return forward_of_full<float>(f);
   }
-#endif
+  return borrowed(f);
 }

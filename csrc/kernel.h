@@ -181,11 +181,15 @@ struct BackwardRows {
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
 using BackwardKernel = void (*)(const Backward&, const BackwardRows&);
 
-// One instance per CPU target, all compiled from target.cpp.
-struct Target {
-  const char* name;
+// What finds the kernel for what is asked.
+struct Kernels {
   ForwardKernel (*forward)(const Forward&);
   BackwardKernel (*backward)(const Backward&);
+};
+
+// One instance per CPU target, all compiled from target.cpp.
+struct Target : Kernels {
+  const char* name;
   // gain[padded(count)] = offset + weight, in wide(input); weight of any type. In the order in which backward wants it
   // for rows of a type; for none, in the columns'.
   void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,

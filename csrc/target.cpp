@@ -1,4 +1,5 @@
-// The only file that is compiled once per CPU target: setup.py gives it RMSNORM_TARGET and that target's flags.
+// The only file that is compiled once per CPU target, with that target's flags, and for fp64 again: setup.py says what
+// a unit is called (RMSNORM_TARGET), which types of rows it has, and whom it lends their kernels or borrows others of.
 //
 // Everything is in an unnamed namespace and no standard template is instantiated, so that no function compiled for a
 // wide CPU can be merged by the linker with its twin for a narrow one (tests/test_native.py looks for such symbols).
@@ -19,13 +20,39 @@
 
 namespace rmsnorm {
 
-// avx512bf16 differs from avx512 in how it rounds to bf16 alone: it borrows the other kernels instead of compiling them
-// again, for 25 seconds.
 #if defined(RMSNORM_LENDER)
-extern const Target RMSNORM_LENDER;
+extern const Kernels RMSNORM_LENDER;
 #endif
 
 namespace {
+
+// Whether kernels for rows of a type are compiled here; those of the others are borrowed.
+constexpr bool compiles(Type type) {
+#if defined(RMSNORM_TYPES)
+  constexpr Type types[] = {RMSNORM_TYPES};
+  for (Type here : types)
+    if (here == type) return true;
+  return false;
+#else
+  return type != Type::none;
+#endif
+}
+
+ForwardKernel borrowed([[maybe_unused]] const Forward& f) {
+#if defined(RMSNORM_LENDER)
+  return RMSNORM_LENDER.forward(f);
+#else
+  return nullptr;
+#endif
+}
+
+BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
+#if defined(RMSNORM_LENDER)
+  return RMSNORM_LENDER.backward(b);
+#else
+  return nullptr;
+#endif
+}
 
 #include "simd.h"
 
@@ -69,16 +96,31 @@ namespace {
 
 #include "modulated_backward.h"
 
+#if defined(RMSNORM_TARGET)
 #include "weight.h"
 
 #include "quantise.h"
 
 #include "contract.h"
+#endif
 
 }  // namespace
 
+#if defined(RMSNORM_LENDS)
+extern const Kernels RMSNORM_LENDS;
+const Kernels RMSNORM_LENDS = {&select_forward, &select_backward};
+#endif
+#if defined(RMSNORM_TARGET)
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain,  &flush, &finish,
-                               &finish_one,         &describe,       &quantise,        kBytes == 64};
+const Target RMSNORM_TARGET = {{&select_forward, &select_backward},
+                               RMSNORM_TARGET_NAME,
+                               &make_gain,
+                               &flush,
+                               &finish,
+                               &finish_one,
+                               &describe,
+                               &quantise,
+                               kBytes == 64};
+#endif
 
 }  // namespace rmsnorm
