@@ -49,6 +49,8 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_handed.py",
     "tests/test_eager.py",
     "tests/test_errors.py",
+    "tests/test_library.py",
+    "tests/test_out.py",
     "tests/test_install.py",
     "tests/test_installed.py",
     "tests/test_installed_errors.py",
