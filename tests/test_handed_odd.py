@@ -116,6 +116,11 @@ def test_sizes_that_do_not_fit(sizes, weight):
         rmsnorm.rms_norm(X[0], sizes, weight, 1e-6)  # of fewer dimensions than sizes
 
 
+def test_more_sizes_than_there_is_room_for():
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        rmsnorm.rms_norm(X, [4] * 100_000, None, 1e-6)
+
+
 MANY = X[:1].reshape((1,) * 66 + (4,))
 CALLS = {
     "rms_norm": lambda x: rmsnorm.rms_norm(x, 4, WEIGHT, 1e-6, offset=1.0),
