@@ -50,6 +50,7 @@ struct Rows {
   static void check(const Tensor& x, const Tensor& cos, const Tensor& sin) {
     require(x.dim() >= 3 && cos.dim() >= 2 && sin.dim() >= 2,
             "rmsnorm: query and key must be [*, heads, tokens, head_dim], cos and sin [*, tokens, turned]");
+    check_dims(x.dim());
     const int64_t turned = cos.size(cos.dim() - 1);
     require(sin.size(sin.dim() - 1) == turned && turned % 2 == 0 && turned <= x.size(x.dim() - 1),
             "rmsnorm: cos and sin must have as many columns, an even number that head_dim has, too");

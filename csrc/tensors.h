@@ -48,10 +48,16 @@ inline ScalarType scalar_of(Type type) {
   }
 }
 
+// Strides and indices lie in arrays of so many.
+inline void check_dims(int64_t dims) {
+  require(dims <= kMaxDims, "rmsnorm: only tensors with up to ", kMaxDims, " dimensions are supported");
+}
+
 // Of any of torch's types, by its number and the bytes of an element; `order` has the dimensions from the outermost to
 // the innermost in memory, if that isn't the order of the sizes. The caller owns it.
 inline AtenTensorHandle new_empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size,
                                   const int64_t* order = nullptr) {
+  check_dims(dims);
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t i = dims; i-- > 0;) {
     const int64_t d = order ? order[i] : i;
@@ -97,6 +103,7 @@ struct Shape {
   Shape(const Tensor& input, int64_t dims) : dims(dims), columns(1) {
     const auto sizes = input.sizes();
     outer = static_cast<int64_t>(sizes.size()) - dims;
+    check_dims(outer + dims);
     require(dims > 0 && outer >= 0, "rmsnorm: dims must be from 1 to ", sizes.size(), ", but is ", dims);
     for (size_t d = outer; d < sizes.size(); ++d) columns *= sizes[d];
   }

@@ -270,11 +270,13 @@ def test_a_figure_alone(tmp_path: Path, report: Report) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("[1, 2]")
+@pytest.mark.parametrize("content", [b"[1, 2]", b"{}", b"", bytes(range(255, 0, -1)) * 9], ids=len)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
     result = invoke("report", str(tmp_path / "x.json"), str(tmp_path / "x.html"))
     assert result.exit_code == 2
-    assert "is not a result of `rmsnorm bench --json`" in result.output
+    assert "is not a result of `rmsnorm bench --json`" in " ".join(result.output.replace("│", "").split())
+    assert len(result.output.splitlines()) < 12  # not the file itself
 
 
 def test_results_are_named_after_machine_and_date(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,20 @@ def test_with_a_file_it_is_that_file(name: str, tmp_path: Path) -> None:
     assert (result.stdout == "") == (name == "info")
 
 
+REFUSED = [["info"], ["patch", "smollm2"], ["convert", "smollm2", "--fold", "--out", "folded"]]
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=lambda arguments: arguments[0])
+def test_a_file_that_cannot_be_written_is_refused_first(arguments: list[str], tmp_path: Path) -> None:
+    where = {"nowhere/x.json": "is not a directory; make it first", ".": "is a directory"}
+    for file, reason in where.items():
+        result = invoke([*arguments, "--json", str(tmp_path / file)])
+        assert result.exit_code == 2, result.output
+        assert reason in " ".join(result.stderr.replace("│", "").split())
+        assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def patched_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """`rmsnorm patch` with a model that has no norm, and no file."""
@@ -84,8 +98,7 @@ def test_patch_with_a_file_before_the_model(patched_nothing: None, tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", ["info", "patch", "bench", "bars"])
-def test_help_says_so(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    text = " ".join(invoke([command, "--help"]).output.split())
+def test_help_says_so(command: str) -> None:
+    text = " ".join(invoke([command, "--help"]).output.replace("│", "").split())
     assert "--json [FILE]" in text
     assert "Without FILE, or with -, to standard output" in text

@@ -174,6 +174,53 @@ def test_is_torchs_where_no_kernel_serves():
     torch.testing.assert_close(layer_norm(half, 8, torch.ones(8), torch.zeros(8)), F.layer_norm(half, (8,)))
 
 
+F32, BF16, F16, F64 = DTYPES
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace's: it is deprecated, and sizes become constants
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight", "bias"),
+    [
+        (F32, BF16, None),
+        (F32, F32, F64),
+        (F32, F64, F16),
+        (BF16, F32, F32),  # torch's has this one
+        (BF16, F32, BF16),
+        (F16, None, F64),
+        (F64, F32, None),
+    ],
+    ids=str,
+)
+def test_types_in_any_mixture(dtype, weight, bias, recorded):
+    """torch's LayerNorm refuses them, and so would what was recorded of it."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 8).to(dtype).requires_grad_(recorded)
+    w, b = (None if kind is None else torch.randn(8).to(kind).requires_grad_(recorded) for kind in (weight, bias))
+    want = F.layer_norm(x.double(), (8,), *(t if t is None else t.double() for t in (w, b)), EPS)
+    learnt = [t for t in (x, w, b) if t is not None]
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return layer_norm(x, 8, w, b, EPS)
+
+    layer = Layer()
+    torch.compiler.reset()
+    ways = [layer, torch.compile(layer, backend="eager", fullgraph=True)]
+    if not recorded:
+        ways += torch.jit.trace(layer, x), torch.export.export(layer, (x,)).module()
+    # A rounding of the type, and a few of float32's, of numbers up to about 4, and of sums of three.
+    near = {"rtol": 2 * max(torch.finfo(t.dtype).eps for t in learnt), "atol": 4e-6}
+    for way in ways:
+        y = way(x)
+        assert y.dtype is dtype
+        torch.testing.assert_close(y.double(), want, **near)
+        if recorded:
+            pairs = (torch.autograd.grad(one.sum(), learnt, retain_graph=True) for one in (y, want))
+            for got, expected in zip(*pairs, strict=True):
+                torch.testing.assert_close(got, expected, **near)
+
+
 @pytest.mark.parametrize(
     ("shape", "weight", "bias"),
     [

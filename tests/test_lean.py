@@ -295,6 +295,14 @@ def test_gains_that_are_refused(target, name):
         assert "Lean" in rms_norm(x, 129, weight, EPS, memory="lean").grad_fn.name()
 
 
+def test_a_narrower_gain_that_is_refused(target):
+    """The limits of float64 are beyond what the gain's own type has."""
+    x, weight = sample(5, 129, torch.float64).requires_grad_(), gains(129, dtype=torch.bfloat16)
+    weight[7] = -1.0
+    said = refused(lambda: rms_norm(x, 129, weight, EPS, offset=1.0, memory="lean"))[1]
+    assert "its smallest gain is 0, of element 7, and float64 needs at least 2.2e-308" in said
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_calls_that_keep_the_input(target):
     """Nobody is warned: a wider output, an eps of 0, a graph, a transform, forward mode."""

@@ -86,6 +86,7 @@ def build() -> "typer.Typer":
         json: Annotated[Path | None, typer.Option(metavar=asked.METAVAR, help=f"As JSON. {asked.HELP}")] = None,
     ) -> None:
         """Versions, and whether the native kernels are in use; if not, why not."""
+        asked.check(json)
         values = vars(info())
         if json:
             asked.put(json, json_format.dumps(values, indent=1))

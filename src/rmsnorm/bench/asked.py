@@ -35,6 +35,15 @@ def screen(file: Path | None) -> Console:
     return Console(stderr=file == STDOUT)
 
 
+def check(file: Path | None) -> None:
+    """Refuses a file that can't be written, before anything is done."""
+    if file is None or file == STDOUT:
+        return
+    reason = f"{file} is a directory; give a file" if file.is_dir() else export.closed(file)
+    if reason:
+        raise typer.BadParameter(reason, param_hint="--json")
+
+
 def put(file: Path, content: str) -> None:
     """Writes the JSON."""
     if file == STDOUT:

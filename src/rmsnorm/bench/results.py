@@ -110,7 +110,9 @@ class Report:
             footprints = [Footprint(**one) for one in plain["footprints"]]
             return cls(plain["machine"], results, footprints, plain["complete"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is not a result of `rmsnorm bench --json`: {error!r}") from error
+            raise ValueError(
+                f"{file} is not a result of `rmsnorm bench --json`: {type(error).__name__}: {error}"
+            ) from error
 
     def threads(self) -> list[int]:
         return list(dict.fromkeys(result.case.threads for result in self.results))

@@ -2,7 +2,7 @@
 
 torch has LayerNorm, and a formula for every compiler: what the kernels don't take (torch.compile, other devices and
 types) is ``torch.nn.functional.layer_norm``. Under torch.func and in forward mode it is the formula: ``layer_ops.py``
-says why.
+says why; so it is of types that torch's doesn't take together, where the kernels don't serve.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _plain: Any = _served.plain
 _recorded: Any = _served.record
 
 
-def layer_norm(
+def layer_norm(  # noqa: PLR0911 - as in functional.py
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
@@ -69,17 +69,31 @@ def layer_norm(
             return _plain(input, weight, bias, len(shape), eps)
     except (RuntimeError, AttributeError):
         pass
-    if has_torch_function_variadic(input, weight, bias) and _arguments.are_objects(input, weight, bias):
+    tensors = input, weight, bias
+    if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
+        if not _are_torchs(*tensors):
+            return _everyday.overridden(layer_norm, tensors, (input, shape, weight, bias, eps), {})
         return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
     _arguments.check_numbers(_NAME, eps=eps)
     if ranks := _everyday.distributed(input, weight, bias):
         return ranks.layer_norm(layer_norm, input, shape, weight, bias, eps)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        fits = input.shape[-len(shape) :] == shape and all(t is None or t.shape == shape for t in (weight, bias))
-        if fits and shape and input.is_floating_point():
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if (transformed or not _are_torchs(*tensors)) and shape and input.shape[-len(shape) :] == shape:
+        given = [t for t in tensors if t is not None]
+        if all(t.shape == shape for t in given[1:]) and all(map(_arguments.is_real, given)):
             return layer_ops.composed(input, weight, bias, len(shape), eps)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+
+
+def _are_torchs(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's LayerNorm takes their types together: one type, or float32 beside a half type. Who is no tensor
+    (of a tracer, say) has none."""
+    if not all(t is None or isinstance(t, Tensor) for t in (input, weight, bias)):
+        return True
+    types = {t.dtype for t in (weight, bias) if t is not None}
+    halves = input.dtype in (torch.bfloat16, torch.float16)
+    return types <= {input.dtype} or (halves and types == {torch.float32})
 
 
 class LayerNorm(torch.nn.LayerNorm):

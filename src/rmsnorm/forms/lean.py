@@ -197,7 +197,8 @@ def limits(dtype: torch.dtype, columns: int) -> tuple[float, float]:
 
 def why(weight: Tensor, offset: float, dtype: torch.dtype, columns: int) -> str:
     """Why a norm has to keep its input, with the numbers; nothing if it needn't."""
-    gain = reference.gain(weight.detach(), weight, offset).abs()
+    # In float64, as the limits: fp64's are 0 and infinite in float32, of a narrower weight.
+    gain = reference.gain(weight.detach(), weight, offset).double().abs()
     least, most = limits(dtype, columns)
     kind = str(dtype).removeprefix("torch.")
     if not gain.numel() or ((gain >= least) & (gain <= most)).all():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 
-from ..bench import export
 from . import loading
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         """
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
-        if json and json != asked.STDOUT and (reason := export.closed(json)):
-            raise typer.BadParameter(reason, param_hint="--json")
+        asked.check(json)
         what = {"fuse_add": fuse_add, "layer_norm": layer_norm, "lean": lean}
         course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what), out=asked.screen(json))
         try:

@@ -7,7 +7,6 @@ import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..bench import export
 from ..models import loading
 from ..models.command import DTYPES
 from .rotation import KINDS
@@ -56,8 +55,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
         if kind not in KINDS:
             raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="--kind")
-        if json and json != asked.STDOUT and (reason := export.closed(json)):
-            raise typer.BadParameter(reason, param_hint="--json")
+        asked.check(json)
         out = out.expanduser().absolute()
         options = Options(model, out, operations, DTYPES.get(dtype), untie, kind, seed, force)
         printer, doing = asked.screen(json), screen.Doing()
