@@ -67,6 +67,8 @@ namespace {
 
 #include "backward.h"
 
+#include "sandwich_pairs.h"
+
 #include "modulated_backward.h"
 
 #include "weight.h"
@@ -78,7 +80,7 @@ namespace {
 }  // namespace
 
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain,  &flush, &finish,
-                               &finish_one,         &describe,       &quantise,        kBytes == 64};
+const Target RMSNORM_TARGET = {RMSNORM_TARGET_NAME, &select_forward, &select_backward, &make_gain, &flush, &finish,
+                               &finish_one,         &describe,       &quantise,        kSandwich};
 
 }  // namespace rmsnorm
