@@ -43,8 +43,9 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   const bool overflows = overflows_caches(operands.rows * columns * bytes * 6);
   // One kernel computes all that there can be.
   const Type type = s.norm[0].input;
-  const bool pairs = target.sandwich && (type == Type::f32 || type == Type::bf16) && data[kTheGradX] &&
-                     data[kTheGradResidual] && s.norm[1].add && s.norm[0].need_weight && s.norm[1].need_weight;
+  const bool pairs = target.sandwich && !s.norm[1].round_add && (type == Type::f32 || type == Type::bf16) &&
+                     data[kTheGradX] && data[kTheGradResidual] && s.norm[1].add && s.norm[0].need_weight &&
+                     s.norm[1].need_weight;
   rows[0].stream = overflows, rows[0].scratch = scratch;
   rows[0].back =
       (overflows || type != Type::f16) && should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
