@@ -52,8 +52,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   rows[1].back = (overflows || type != Type::f16) &&
                  should_walk_back({data[kTheSum], data[kTheGrad], data[kTheGradSum]}, {data[kTheGradResidual]});
   const auto next = [&](int k) { return operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0; };
-  rows[0].next[0] = next(kTheX), rows[0].next[1] = next(kTheGradSum);
-  rows[1].next[0] = next(kTheSum), rows[1].next[1] = next(kTheGrad);
+  rows[0].next[0] = next(kTheX), rows[1].next[0] = next(kTheSum), rows[1].next[1] = next(kTheGrad);
   for (int64_t r = 0; r < block; ++r) rows[0].grad[r] = scratch + r * padded(columns) * bytes;
   for (int64_t row = begin; row < end; row += rows[0].count) {
     // Blocks end with a flush.

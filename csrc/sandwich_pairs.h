@@ -36,8 +36,8 @@ RMSNORM_INLINE auto stored_as([[maybe_unused]] Span span, const Vector<T>& x) {
 }
 
 // Where in a row to ask, in bytes: for what is to come of it, and near its end for the row two further on, `next` bytes
-// each. Into L1: a line that is in L2 first waits twice for one of the few places for what L1 misses, and all that the
-// loops read comes from there.
+// each; of two tensors, as most lie alike. Into L1: a line that is in L2 first waits twice for one of the few places
+// for what L1 misses, and all that the loops read comes from there.
 template <class T, class Span>
 RMSNORM_INLINE int64_t asked(int64_t columns, int64_t next, Span span) {
   constexpr int64_t ahead = 1536;
