@@ -84,17 +84,9 @@ RMSNORM_INLINE auto normalised_at(const Norm& norm, const BackwardRows& rows, in
   else return norm.normalised(x);
 }
 
-// The norms that a sandwich is made of past the caches, which ask for each other's rows: of AVX-512 alone, as the
-// question in each kernel that asks would be 33 KB more.
-template <class Norm>
-constexpr bool kInSandwich =
-    kBytes == 64 && (std::is_same_v<Norm, RmsBackward<float>> || std::is_same_v<Norm, RmsBackward<bf16>>);
-
-// Asks for columns of the row that lies `ahead` rows further on, or of what is asked for instead in that pass.
-template <class Norm, class T = typename Norm::Element, class Span>
-RMSNORM_INLINE void prefetch_rows(const BackwardRows& rows, int64_t r, int pass, int64_t ahead, Span span) {
-  if (kInSandwich<Norm> && rows.soon[pass])
-    return prefetch_part<T, 2>(rows.soon[pass] + rows.soon_step[pass] * r, span);
+// Asks for columns of the row that lies `ahead` rows further on.
+template <class T, class Span>
+RMSNORM_INLINE void prefetch_rows(const BackwardRows& rows, int64_t r, int64_t ahead, Span span) {
   prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead + 4096, span);
   prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead + 4096, span);
 }
@@ -105,7 +97,7 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
   using T = typename Norm::Element;
   typename Norm::Sums sum;
   sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
-    if constexpr (Stream) prefetch_rows<Norm>(rows, r, 0, 0, span);
+    if constexpr (Stream) prefetch_rows<T>(rows, r, 0, span);
     auto h = span.load_from((const G*)rows.grad[r]);
     const Vector<T> x = span.load_from((const T*)rows.input[r]);
     if constexpr (HasGain && !kLean<Norm>) h = h * span.load_raw((const Scalar<T>*)rows.gain[r]);
@@ -154,7 +146,7 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
         if constexpr (Add && sizeof(T) == 2)
           if (b.round_add) dx[k] = round_own<T>(dx[k]);
         if constexpr (Add) dx[k] = dx[k] + span.load_from((const T*)rows.grad_sum[r]);
-        if constexpr (Stream) prefetch_rows<Norm>(rows, r, 1, Rows, span);
+        if constexpr (Stream) prefetch_rows<T>(rows, r, Rows, span);
         if constexpr (kAsks)
           for (int n = 0; ask && n < 3; ++n) prefetch_part<T, 2>(soon[n][k], span);
       }
@@ -164,9 +156,8 @@ RMSNORM_INLINE void backward_rows(const Backward& b, const BackwardRows& rows, i
     // After all loads, as rows are often a multiple of 4 KiB apart (should_walk_back() says why that matters).
     for (int k = 0; NeedInput && k < Rows; ++k) {
       T* to = (T*)rows.grad_input[first + k];
-      T* far = Stream && Add && kInSandwich<Norm> && rows.far ? (T*)rows.far[first + k] : nullptr;
-      if constexpr (Stream) stream_to(span, far ? far : to, dx[k]);
-      if (!Stream || far) span.store_to(to, dx[k]);
+      if constexpr (Stream) stream_to(span, to, dx[k]);
+      else span.store_to(to, dx[k]);
     }
     if constexpr (NeedWeight) span.store_raw(dw, weight);
     if constexpr (NeedWeight && Norm::kBias) span.store_raw(db, bias);
@@ -186,28 +177,22 @@ __attribute__((noinline, cold)) void backward_alone(const Backward& b, const Bac
 template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 void backward(const Backward& b, const BackwardRows& rows) {
   using T = typename Norm::Element;
-  constexpr bool stores_twice = Add && NeedWeight && kInSandwich<Norm>;
   // With a sum's gradient in fp32 of AVX-512 alone, for the library's size: 512x4096 takes 0.82 to 0.89 of the time.
-  constexpr bool streams_sums = stores_twice || (NeedWeight && std::is_same_v<T, float> && kBytes == 64);
+  constexpr bool streams_sums = NeedWeight && std::is_same_v<T, float> && kBytes == 64;
   constexpr bool may_stream = kStreams && NeedInput && (!Add || streams_sums);
   constexpr int kTogether = kEmulates ? 1 : 2;
   bool stream = may_stream && rows.stream;
-  for (int64_t r = 0; stream && r < rows.count; ++r)
-    stream = can_stream(stores_twice && rows.far ? rows.far[r] : rows.grad_input[r]);
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
-    const int64_t begin = r;
     if (!is_safe<T>(rows, r)) {
       backward_alone<Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (kTogether == 2 && (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1))) {
       backward_rows<1, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (stream) {
       backward_rows<kTogether, may_stream, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += kTogether;
-      continue;
     } else {
       backward_rows<kTogether, false, Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += kTogether;
     }
-    for (int64_t i = begin; stores_twice && rows.far && i < r; ++i)
-      __builtin_memcpy(rows.far[i], rows.grad_input[i], b.columns * sizeof(T));
   }
 }
 
@@ -221,7 +206,6 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
   turn.next = rows.next[1];
   BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
   part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
-  part.soon[0] = part.soon[1] = nullptr, part.far = nullptr;
   part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
   for (int64_t r = 0; r < block; ++r) {
     part.grad[r] = (G*)rows.scratch + r * padded(b.columns);

@@ -170,12 +170,7 @@ struct BackwardRows {
   bool ask;            // rows to come are asked for: so many further on as there are here, of modulated forms, or the
                        // next two, where a gradient is added
   int64_t next[2];     // as in forward, of input and grad
-  // What a kernel that streams asks for while it sums a row, and while it stores one: for the first of these rows, and
-  // bytes to that for the next. Or null: for rows of its own.
-  const char* soon[2];
-  int64_t soon_step[2];
-  void* const* far;  // of rows whose gradient is stored past the caches, too, there; else null
-  void* scratch;     // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
+  void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
 
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
@@ -185,6 +180,9 @@ using BackwardKernel = void (*)(const Backward&, const BackwardRows&);
 struct Kernels {
   ForwardKernel (*forward)(const Forward&);
   BackwardKernel (*backward)(const Backward&);
+  // Both backward kernels of a sandwich, first that of x, then that of the sum, with all gradients of fp32 or bf16,
+  // over an even number of rows. False where a row isn't safe: nothing is done then. Or null.
+  bool (*sandwich)(Type type, const Backward* norms, const BackwardRows* rows);
 };
 
 // One instance per CPU target, all compiled from target.cpp.
@@ -205,8 +203,6 @@ struct Target : Kernels {
   void (*describe)(char* text, int64_t room);
   // Bytes and a scale for a row of any type but f64, in int8 or float8.
   void (*quantise)(Type type, const void* row, int64_t columns, bool e4m3, void* codes, float* scale);
-  // Whether backward stores a sum's gradient twice if asked to, with the weight's in fp32 and bf16.
-  bool stores_twice;
 };
 
 // The targets that were built and that this CPU can run, best first; ends with null.

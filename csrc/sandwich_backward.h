@@ -1,5 +1,6 @@
-// The only file with the sandwich's gradients: the backward kernel of every norm, of the second norm and then of the
-// first, over so few rows at a time that what flows between them stays in L1.
+// The only file with the sandwich's gradients: one kernel for both norms where there is one (sandwich_pairs.h); else
+// the backward kernel of every norm, of the second norm and then of the first, over so few rows at a time that what
+// flows between them stays in L1.
 //
 //   ds = norm'(dy; s, gain') + grad_sum,  rounded        dx = norm'(ds; x, gain)        dw', dw +=
 //
@@ -34,46 +35,40 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   const auto& data = operands.data;
   Cursor<kSandwichOperands> cursor(operands, begin);
   BackwardRows rows[2] = {};
-  void* far[kBatch];
   for (int k = 0; k < 2; ++k) {
     rows[k].shared_weight = true;
     std::fill_n(rows[k].gain, kBatch, s.norm[k].gain.data);
     std::fill_n(rows[k].grad_weight, kBatch, partial[k]);
   }
   const bool overflows = overflows_caches(operands.rows * columns * bytes * 6);
-  // Past the caches, the sum's gradient is stored twice: where the first norm reads it, and where it goes.
-  const Backward& last = s.norm[1];
-  const bool apart = overflows && data[kTheGradResidual] && last.add && last.need_weight && target.stores_twice &&
-                     (last.input == Type::f32 || last.input == Type::bf16);
-  rows[0].stream = overflows, rows[1].stream = apart, rows[1].far = apart ? far : nullptr;
-  rows[0].back = (overflows || s.norm[0].input != Type::f16) &&
-                 should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
-  rows[1].back = (overflows || s.norm[0].input != Type::f16) &&
+  // One kernel computes all that there can be.
+  const Type type = s.norm[0].input;
+  const bool pairs = target.sandwich && !s.norm[1].round_add && (type == Type::f32 || type == Type::bf16) &&
+                     data[kTheGradX] && data[kTheGradResidual] && s.norm[1].add && s.norm[0].need_weight &&
+                     s.norm[1].need_weight;
+  rows[0].stream = overflows, rows[0].scratch = scratch;
+  rows[0].back =
+      (overflows || type != Type::f16) && should_walk_back({data[kTheX], data[kTheGradResidual]}, {data[kTheGradX]});
+  rows[1].back = (overflows || type != Type::f16) &&
                  should_walk_back({data[kTheSum], data[kTheGrad], data[kTheGradSum]}, {data[kTheGradResidual]});
   const auto next = [&](int k) { return operands.dims > 0 ? operands.stride[k][operands.dims - 1] : 0; };
   rows[0].next[0] = next(kTheX), rows[1].next[0] = next(kTheSum), rows[1].next[1] = next(kTheGrad);
   for (int64_t r = 0; r < block; ++r) rows[0].grad[r] = scratch + r * padded(columns) * bytes;
-  // Each of the four passes over a block asks for one thing: its own x, and the other three for the next block.
-  const auto ask = [&](int k, int pass, int what, const void* row, int64_t ahead) {
-    rows[k].soon[pass] = apart ? static_cast<const char*>(row) + ahead * next(what) : nullptr;
-    rows[k].soon_step[pass] = next(what);
-  };
   for (int64_t row = begin; row < end; row += rows[0].count) {
     // Blocks end with a flush.
-    const int64_t flush = kFlush - (row - begin) % kFlush;
-    rows[0].count = rows[1].count = std::min({block, end - row, flush});
-    const int64_t stride = size_of(wide(s.norm[0].input));
-    cursor.take(rows[0].count, {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input,
-                                apart ? far : rows[0].grad});
-    ask(1, 0, kTheX, rows[0].input[0], 0), ask(1, 1, kTheSum, rows[1].input[0], rows[0].count);
-    ask(0, 0, kTheGrad, rows[1].grad[0], rows[0].count), ask(0, 1, kTheGradSum, rows[1].grad_sum[0], rows[0].count);
-    for (int64_t r = 0; r < rows[0].count; ++r) rows[1].grad_input[r] = rows[0].grad[r];
+    const int64_t flush = kFlush - (row - begin) % kFlush, left = std::min(end - row, flush);
+    const bool both = pairs && left > 1;
+    rows[0].count = rows[1].count = both ? left / 2 * 2 : std::min(block, left);
+    cursor.take(rows[0].count,
+                {rows[0].input, rows[1].input, rows[1].grad, rows[1].grad_sum, rows[0].grad_input, rows[0].grad});
+    std::copy_n(rows[0].grad, rows[0].count, rows[1].grad_input);
+    for (int k = 0; k < 2; ++k) rows[k].rstd = s.rstd[k] + row * size_of(wide(type));
+    const bool found = both && target.sandwich(type, s.norm, rows);
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {
-      rows[k].rstd = s.rstd[k] + row * stride;
-      kernel[k](s.norm[k], rows[k]);
+      if (!found) kernel[k](s.norm[k], rows[k]);
       if (total[k] && (done % kFlush == 0 || begin + done == end))
-        target.flush(s.norm[k].input, partial[k], total[k], columns, done <= kFlush);
+        target.flush(type, partial[k], total[k], columns, done <= kFlush);
     }
   }
   if (rows[0].stream) finish_streaming();

@@ -94,6 +94,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "backward.h"
 
+#include "sandwich_pairs.h"
+
 #include "modulated_backward.h"
 
 #if defined(RMSNORM_TARGET)
@@ -108,19 +110,18 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #if defined(RMSNORM_LENDS)
 extern const Kernels RMSNORM_LENDS;
-const Kernels RMSNORM_LENDS = {&select_forward, &select_backward};
+const Kernels RMSNORM_LENDS = {&select_forward, &select_backward, kSandwich};
 #endif
 #if defined(RMSNORM_TARGET)
 extern const Target RMSNORM_TARGET;
-const Target RMSNORM_TARGET = {{&select_forward, &select_backward},
+const Target RMSNORM_TARGET = {{&select_forward, &select_backward, kSandwich},
                                RMSNORM_TARGET_NAME,
                                &make_gain,
                                &flush,
                                &finish,
                                &finish_one,
                                &describe,
-                               &quantise,
-                               kBytes == 64};
+                               &quantise};
 #endif
 
 }  // namespace rmsnorm
