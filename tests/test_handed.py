@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmsnorm
-from rmsnorm import _handed, _native, _ops, reference
+from rmsnorm import _called, _handed, _native, _ops, reference
 
 pytestmark = pytest.mark.skipif(not rmsnorm.info().native, reason="the native library is off: nothing is handed to it")
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -83,6 +83,44 @@ def test_in_place(handed, dtype, weighted):
     assert torch.equal(bits(residual), bits(want[1]))
 
 
+# Forms with a residual, and LayerNorm: what is called, and the operator.
+FORMS = {
+    "rms_norm_add": (rmsnorm.rms_norm_add, torch.ops.rmsnorm.rms_norm_add),
+    "sandwich": (rmsnorm.sandwich_rms_norm, torch.ops.rmsnorm.sandwich_rms_norm),
+}
+
+
+@pytest.mark.parametrize("casting_mode", ["torch", "llama"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("weighted", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shape", [(1,), (1, 127), (7, 129), (8, 129), (16, 4096), (2, 3, 576)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", [*FORMS, "layer_norm"])
+def test_bits_of_forms_are_the_operators(handed, name, dtype, shape, weighted, offset, casting_mode):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, *shape).to(dtype)
+    weight, second = (torch.randn(shape[-1]).to(dtype) if given else None for given in weighted)
+    first = casting_mode == "llama"
+    if name == "layer_norm":
+        got = rmsnorm.layer_norm(x, shape[-1:], weight, second, 1e-5)
+        want = torch.ops.rmsnorm.layer_norm(x, weight, second, 1, 1e-5)
+    else:
+        form, operator = FORMS[name]
+        sandwich = name == "sandwich"
+        weights, last, more = ((weight, second), (1e-3,), {"next_eps": 1e-3}) if sandwich else ((weight,), (), {})
+        got = form(x, residual, shape[-1], *weights, 1e-6, offset=offset, casting_mode=casting_mode, **more)
+        want = operator(x, residual, *weights, 1, 1e-6, offset, first, *last)
+    assert handed == [True]
+    for one, expected in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
+        assert torch.equal(bits(one), bits(expected))
+        assert (one.dtype, one.stride()) == (expected.dtype, expected.stride())
+
+
+def test_numbers_are_the_operators():
+    """``csrc/called.h`` has them once, Python for two callers."""
+    assert _called.ROWS.kinds.items() & _handed.KINDS.items() == {*_handed.KINDS.items()} - {("layer_norm", 6)}
+
+
 @pytest.mark.parametrize("shape", [4, (4,), [4], torch.Size([4])])
 def test_shapes(handed, shape):
     assert torch.equal(rmsnorm.rms_norm(X, shape, WEIGHT, 1e-6), _ops.rms_norm(X, WEIGHT, 1, 1e-6, 0.0, False))
@@ -114,6 +152,10 @@ def test_modes_see_the_operator(handed):
         rmsnorm.rms_norm(X, 4, WEIGHT)
         rmsnorm.add_rms_norm(X, X, 4, WEIGHT, 1e-6)
         rmsnorm.add_rms_norm_(X.clone(), X.clone(), WEIGHT)
+        rmsnorm.rms_norm_add(X, X, 4, WEIGHT)
+        rmsnorm.sandwich_rms_norm(X, X, 4, WEIGHT)
+        rmsnorm.layer_norm(X, 4, WEIGHT)
+    assert {f"rmsnorm.{name}.default" for name in ("rms_norm_add", "sandwich_rms_norm", "layer_norm")} <= {*watch.seen}
     assert {"rmsnorm.rms_norm_weighted.default", "rmsnorm.add_rms_norm_weighted.default"} <= {*watch.seen}
     assert any("add_rms_norm_" in name for name in watch.seen)
     with FlopCounterMode(display=False):
@@ -265,10 +307,15 @@ def test_gradients_are_recorded(handed):
     assert rmsnorm.rms_norm(x, 4, WEIGHT, offset=1.0).requires_grad
     with pytest.raises(RuntimeError, match="out"):
         rmsnorm.rms_norm(X, 4, WEIGHT, out=torch.empty_like(X).requires_grad_())
-    assert handed == [True, True] + [False] * 3  # of the recorded a row or a few by their weight alone
+    for form in (rmsnorm.add_rms_norm, rmsnorm.rms_norm_add, rmsnorm.sandwich_rms_norm):
+        results = form(X, x, 4, WEIGHT)
+        assert all(t.requires_grad for t in (results if isinstance(results, tuple) else [results]))
+    assert rmsnorm.layer_norm(X, 4, WEIGHT, x[0].clone()).requires_grad
+    assert rmsnorm.sandwich_rms_norm(X, X, 4, WEIGHT, x[0].clone())[0].requires_grad
+    assert handed == [True, True] + [False] * 8  # of the recorded a row or a few by their weight alone
     with torch.no_grad():
         assert not rmsnorm.rms_norm(x, 4, WEIGHT).requires_grad
-    assert handed[5:] == [True]
+    assert handed[10:] == [True]
 
 
 class Seen(TorchFunctionMode):
