@@ -1,29 +1,17 @@
 // The only file that is called by code which Inductor has compiled: rows in plain pointers, past torch's dispatcher,
 // and, while they are in a cache, what that code does with them; their gradients; and heads that are turned.
+#include "called.h"
 #include "sandwich_backward.h"
 #include "tensors.h"
 
 namespace rmsnorm {
 namespace {
 
-// As src/rmsnorm/_called.py writes it, and the next: a field is 8 bytes.
-struct Call {
-  enum Kind : int64_t { kNorm, kAddNorm, kNormAdd, kSandwich, kNormTimes, kScaleNorm } kind;
-  int64_t input_type, output_type, weight_type, next_weight_type;  // numbers of Type
-  int64_t round_first, rows, columns;
-  double eps, next_eps, offset, factor;  // next_eps: of the second norm of a sandwich
-  const char *input, *residual, *weight, *next_weight;
-  char *output, *sum, *rstd, *next_rstd;  // null where nobody wants it
-  // What is done with rows [begin, end) as soon as they are normed. They are in `output`, or, if that is null, in
-  // memory of this thread's, until it returns.
-  void (*rest)(void* context, int64_t begin, int64_t end, void* rows);
-  void* context;
-};
-
 // Bytes of rows that are normed before the rest is done with them: they, and what they are made of, stay in L2.
 constexpr int64_t kLocal = 65536;
 
-// The gradients of a norm of x, or of a sandwich, whose sum is normed next.
+// As src/rmsnorm/_called.py writes it, and the next: a field is 8 bytes. The gradients of a norm of x, or of a
+// sandwich, whose sum is normed next.
 struct Gradients {
   enum Kind : int64_t { kNorm, kSandwich } kind;
   int64_t input_type, weight_type, next_weight_type, round_sum, rows, columns;
@@ -48,7 +36,7 @@ Forward form_of(const Call& c) {
   Forward f = {};
   f.columns = c.columns, f.input = static_cast<Type>(c.input_type), f.output = static_cast<Type>(c.output_type);
   f.round_first = c.round_first, f.eps = c.eps, f.offset = c.offset;
-  f.scale = c.kind == Call::kScaleNorm, f.factor = c.factor;
+  f.scale = c.kind == Call::kScaleNorm, f.factor = c.factor, f.layer = c.kind == Call::kLayerNorm;
   f.add = c.kind == Call::kAddNorm || f.scale, f.twice = c.kind == Call::kSandwich;
   f.times = c.kind == Call::kNormTimes, f.add_after = c.kind == Call::kNormAdd || f.times;
   if (f.twice) f.first_eps = c.eps, f.eps = c.next_eps;
@@ -67,7 +55,15 @@ void run(const Call& c) {
     if (type == Type::none) return Gain(1.0, f.input, padded(c.columns));
     return Gain(type, data, c.offset, f.input, c.columns, Gain::kBackward);
   };
-  const Gain gain = gain_of(weight, c.weight), second = f.twice ? gain_of(next, c.next_weight) : Gain();
+  // Neither changes a bit of LayerNorm's: a gain of 1, and -0, which leaves even the sign of a zero.
+  const auto of_layer = [&](Type type, const char* data, double value) {
+    if (weight == Type::none && next == Type::none) return Gain();
+    if (type == Type::none) return Gain(value, f.input, c.columns);
+    return Gain(type, data, 0.0, f.input, c.columns, Gain::kForwardWide);
+  };
+  const Gain gain = f.layer ? of_layer(weight, c.weight, 1.0) : gain_of(weight, c.weight);
+  const Gain second = f.layer ? of_layer(next, c.next_weight, -0.0) : f.twice ? gain_of(next, c.next_weight) : Gain();
+  if (f.layer) f.bias = second.rows.data;
   f.gain_type = (f.twice ? second : gain).type, f.gain = (f.twice ? second : gain).rows, f.first_gain = gain.rows;
   // bf16 as Llama's models have it has a kernel of its own: 512x4096 takes 0.63 of the general one's.
   if (f.round_output && !(f.input == Type::bf16 && f.gain_type == f.input && f.round_first)) {
@@ -170,6 +166,9 @@ void run(const Heads& c) {
 }
 
 }  // namespace
+
+void run_call(const Call& call) { run(call); }
+
 }  // namespace rmsnorm
 
 // The numbers change with the structs, as compiled code is kept on disk.

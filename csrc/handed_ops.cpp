@@ -2,212 +2,197 @@
 //
 // From Python to an operator and back takes 1.3 µs, four times the norm of a row of 4096. (2048x128 fp32 takes
 // 0.95 and 0.89 of the operator's time by 1 and 2 threads of a Zen 5, 512x4096 0.97 and 0.93; what is larger than the
-// last cache is the operator's, which asks for huge pages.) What an operator would be told of a tensor is in DLPack's
-// view of it, which torch fills in in 20 ns by a table of functions (DLPack 1.3's exchange API). CPython's functions
-// are of its stable ABI (PEP 384) and are handed over, too: the library needs no Python.
-#include "tensors.h"
-
+// last cache is the operator's, which asks for huge pages.) What torch's dispatcher does besides is asked here: one
+// call from Python, where each question from there would be one.
 #include <numeric>
+
+#include "called.h"
+#include "python.h"
 
 namespace rmsnorm {
 namespace {
 
-using Object = void*;
-
-// A tensor, and a framework's table of functions, as DLPack 1 lays them out (torch keeps its own header for code that
-// isn't of the stable ABI).
-struct View {
-  void* data;
-  int32_t device_type, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct Table {
-  uint32_t major, minor;
-  const Table* previous;
-  void *allocate, *own, *to_object;
-  int (*view)(Object, View*);
-};
-// Its own numbers.
-enum { kMajor = 1, kCpu = 1, kFloat = 2, kBfloat = 4 };
-
-// As src/rmsnorm/_handed.py fills it in.
-struct Python {
-  int (*view)(Object, View*);
-  double (*as_double)(Object);
-  long long (*as_integer)(Object);
-  intptr_t (*size)(Object);          // of a sequence
-  Object (*item)(Object, intptr_t);  // of it, a new reference, as all that follow return
-  Object (*type)(Object);
-  Object (*call)(Object, ...);  // with arguments, up to a null
-  Object (*pack)(intptr_t, ...);
-  Object (*occurred)();
-  void (*clear)();
-  void (*retain)(Object);
-  void (*release)(Object);
-  void* (*let_go)();    // of the interpreter's lock
-  void (*take)(void*);  // it again
-  Object none, yes, integer, empty_like, empty_contiguous;
-} python;
-
 // Elements from which on other threads of Python don't wait: 4 µs by one thread, where letting go takes 0.05.
 constexpr int64_t kSmall = 32768;
 
-// A contiguous tensor on the CPU, of a type that the kernels know; else there is none.
-struct Plain {
-  Type type = Type::none;
-  bool canonical = true;  // a dimension of size 1 may have any stride
-  int64_t count = 1;
-  View of = {};
+bool is_there(Object object) { return object != python.none; }
 
-  Plain() = default;
-  explicit Plain(Object tensor) {
-    if (python.view(tensor, &of) != 0) {
-      python.clear();
-      return;
-    }
-    if (of.device_type != kCpu || !of.data || of.lanes != 1) return;
-    for (int d = of.ndim; d-- > 0;) {
-      if (of.strides && of.strides[d] != count) {
-        if (of.shape[d] != 1) return;
-        canonical = false;
-      }
-      count *= of.shape[d];
-    }
-    const auto is = [&](int code, int bits) { return of.code == code && of.bits == bits; };
-    type = is(kFloat, 32)    ? Type::f32
-           : is(kBfloat, 16) ? Type::bf16
-           : is(kFloat, 16)  ? Type::f16
-           : is(kFloat, 64)  ? Type::f64
-                             : Type::none;
-  }
-
-  char* begin() const { return static_cast<char*>(of.data) + of.byte_offset; }
-  char* end() const { return begin() + count * size_of(type); }
-  bool is_beside(const Plain& other) const { return end() <= other.begin() || other.end() <= begin(); }
-
-  // Whether it has those sizes, or ends with them.
-  bool ends(const int64_t* sizes, int dims) const {
-    return of.ndim >= dims && std::equal(sizes, sizes + dims, of.shape + of.ndim - dims);
-  }
-  bool is_like(const Plain& other) const {
-    return type == other.type && of.ndim == other.of.ndim && ends(other.of.shape, other.of.ndim);
-  }
+// What a form is given beside the input, and returns beside the output: a row for each of Call::Kind.
+struct Form {
+  bool known, residual, next, sum;
+};
+constexpr Form kForms[] = {
+    {true, false, false, false},  // the norm
+    {true, true, false, true},    // add + norm
+    {true, true, false, false},   // norm + add
+    {true, true, true, true},     // the sandwich
+    {},
+    {},
+    {true, false, true, false},  // LayerNorm, with a bias
 };
 
-// What holds a new reference until it is handed on.
-struct Owned {
-  explicit Owned(Object object) : object(object) {}
-  Owned(const Owned&) = delete;
-  ~Owned() {
-    if (object) python.release(object);
+// A call: what Python gives, and what that comes to.
+struct Everyday {
+  Object kind, shape, eps, offset, round_first, output, memory, next_eps, input, residual, weight, next_weight;
+  Plain x = Plain(), other = Plain(), gain = Plain(), next = Plain(), y = Plain(), sum = Plain();
+  Call call = {};
+  bool recorded = false;
+
+  // Whether it is of torch's own classes, and of sizes and types that the kernels take; else the operator serves it, or
+  // refuses it.
+  bool is_understood() {
+    int64_t number_of_kind;
+    if (!integer(kind, number_of_kind) || static_cast<size_t>(number_of_kind) >= std::size(kForms)) return false;
+    if (!kForms[number_of_kind].known) return false;
+    call.kind = static_cast<Call::Kind>(number_of_kind);
+    const auto is_tensor = [](Object object) { return !is_there(object) || is_a(object, python.tensor); };
+    const auto is_weight = [&](Object object) { return is_tensor(object) || is_a(object, python.parameter); };
+    if (!is_there(input) || is_there(residual) != form().residual || (is_there(next_weight) && !form().next))
+      return false;
+    if (!is_tensor(input) || !is_tensor(residual) || !is_tensor(output)) return false;
+    if (!is_weight(weight) || !is_weight(next_weight)) return false;
+    x = Plain(input);
+    if (x.type == Type::none || x.count == 0 || is_large(x.count * size_of(x.type))) return false;
+    recorded = is_recorded();
+    if (recorded && !may_be_few()) return false;  // soon: it costs those that are recorded another way
+    if (is_there(residual) && !(other = Plain(residual)).is_like(x)) return false;
+    if (is_there(weight)) gain = Plain(weight);
+    int64_t sizes[kMaxDims];
+    const int dims = sizes_of(shape, sizes);
+    if (dims == 0 || !x.ends(sizes, dims)) return false;
+    const auto fits = [&](Object object, const Plain& one) {
+      return !is_there(object) || (one.type == x.type && one.of.ndim == dims && one.ends(sizes, dims));
+    };
+    if (is_there(next_weight)) next = Plain(next_weight);
+    if (!fits(weight, gain) || !fits(next_weight, next)) return false;
+    call.columns = std::accumulate(sizes, sizes + dims, int64_t{1}, std::multiplies<>());
+    call.rows = x.count / call.columns;
+    return takes_numbers();
   }
-  Object hand_on() { return std::exchange(object, nullptr); }
-  Object object;
+
+  bool takes_numbers() {
+    const auto read = [](Object object, double& value) { return !is_there(object) || number(object, value); };
+    call.eps = x.type == Type::f64 ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+    if (!read(eps, call.eps) || !number(offset, call.offset)) return false;
+    if (call.kind == Call::kLayerNorm && !is_there(eps)) return false;
+    call.next_eps = call.eps;
+    if (recorded && call.offset != 0) return false;
+    return read(next_eps, call.next_eps) && call.eps >= 0 && call.next_eps >= 0;
+  }
+
+  // Whether nothing of torch's watches: no mode, profiler, tracer or transform; and each tensor shows what its memory
+  // holds.
+  bool is_alone() const {
+    const auto shows = [](Object tensor) { return !is_there(tensor) || answers(python.is_negated, tensor, python.no); };
+    return has(python.profiler, python.is_profiling, python.no) &&
+           has(python.forward_ad, python.level, python.minus_one) && answers(python.is_overridden, input, python.no) &&
+           answers(python.modes, python.zero) && answers(python.is_transformed, python.no) &&
+           answers(python.tracer, python.none) && shows(input) && shows(residual) && shows(weight) &&
+           shows(next_weight) && shows(output);
+  }
+
+  bool is_recorded() const {
+    const auto learns = [](Object t) { return is_there(t) && !has(t, python.requires_grad, python.no); };
+    return (learns(input) || learns(weight) || learns(residual) || learns(next_weight) || learns(output)) &&
+           !answers(python.is_recording, python.no);
+  }
+
+  // Whether few() may serve it, if it is recorded and its offset is 0.
+  bool may_be_few() const {
+    return call.kind == Call::kNorm && x.count <= python.as_integer(python.few) && is_there(weight) &&
+           !is_there(output) && !is_there(memory);
+  }
+
+  // As rms_norm_out() has it: nothing shared with what is written, or the very same elements.
+  bool is_safe() const {
+    const auto apart = [](const Plain& to, const Plain& from) {
+      return to.is_beside(from) || to.begin() == from.begin();
+    };
+    const auto safe = [&](const Plain& to) {
+      return apart(to, x) && apart(to, other) && to.is_beside(gain) && to.is_beside(next);
+    };
+    return safe(y) && (!form().sum || (safe(sum) && y.is_beside(sum)));
+  }
+
+  const Form& form() const { return kForms[call.kind]; }
+  Object results();
 };
 
-// Lets other threads of Python run meanwhile, if that is worth it.
-struct Released {
-  explicit Released(bool worth) : state(worth ? python.let_go() : nullptr) {}
-  Released(const Released&) = delete;
-  ~Released() {
-    if (state) python.take(state);
-  }
-  void* state;
-};
-
-Object new_reference(Object object) {
-  python.retain(object);
-  return object;
-}
-
-// Whether an error was raised, which nobody hears of: the operator will meet the same.
-bool failed() {
-  const bool raised = python.occurred();
-  if (raised) python.clear();
-  return raised;
-}
-
-// A number, or what Python makes one of.
-bool number(Object object, double& value) {
-  value = python.as_double(object);
-  return value != -1.0 || !failed();
-}
-
-bool integer(Object object, int64_t& value) {
-  value = python.as_integer(object);
-  return value != -1 || !failed();
-}
-
-// The sizes of the normalised dimensions, an integer or a sequence of some; how many, or 0.
-int sizes_of(Object shape, int64_t* sizes) {
-  const Owned type(python.type(shape));
-  if (type.object == python.integer) return integer(shape, sizes[0]);
-  const intptr_t count = python.size(shape);
-  if (count < 0 || count > kMaxDims) return failed(), 0;
-  for (intptr_t d = 0; d < count; ++d) {
-    const Owned size(python.item(shape, d));
-    if (!size.object || !integer(size.object, sizes[d])) return failed(), 0;
-  }
-  return static_cast<int>(count);
-}
-
-Object nothing() { return new_reference(python.none); }
-
-// (input, residual or None, normalized_shape, weight or None, eps or None, offset, round_first, output or None): the
-// output, with a residual (output, sum), and None where the operator is to be asked: it serves everything else, or
-// refuses it. The caller has made sure that tensors are tensors, and that they show what their memory holds.
-Object norm(Object, Object const* given, intptr_t count) {
-  enum { kX, kResidual, kShape, kWeight, kEps, kOffset, kRoundFirst, kOutput, kCount };
-  const auto has = [&](int which) { return given[which] != python.none; };
-  if (count != kCount) return nothing();
-  const Plain x(given[kX]);
-  int64_t sizes[kMaxDims];
-  const bool known = x.type != Type::none && x.count != 0 && !is_large(x.count * size_of(x.type));
-  const int dims = known ? sizes_of(given[kShape], sizes) : 0;
-  if (dims == 0 || !x.ends(sizes, dims)) return nothing();
-  const Plain weight = has(kWeight) ? Plain(given[kWeight]) : Plain();
-  if (has(kWeight) && !(weight.type == x.type && weight.of.ndim == dims && weight.ends(sizes, dims))) return nothing();
-  const Plain residual = has(kResidual) ? Plain(given[kResidual]) : x;
-  if (!residual.is_like(x)) return nothing();
-
-  Forward f = {};
-  double offset = 0.0;
-  f.eps = x.type == Type::f64 ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
-  if ((has(kEps) && !number(given[kEps], f.eps)) || !number(given[kOffset], offset) || !(f.eps >= 0)) return nothing();
-  f.columns = std::accumulate(sizes, sizes + dims, int64_t{1}, std::multiplies<>());
-  f.input = f.output = x.type, f.add = has(kResidual), f.round_first = given[kRoundFirst] == python.yes;
-
-  const auto make = [&] {
-    return python.call(x.canonical ? python.empty_like : python.empty_contiguous, given[kX], nullptr);
-  };
-  Owned output(has(kOutput) ? new_reference(given[kOutput]) : make());
-  Owned sum(!f.add || !output.object ? nullptr : has(kOutput) ? new_reference(given[kResidual]) : make());
-  if (!output.object || (f.add && !sum.object)) return nullptr;
-  const Plain y(output.object), s = f.add ? Plain(sum.object) : y;
-  // As rms_norm_out() has it: nothing shared, or the very same elements.
-  const auto apart = [](const Plain& to, const Plain& from) {
-    return to.is_beside(from) || to.begin() == from.begin();
-  };
-  const bool safe = apart(y, x) && apart(y, residual) && apart(s, x) && apart(s, residual) &&
-                    (!f.add || y.is_beside(s)) && (!has(kWeight) || (y.is_beside(weight) && s.is_beside(weight)));
-  if (!y.is_like(x) || !s.is_like(x) || !safe) return nothing();
-
-  const int64_t row = f.columns * size_of(x.type);
-  Operands<kForwardOperands> operands;
-  operands.data = {x.begin(), y.begin(), f.add ? residual.begin() : nullptr, f.add ? s.begin() : nullptr, nullptr};
-  operands.push(x.count / f.columns, {row, row, row, row, 0});
+// The output, or (output, sum).
+Object Everyday::results() {
+  const bool given = is_there(output);
+  Owned first(given ? new_reference(output) : room(x));
+  Owned second(!form().sum || !first.object ? nullptr : given ? new_reference(residual) : room(x));
+  if (!first.object || (form().sum && !second.object)) return nullptr;
+  y = Plain(first.object);
+  if (form().sum) sum = Plain(second.object);
+  if (!y.is_like(x) || (form().sum && !sum.is_like(x)) || (given && !is_safe())) return nothing();
+  call.input_type = call.output_type = static_cast<int64_t>(x.type), call.round_first = round_first == python.yes;
+  call.weight_type = static_cast<int64_t>(gain.type), call.next_weight_type = static_cast<int64_t>(next.type);
+  call.input = x.begin(), call.residual = other.begin(), call.weight = gain.begin(), call.next_weight = next.begin();
+  call.output = y.begin(), call.sum = sum.begin();
   try {
     const Released lock(x.count > kSmall);
-    const Gain gain(weight.type, weight.begin(), offset, x.type, f.columns, Gain::kForward);
-    f.gain_type = gain.type, f.gain = gain.rows;
-    run_forward(f, operands, *gain.target, Statistics{});
+    run_call(call);
   } catch (...) {  // nothing may be thrown into Python; the operator will meet the same, and say so
     return nothing();
   }
-  return f.add ? python.pack(2, output.object, sum.object) : output.hand_on();
+  if (given) {  // an operator of ours doesn't tell autograd
+    const Owned both(form().sum ? python.pack(2, output, residual) : python.pack(1, output));
+    if (!both.object || !Owned(python.call(python.written, both.object, nullptr)).object) return nullptr;
+  }
+  return form().sum ? python.pack(2, first.object, second.object) : first.hand_on();
+}
+
+// The call that is being recorded in this thread, until few() has served it.
+thread_local Everyday* recording = nullptr;
+
+// What norm() takes, in this order; what is left out at the end is None.
+enum {
+  kKind,
+  kShape,
+  kEps,
+  kOffset,
+  kRoundFirst,
+  kOutput,
+  kMemory,
+  kNextEps,
+  kInput,
+  kResidual,
+  kWeight,
+  kNext,
+  kCount
+};
+
+// (kind, normalized_shape, eps, offset, round_first, output, memory, next_eps, input, residual, weight, next_weight),
+// of which all but the kind and the input may be None: the results, and None where the operator is to be asked: it
+// serves everything else, or refuses it. With an output beside a residual the sum goes to the residual's place.
+// `recorder` is a list of what records few().
+Object norm(Object recorder, Object const* given, intptr_t count) {
+  if (count <= kInput || count > kCount) return nothing();
+  const auto at = [&](int which) { return which < count ? given[which] : python.none; };
+  Everyday asked = {at(kKind),   at(kShape),   at(kEps),   at(kOffset),   at(kRoundFirst), at(kOutput),
+                    at(kMemory), at(kNextEps), at(kInput), at(kResidual), at(kWeight),     at(kNext)};
+  if (!asked.is_understood() || !asked.is_alone()) return nothing();
+  if (!asked.recorded) return asked.results();
+  const Owned apply(python.item(recorder, 0));
+  if (!apply.object) return failed(), nothing();
+  Everyday* const before = std::exchange(recording, &asked);  // what else runs meanwhile may call this, too
+  const Object output = python.call(apply.object, asked.input, asked.weight, nullptr);
+  recording = before;
+  return output;
+}
+
+// (context, input, weight): the forward of an autograd.Function that keeps the two tensors and eps, of the call that
+// norm() has understood.
+Object few(Object, Object const* given, intptr_t count) {
+  Everyday* const asked = recording;
+  if (count != 3 || !asked || given[1] != asked->input || given[2] != asked->weight) return nothing();
+  const Owned kept(python.pack(2, given[1], given[2])), eps(python.float_of(asked->call.eps));
+  if (!kept.object || !eps.object || python.set(given[0], python.to_save, kept.object) ||
+      python.set(given[0], python.materialize_grads, python.no) || python.set(given[0], python.eps, eps.object))
+    return nullptr;
+  return asked->results();
 }
 
 // CPython's PyMethodDef, whose layout is of the stable ABI.
@@ -218,13 +203,16 @@ struct Method {
   const char* doc;
 };
 constexpr int kFastCall = 0x80;  // METH_FASTCALL
-Method method = {"norm", norm, kFastCall, nullptr};
+Method methods[] = {
+    {"norm", norm, kFastCall, nullptr},
+    {"few", few, kFastCall, nullptr},
+};
 
 }  // namespace
 }  // namespace rmsnorm
 
-// What PyCFunction_NewEx makes a function of, given DLPack's table and the rest of `Python`; null for a table of
-// another kind.
+// What PyCFunction_NewEx makes the functions of, one behind the other, given DLPack's table and the rest of `Python`;
+// null for a table of another kind.
 extern "C" __attribute__((visibility("default"))) void* rmsnorm_handed(const void* table, void* const* rest,
                                                                        int64_t count) {
   using rmsnorm::python;
@@ -233,5 +221,5 @@ extern "C" __attribute__((visibility("default"))) void* rmsnorm_handed(const voi
   if (api->major != rmsnorm::kMajor || !api->view || count != known) return nullptr;
   std::memcpy(&python.as_double, rest, known * sizeof(void*));
   python.view = api->view;
-  return &rmsnorm::method;
+  return rmsnorm::methods;
 }

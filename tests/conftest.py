@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from rmsnorm import _everyday, _native, _ops, functional
-from rmsnorm.forms import gated, gated_ops, general, heads, lean, modulated, quantised, sandwich
+from rmsnorm import _everyday, _handed, _native, _ops, functional, module
+from rmsnorm.forms import gated, gated_ops, general, heads, in_place, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
 _FORMS += [general._served_add, modulated._added, sandwich._served_add, heads._normed, heads._turned]
@@ -64,6 +64,18 @@ def native_target(request, restored_target):
     return request.param
 
 
+def _hand_to(monkeypatch, norm):
+    monkeypatch.setattr(_handed, "norm", norm)
+    for caller in (_everyday, functional, in_place, module):
+        monkeypatch.setattr(caller, "_as_objects", norm)
+
+
+@pytest.fixture
+def hand_to(monkeypatch):
+    """A call that puts another function in the place of the one in C++ that is handed tensors as objects."""
+    return lambda norm: _hand_to(monkeypatch, norm)
+
+
 @pytest.fixture(params=(*_native.KNOWN_TARGETS, "reference"))
 def target(request, restored_target, monkeypatch):
     """Each CPU target that this machine has, and the plain torch definition in place of every operator."""
@@ -78,6 +90,7 @@ def target(request, restored_target, monkeypatch):
                 monkeypatch.setattr(form, name, default, raising=False)
         for asks in (functional, _everyday):
             monkeypatch.setattr(asks, "_native", False)
+        _hand_to(monkeypatch, lambda *given: None)
     else:
         _use(request.param)
     return request.param

@@ -10,11 +10,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmsnorm
-from rmsnorm import _handed, _native, _ops, reference
+from rmsnorm import _called, _handed, _native, _ops, reference
 
 pytestmark = pytest.mark.skipif(not rmsnorm.info().native, reason="the native library is off: nothing is handed to it")
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -23,16 +25,16 @@ WEIGHT = torch.tensor([1.0, 0.5, -2.0, 3.0])
 
 
 @pytest.fixture
-def handed(monkeypatch):
+def handed(hand_to):
     """What each call of the function in C++ came to: whether it served."""
-    served, norm = [], _handed._norm
+    served, norm = [], _handed.norm
 
     def watched(*given):
         results = norm(*given)
         served.append(results is not None)
         return results
 
-    monkeypatch.setattr(_handed, "_norm", watched)
+    hand_to(watched)
     return served
 
 
@@ -81,6 +83,44 @@ def test_in_place(handed, dtype, weighted):
     assert torch.equal(bits(residual), bits(want[1]))
 
 
+# Forms with a residual, and LayerNorm: what is called, and the operator.
+FORMS = {
+    "rms_norm_add": (rmsnorm.rms_norm_add, torch.ops.rmsnorm.rms_norm_add),
+    "sandwich": (rmsnorm.sandwich_rms_norm, torch.ops.rmsnorm.sandwich_rms_norm),
+}
+
+
+@pytest.mark.parametrize("casting_mode", ["torch", "llama"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("weighted", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shape", [(1,), (1, 127), (7, 129), (8, 129), (16, 4096), (2, 3, 576)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", [*FORMS, "layer_norm"])
+def test_bits_of_forms_are_the_operators(handed, name, dtype, shape, weighted, offset, casting_mode):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, *shape).to(dtype)
+    weight, second = (torch.randn(shape[-1]).to(dtype) if given else None for given in weighted)
+    first = casting_mode == "llama"
+    if name == "layer_norm":
+        got = rmsnorm.layer_norm(x, shape[-1:], weight, second, 1e-5)
+        want = torch.ops.rmsnorm.layer_norm(x, weight, second, 1, 1e-5)
+    else:
+        form, operator = FORMS[name]
+        sandwich = name == "sandwich"
+        weights, last, more = ((weight, second), (1e-3,), {"next_eps": 1e-3}) if sandwich else ((weight,), (), {})
+        got = form(x, residual, shape[-1], *weights, 1e-6, offset=offset, casting_mode=casting_mode, **more)
+        want = operator(x, residual, *weights, 1, 1e-6, offset, first, *last)
+    assert handed == [True]
+    for one, expected in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
+        assert torch.equal(bits(one), bits(expected))
+        assert (one.dtype, one.stride()) == (expected.dtype, expected.stride())
+
+
+def test_numbers_are_the_operators():
+    """``csrc/called.h`` has them once, Python for two callers."""
+    assert _called.ROWS.kinds.items() & _handed.KINDS.items() == {*_handed.KINDS.items()} - {("layer_norm", 6)}
+
+
 @pytest.mark.parametrize("shape", [4, (4,), [4], torch.Size([4])])
 def test_shapes(handed, shape):
     assert torch.equal(rmsnorm.rms_norm(X, shape, WEIGHT, 1e-6), _ops.rms_norm(X, WEIGHT, 1, 1e-6, 0.0, False))
@@ -112,11 +152,15 @@ def test_modes_see_the_operator(handed):
         rmsnorm.rms_norm(X, 4, WEIGHT)
         rmsnorm.add_rms_norm(X, X, 4, WEIGHT, 1e-6)
         rmsnorm.add_rms_norm_(X.clone(), X.clone(), WEIGHT)
+        rmsnorm.rms_norm_add(X, X, 4, WEIGHT)
+        rmsnorm.sandwich_rms_norm(X, X, 4, WEIGHT)
+        rmsnorm.layer_norm(X, 4, WEIGHT)
+    assert {f"rmsnorm.{name}.default" for name in ("rms_norm_add", "sandwich_rms_norm", "layer_norm")} <= {*watch.seen}
     assert {"rmsnorm.rms_norm_weighted.default", "rmsnorm.add_rms_norm_weighted.default"} <= {*watch.seen}
     assert any("add_rms_norm_" in name for name in watch.seen)
     with FlopCounterMode(display=False):
         rmsnorm.rms_norm(X, 4, WEIGHT)
-    assert handed == []
+    assert not any(handed)
 
 
 @pytest.mark.parametrize("profile", [torch.profiler.profile, torch.autograd.profiler.profile])
@@ -125,14 +169,14 @@ def test_profilers_see_the_operator(handed, profile):
         rmsnorm.rms_norm(X, 4, WEIGHT)
     events = seen.events() if hasattr(seen, "events") else seen.function_events
     assert any("rmsnorm::rms_norm" in event.name for event in events)
-    assert handed == []
+    assert not any(handed)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace's: it is deprecated, and sizes become constants
 def test_tracers_see_the_operator(handed):
     traced = torch.jit.trace(lambda x: rmsnorm.rms_norm(x, 4, WEIGHT), X, check_trace=False)
     assert "rms_norm" in str(traced.inlined_graph)
-    assert handed == []
+    assert not any(handed)
     torch.testing.assert_close(traced(X + 1), rmsnorm.rms_norm(X + 1, 4, WEIGHT))
 
 
@@ -155,7 +199,7 @@ REFUSED = {
 def test_refused(handed, name):
     x = REFUSED[name](X.clone())
     if name == "functional":
-        assert _handed.norm(x, None, 4, WEIGHT, 1e-6, 0.0, False, None) is None
+        assert _handed.norm(0, 4, 1e-6, 0.0, False, None, None, None, x, None, WEIGHT) is None
         return
     if name == "integers":
         with pytest.raises(RuntimeError, match="rms_norm"):
@@ -212,6 +256,7 @@ def test_what_shares_memory(handed):
         {"eps": "1"},
         {"offset": "1"},
         {"offset": None},
+        {"offset": None, "weight": None},
         {"casting_mode": "rounded"},
         {"out": torch.zeros(4, 3)},
         {"out": torch.zeros(3, 4, dtype=torch.float64)},
@@ -219,7 +264,7 @@ def test_what_shares_memory(handed):
     ],
     ids=str,
 )
-def test_what_is_odd_comes_out_as_the_long_way(monkeypatch, given):
+def test_what_is_odd_comes_out_as_the_long_way(hand_to, given):
     arguments = {"normalized_shape": (4,), "weight": WEIGHT, "eps": 1e-6} | given
 
     def outcome():
@@ -229,7 +274,7 @@ def test_what_is_odd_comes_out_as_the_long_way(monkeypatch, given):
             return type(error), str(error)
 
     short = outcome()
-    monkeypatch.setattr(_handed, "_norm", lambda *given: None)
+    hand_to(lambda *given: None)
     assert short == outcome()
 
 
@@ -262,10 +307,91 @@ def test_gradients_are_recorded(handed):
     assert rmsnorm.rms_norm(x, 4, WEIGHT, offset=1.0).requires_grad
     with pytest.raises(RuntimeError, match="out"):
         rmsnorm.rms_norm(X, 4, WEIGHT, out=torch.empty_like(X).requires_grad_())
-    assert not any(handed)
+    for form in (rmsnorm.add_rms_norm, rmsnorm.rms_norm_add, rmsnorm.sandwich_rms_norm):
+        results = form(X, x, 4, WEIGHT)
+        assert all(t.requires_grad for t in (results if isinstance(results, tuple) else [results]))
+    assert rmsnorm.layer_norm(X, 4, WEIGHT, x[0].clone()).requires_grad
+    assert rmsnorm.sandwich_rms_norm(X, X, 4, WEIGHT, x[0].clone())[0].requires_grad
+    assert handed == [True, True] + [False] * 8  # of the recorded a row or a few by their weight alone
     with torch.no_grad():
         assert not rmsnorm.rms_norm(x, 4, WEIGHT).requires_grad
-    assert handed == [True]
+    assert handed[10:] == [True]
+
+
+class Seen(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+# What has to see a call that is recorded, too, or has to be let by. Functions of the input and the weight.
+WATCHED = {
+    "nothing": lambda x, w: rmsnorm.rms_norm(x, 4, w),
+    "a layer": lambda x, w: torch.func.functional_call(rmsnorm.RMSNorm(4), {"weight": w}, x),
+    "dispatch": lambda x, w: within(Watch(), x, w),
+    "functions": lambda x, w: within(Seen(), x, w),
+    "profiler": lambda x, w: within(torch.profiler.profile(), x, w),
+    "forward mode": lambda x, w: within(forward_ad.dual_level(), x, w),
+    "negated input": lambda x, w: rmsnorm.rms_norm(torch._neg_view(x), 4, w),
+    "negated weight": lambda x, w: rmsnorm.rms_norm(x, 4, torch._neg_view(w)),
+    "subclass": lambda x, w: rmsnorm.rms_norm(x.as_subclass(Sub), 4, w).as_subclass(torch.Tensor),
+    "subclass of a weight": lambda x, w: rmsnorm.rms_norm(x, 4, w.as_subclass(Sub)).as_subclass(torch.Tensor),
+    "vmap": lambda x, w: torch.func.vmap(lambda one: rmsnorm.rms_norm(x, 4, w) + one)(torch.zeros(1))[0],
+    "offset": lambda x, w: rmsnorm.rms_norm(x, 4, w - 1, offset=1.0),
+    "lean": lambda x, w: rmsnorm.rms_norm(x, 4, w, memory="lean"),
+}
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def within(context, x, weight):
+    with context:
+        return rmsnorm.rms_norm(x, 4, weight)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_who_watches_what_is_recorded(handed, name):
+    x, weight = X.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    y = WATCHED[name](x, weight)
+    assert handed[0] == (name in ("nothing", "a layer"))  # the mode for functions then calls it again
+    dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+    sign = torch.tensor([-1.0 if "input" in name else 1.0, -1.0 if "weight" in name and "neg" in name else 1.0])
+    one, other = X.double().requires_grad_(), WEIGHT.double().requires_grad_()
+    want = torch.nn.functional.rms_norm(one * sign[0], (4,), other * sign[1], torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(y.double(), want)
+    for got, true in zip((dx, dw), torch.autograd.grad(want.sum(), (one, other)), strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_a_tracer_sees_what_is_recorded(handed):
+    x, weight = X.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    traced = torch.jit.trace(lambda x, w: rmsnorm.rms_norm(x, 4, w), (x, weight), check_trace=False)
+    assert not any(handed)
+    assert "rms_norm" in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(X + 1, weight), rmsnorm.rms_norm(X + 1, 4, weight))
+
+
+def test_what_cannot_be_kept_goes_the_long_way():
+    """Inference tensors are no inputs of what autograd keeps; the layer finds that out by an error."""
+    layer = rmsnorm.RMSNorm(4)
+    with torch.inference_mode():
+        x = X.clone()
+    outcomes = []
+    for norm in (layer, lambda x: rmsnorm.rms_norm(x, 4, layer.weight)):
+        try:
+            outcomes.append(norm(x).tolist())
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_layer_whose_mode_was_changed():
+    layer = rmsnorm.RMSNorm(4)
+    layer.casting_mode = "rounded"
+    with pytest.raises(ValueError, match="casting_mode"):
+        layer(X)
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode, torch.no_grad])
@@ -324,9 +450,9 @@ def test_of_another_table_nothing_is_made(monkeypatch):
     """A torch without DLPack's table, with something else of its name, or with one of the next major version."""
     for table in (None, 7, torch.empty(0)):
         monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", table)
-        assert _handed._made() is None
+        assert not _handed._made()
     monkeypatch.undo()
-    assert _handed._made() is not None
+    assert _handed._made()
     known = len(_handed._FUNCTIONS.split()) + len(_handed._OBJECTS)
     later = (ctypes.c_uint64 * 8)(2, *[1] * 7)  # its version, then functions
     assert _native.handed(ctypes.addressof(later), [1] * known) is None

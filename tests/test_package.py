@@ -55,11 +55,11 @@ MAY_IMPORT = {
     },  # the latter when a DTensor arrives
     "module": {"_arguments", "functional"},
     "forms/floored": {"_arguments", "_autograd", "_eager", "_everyday", "_ops", "_serve", "functional"},
-    "forms/layer_norm": {"_arguments", "_everyday", "forms/layer_ops", "forms/served"},
+    "forms/layer_norm": {"_arguments", "_everyday", "_handed", "forms/layer_ops", "forms/served"},
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
-    "forms/calls": {"_arguments", "_everyday", "_foreign", "forms/served", "functional"},
-    "forms/served": {"_autograd", "_foreign", "_form", "_onnx", "_recorded"},
+    "forms/calls": {"_arguments", "_everyday", "_foreign", "_handed", "forms/served", "functional"},
+    "forms/served": {"_autograd", "_foreign", "_form", "_handed", "_onnx", "_recorded"},
     "forms/gated": {
         *("_arguments", "_autograd", "_everyday", "functional", "module", "reference"),
         *("forms/gated_ops", "forms/served"),

@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import _arguments, _autograd, _ops
+from . import _arguments, _autograd, _handed, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]
@@ -23,8 +23,7 @@ _forward: _Call = _ops.rms_norm_forward._op
 _weighted_backward: _Call = _ops.rms_norm_weighted_backward._op
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
-FEW = 32768
-"""Elements of a row or a few, for one thread: up to there 1/rms is sooner found again than kept."""
+FEW = _handed.FEW
 
 
 class EverydayRMSNorm(torch.autograd.Function):
@@ -52,40 +51,45 @@ class EverydayRMSNorm(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-def _few(operator: _Call) -> _Call:
-    """What records ``operator(input, weight, eps)`` of a row or a few on the CPU; 1/rms isn't kept."""
+class _Few(torch.autograd.Function):
+    """Of a row or a few on the CPU, by an operator of ``(input, weight, eps)``; 1/rms isn't kept."""
 
-    class FewRMSNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-            ctx.save_for_backward(input, weight)
-            ctx.set_materialize_grads(False)
-            ctx.eps = eps
-            output: Tensor = operator(input, weight, eps)
-            return output
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
+        input, weight = ctx.saved_tensors
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        if (
+            is_grad_enabled()  # a graph of this one is wanted
+            or grad.dtype is not input.dtype
+            or is_dynamo_compiling()
+            or _transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            dims, eps = weight.dim(), ctx.eps
+            with torch.no_grad():
+                rstd = _ops.rms_norm_forward(input, weight, dims, eps, 0.0, False)[1]
+            kept = (input, weight, rstd), (dims, eps, 0.0)
+            return *_autograd.gradients(grad, None, *kept, need_input, need_weight), None
+        dx, dw = _weighted_backward(grad, input, weight, ctx.eps, need_input, need_weight)
+        return dx if need_input else None, dw if need_weight else None, None
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-            if grad is None:
-                return None, None, None
-            input, weight = ctx.saved_tensors
-            need_input, need_weight, _ = ctx.needs_input_grad
-            if (
-                is_grad_enabled()  # a graph of this one is wanted
-                or grad.dtype is not input.dtype
-                or is_dynamo_compiling()
-                or _transforms_active()
-                or forward_ad._current_level >= 0
-            ):
-                dims, eps = weight.dim(), ctx.eps
-                with torch.no_grad():
-                    rstd = _ops.rms_norm_forward(input, weight, dims, eps, 0.0, False)[1]
-                kept = (input, weight, rstd), (dims, eps, 0.0)
-                return *_autograd.gradients(grad, None, *kept, need_input, need_weight), None
-            dx, dw = _weighted_backward(grad, input, weight, ctx.eps, need_input, need_weight)
-            return dx if need_input else None, dw if need_weight else None, None
 
-    return _apply_of(FewRMSNorm)
+def _by_operator(operator: _Call) -> _Call:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, eps: float) -> Any:
+        ctx.save_for_backward(input, weight)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        return operator(input, weight, eps)
+
+    return forward
+
+
+def _few(forward: _Call) -> _Call:
+    """What records so by that forward."""
+    members = {"forward": staticmethod(forward), "setup_context": staticmethod(_Few.setup_context)}  # found sooner
+    return _apply_of(type("FewRMSNorm", (_Few,), members))  # torch shows the name
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> _Call:
@@ -95,7 +99,9 @@ def _apply_of(function: type[torch.autograd.Function]) -> _Call:
 
 
 _recorded = _apply_of(EverydayRMSNorm)
-_few_weighted, _few_rounded = _few(_ops.rms_norm_weighted._op), _few(_ops.rms_norm_rounded._op)
+# By whether Llama's rounding is asked for; and what C++ serves by itself, past the dispatcher.
+_few_recorded = [_few(_by_operator(one._op)) for one in (_ops.rms_norm_weighted, _ops.rms_norm_rounded)]
+_handed.recorder[:] = map(_few, _handed.few)
 
 
 def record(
@@ -118,7 +124,7 @@ def record(
         ):
             raise RuntimeError  # what is kept is decided the long way
     elif weight is not None and not offset and input.is_cpu and input.numel() <= FEW:
-        output = (_few_rounded if round_first else _few_weighted)(input, weight, eps)
+        output = _few_recorded[round_first](input, weight, eps)
     elif offset or round_first:
         output = _recorded(input, weight, dims, eps, offset, round_first)
     else:

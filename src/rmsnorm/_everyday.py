@@ -32,6 +32,7 @@ _add: _Call = _ops.add_rms_norm._op
 _add_weighted: _Call = _ops.add_rms_norm_weighted._op
 _add_rounded: _Call = _ops.add_rms_norm_rounded._op
 ROUND_FIRST = _arguments.ROUND_FIRST
+_as_objects: _Call = _handed.norm
 _TYPES, _traced = _arguments.NATIVE_TYPES, _autograd.traced
 
 
@@ -145,14 +146,15 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         tensors = input, residual, weight
+        round_first = ROUND_FIRST[casting_mode]
+        if is_dynamo_compiling():
+            return None
+        both = _as_objects(1, normalized_shape, eps, offset, round_first, None, memory, None, input, residual, weight)
+        if both is not None:
+            return both
         if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in _PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
-        round_first = ROUND_FIRST[casting_mode]
         recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
-        if not recorded:
-            both = _handed.norm(input, residual, normalized_shape, weight, eps, offset, round_first, None)
-            if both is not None:
-                return both
         if not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
         if recorded:

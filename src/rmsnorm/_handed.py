@@ -1,78 +1,74 @@
 """The only file that hands tensors to C++ as objects: everyday norms, past torch's dispatcher.
 
 From Python to an operator and back takes 1.3 µs, this 0.2 (``csrc/handed_ops.cpp``). What the dispatcher does besides
-is asked here: whether a mode or a profiler watches, whether a tracer records, whether a tensor shows what its memory
-holds.
+is asked there: whether a mode or a profiler watches, whether a tracer records, whether a tensor shows what its memory
+holds. In a single call, as each question from Python is one of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
-from torch.autograd import profiler
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
+from torch.overrides import has_torch_function_variadic
 
 from . import _native, _ops
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_is_neg, _written = torch._C.TensorBase.is_neg, _ops.increment_versions
+_Call = Callable[..., Any]
+KINDS = {"rms_norm": 0, "add_rms_norm": 1, "rms_norm_add": 2, "sandwich_rms_norm": 3, "layer_norm": 6}
+"""Forms that are served, by the names of their operators: numbers of ``csrc/called.h``."""
+FEW = 32768
+"""Elements of a row or a few, for one thread: up to there 1/rms is sooner found again than kept."""
+recorder: list[_Call] = []
+"""What records ``few``: ``_eager.py`` has it."""
 
 
-def _made() -> Callable[..., Any] | None:
-    """The function in C++, or None: without the library, on a torch without DLPack's exchange table, on other Pythons
-    than CPython."""
+def _made() -> tuple[_Call, ...]:
+    """The functions in C++, or none: without the library, on a torch without DLPack's exchange table or whose contexts
+    keep what they keep elsewhere, on other Pythons than CPython."""
+    if not all(hasattr(torch._C._FunctionBase, name) for name in ("to_save", "materialize_grads")):
+        return ()
     try:
         api, table = ctypes.pythonapi, Tensor.__dlpack_c_exchange_api__
         pointer, make = api.PyCapsule_GetPointer, api.PyCFunction_NewEx
         pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-        make.argtypes, make.restype = [ctypes.c_void_p] * 3, ctypes.py_object
+        make.argtypes, make.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
         functions = [ctypes.cast(getattr(api, name), ctypes.c_void_p).value for name in _FUNCTIONS.split()]
         method = _native.handed(pointer(table, b"dlpack_exchange_api"), [*functions, *map(id, _OBJECTS)])
     except (AttributeError, ValueError):
-        return None
-    return make(method, None, None) if method else None
+        return ()
+    size = 4 * ctypes.sizeof(ctypes.c_void_p)  # of PyMethodDef
+    return (make(method, recorder, None), make(method + size, None, None)) if method else ()
 
 
-# As `Python` in csrc/handed_ops.cpp has them.
+def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="cpu")
+
+
+# As `Python` in csrc/python.h has them.
 _FUNCTIONS = (
     "PyFloat_AsDouble PyLong_AsLongLong PySequence_Size PySequence_GetItem PyObject_Type PyObject_CallFunctionObjArgs "
-    "PyTuple_Pack PyErr_Occurred PyErr_Clear Py_IncRef Py_DecRef PyEval_SaveThread PyEval_RestoreThread"
+    "PyTuple_Pack PyTuple_New PyLong_FromLongLong PyFloat_FromDouble PyTuple_SetItem PyObject_GetAttr PyObject_SetAttr "
+    "PyErr_Occurred PyErr_Clear Py_IncRef Py_DecRef PyEval_SaveThread PyEval_RestoreThread"
 )
-_OBJECTS = None, True, int, torch.empty_like, partial(torch.empty_like, memory_format=torch.contiguous_format)
-_norm = _made() or (lambda *given: None)
-
-
-def norm(
-    input: Tensor,
-    residual: Tensor | None,
-    normalized_shape: Any,
-    weight: Tensor | None,
-    eps: float | None,
-    offset: float,
-    round_first: bool,
-    out: Tensor | None,
-) -> Any:
-    """The output of a norm of a plain tensor that nobody records, with a residual ``(output, sum)``, or None: the
-    operator is to be asked. With ``out`` beside a residual the sum goes to the residual's place."""
-    if (
-        _modes()
-        or profiler._is_profiler_enabled
-        or _tracing_state() is not None
-        or _is_neg(input)
-        or (weight is not None and (type(weight) not in _PLAIN or _is_neg(weight)))
-        or (residual is not None and (type(residual) is not Tensor or _is_neg(residual)))
-    ):
-        return None
-    if out is None:
-        return _norm(input, residual, normalized_shape, weight, eps, offset, round_first, None)
-    if type(out) is not Tensor or _is_neg(out) or (out.requires_grad and is_grad_enabled()):
-        return None
-    results = _norm(input, residual, normalized_shape, weight, eps, offset, round_first, out)
-    if results is not None:
-        _written((out,) if residual is None else (out, residual))
-    return results
+_OBJECTS = (
+    *(None, True, False, int, 0, -1, FEW),
+    *(Tensor, torch.nn.Parameter, torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty), _ops.increment_versions),
+    *(torch._C.TensorBase.is_neg, has_torch_function_variadic, torch.is_grad_enabled),
+    *(torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
+    *(profiler, "_is_profiler_enabled", forward_ad, "_current_level"),
+    *("to_save", "materialize_grads", "eps", "requires_grad"),
+)
+_functions = _made()
+norm: _Call = _functions[0] if _functions else lambda *given: None
+"""``(kind, normalized_shape, eps, offset, round_first, out, memory, next_eps, input, residual, weight, next_weight)``,
+of which the last may be left out: what the form returns, or None, where the long way is to be asked. It takes whatever
+it is given, but must not be called while dynamo traces. With ``out`` beside a residual the sum goes to the residual's
+place. The next weight is LayerNorm's bias."""
+few = _functions[1:]
+"""The forward of what ``recorder`` has, ``(context, input, weight)``."""

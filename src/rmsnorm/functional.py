@@ -103,21 +103,21 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         return further["rms_norm"](input, normalized_shape, weight, eps, offset, casting_mode, out, memory, **more)
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         if is_dynamo_compiling():
-            if (y := _in_graph(input, normalized_shape, weight, eps, offset, casting_mode, out, memory)) is not None:
-                return y
-        elif (  # asked here: a call takes 2 % of all this
-            type(input) is Tensor
+            y = _in_graph(input, normalized_shape, weight, eps, offset, casting_mode, out, memory)
+        else:
+            first = ROUND_FIRST[casting_mode]
+            y = _as_objects(0, normalized_shape, eps, offset, first, out, memory, None, input, None, weight)
+        if y is not None:
+            return y
+        if (  # asked here: a call takes 2 % of all this
+            not is_dynamo_compiling()
+            and type(input) is Tensor
             and _native
             and not has_torch_function_variadic(input, weight)
             and not _transforms_active()
             and forward_ad._current_level < 0
         ):
             recorded = is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
-            first = ROUND_FIRST[casting_mode]
-            if not recorded and (
-                (y := _as_objects(input, None, normalized_shape, weight, eps, offset, first, out)) is not None
-            ):
-                return y
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:

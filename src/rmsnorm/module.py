@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import _arguments, functional
+
+_as_objects, _ROUND_FIRST = functional._as_objects, functional.ROUND_FIRST  # found sooner here
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -79,6 +82,15 @@ class RMSNorm(torch.nn.RMSNorm):
         if weight is None:  # there is none, or it is computed
             weight = self.weight
         if residual is None:
+            # Asked here, too: a call with names, of a function that takes further ones, is 0.03 of a recorded one.
+            if not is_dynamo_compiling():
+                try:
+                    eps, offset, first, memory = self.eps, self.offset, _ROUND_FIRST[self.casting_mode], self.memory
+                    y = _as_objects(0, self.normalized_shape, eps, offset, first, None, memory, None, x, None, weight)
+                    if y is not None:
+                        return y
+                except (RuntimeError, KeyError):
+                    pass  # served, or worded, the long way
             return functional.rms_norm(
                 x,
                 self.normalized_shape,

@@ -54,12 +54,16 @@ def add_rms_norm_(
         (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        shape, round_first = input.shape[-1:] if weight is None else weight.shape, _ROUND_FIRST[casting_mode]
+        if (
+            round_sum is True
+            and not is_compiling()
+            and _as_objects(1, shape, eps, offset, round_first, input, None, None, input, residual, weight)
+        ):
+            return input, residual
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
-            dims = 1 if weight is None else weight.dim()
-            shape, round_first = input.shape[-1:] if weight is None else weight.shape, _ROUND_FIRST[casting_mode]
-            if round_sum is True and _as_objects(input, residual, shape, weight, eps, offset, round_first, input):
-                return input, residual
+            dims = len(shape)
             if input.shape[input.dim() - dims :] == shape:
                 if weight is not None and not offset and casting_mode == "torch":
                     _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less

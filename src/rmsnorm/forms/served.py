@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _autograd, _foreign, _form, _onnx, _recorded
+from .. import _autograd, _foreign, _form, _handed, _onnx, _recorded
 
 
 class Served:
@@ -29,6 +29,7 @@ class Served:
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         self.weight = len(self.form.rows)  # the place of the first: a norm has one
+        self.kind = _handed.KINDS.get(self.form.name)  # of those that pass the dispatcher by
         self.tensors = self.form.tensors  # read here: dynamo doesn't trace the lock of a cached property of Python 3.11
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
