@@ -322,6 +322,19 @@ void with_operands(Forward& f, const Tensor& input, const Tensor* other, const G
                                     {&x, output, gated ? nullptr : second, sum, gated ? second : nullptr}));
 }
 
+// 1/rms of each of so many rows, one behind the other, as forward finds it.
+inline std::unique_ptr<char[]> inverse_rms(Type type, const char* data, int64_t rows, int64_t columns, double eps) {
+  std::unique_ptr<char[]> rstd(new char[rows * size_of(wide(type))]);
+  Forward f = {};
+  f.columns = f.counted = f.divisor = columns, f.eps = eps;
+  f.general = true, f.input = f.x = f.residual = f.sum = type, f.output = Type::none;
+  Operands<kForwardOperands> operands;
+  operands.data = {const_cast<char*>(data)};
+  operands.push(rows, {columns * size_of(type)});
+  run_forward(f, operands, current_target(), Statistics{rstd.get(), nullptr, nullptr});
+  return rstd;
+}
+
 // Forward, of tensors, whose part of `f` is filled in here; `first_rstd` is for two norms.
 inline void run_forward(Forward& f, const Tensor& input, const Tensor* other, const Gain& gain, const Shape& shape,
                         const Tensor& output, const Tensor* sum, const Tensor* rstd, const Tensor* mean,
