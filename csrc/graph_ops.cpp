@@ -28,7 +28,8 @@ struct Gradients {
   enum Kind : int64_t { kNorm, kSandwich } kind;
   int64_t input_type, weight_type, next_weight_type, round_sum, rows, columns;
   double eps, next_eps, offset;
-  const char *input, *sum, *grad, *grad_sum, *rstd, *next_rstd, *weight, *next_weight;  // 1/rms of a few rows is found again
+  const char *input, *sum, *grad, *grad_sum, *rstd, *next_rstd, *weight, *next_weight;
+  // Where 1/rms is null, it is found again.
   char *grad_input, *grad_residual, *grad_weight, *grad_next_weight;  // null where nobody wants it
   Around around;                                                      // of one norm's
 };

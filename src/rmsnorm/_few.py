@@ -17,7 +17,7 @@ from ._nodes import become, results
 
 _ours = torch.ops.rmsnorm
 _BACKWARD = _ours.rms_norm_backward.default
-_KEPT = {_ours.rms_norm_forward.default: 1, _ours.add_rms_norm_forward.default: 2}
+_KEPT: dict[Any, int] = {_ours.rms_norm_forward.default: 1, _ours.add_rms_norm_forward.default: 2}
 """Which result of these is 1/rms."""
 _PLAIN = {
     _ours.rms_norm_forward.default: _ours.rms_norm.default,
@@ -71,8 +71,8 @@ def _kept(forward: Any) -> list[Node]:
     return results(forward, _KEPT[forward.target]) if getattr(forward, "target", None) in _KEPT else []
 
 
-def _keep_nothing(graph: Graph, forward: Node) -> None:
+def _keep_nothing(graph: Graph, forward: Any) -> None:
     """Where nobody reads 1/rms, the operator without it."""
-    if not any(one.users for one in _kept(forward)) and _is_few(forward.args[0]):  # type: ignore[arg-type]
+    if not any(one.users for one in _kept(forward)) and _is_few(forward.args[0]):
         taken = [results(forward, place) for place in range(_KEPT[forward.target])]
         become(graph, forward, _PLAIN[forward.target], forward.args, taken, forward)

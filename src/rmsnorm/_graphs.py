@@ -58,8 +58,10 @@ def prepare() -> None:
         from ._few import Few
         from ._neighbours import Neighbours
 
-        for when, kind in (("joint", Few), ("post_grad", Neighbours)):
-            places = [f"{when}_custom_{end}" for end in ("pre_pass", "post_pass")]
+        ends = "pre_pass", "post_pass"
+        # Aliases that autograd made are gone after Inductor's own passes over forward and backward.
+        for kind, when, order in ((Few, "joint", ends[::-1]), (Neighbours, "post_grad", ends)):
+            places = [f"{when}_custom_{end}" for end in order]
             taken = [getattr(config, place) for place in places]
             if not any(isinstance(one, kind) for one in taken) and None in taken:
                 setattr(config, places[taken.index(None)], kind())

@@ -30,6 +30,7 @@ class _Turn:
 
 
 def join(graph: Graph, backward: Node) -> None:
+    """One gradient."""
     given: Any = backward.args
     arrives, grad_sum, input, rstd, weight, dims, eps, *_ = given
     value = input.meta["val"]
@@ -60,7 +61,7 @@ def _before(sum: Any) -> _Turn | None:
     return None
 
 
-def _by_sin(moved: Node) -> tuple[Node, tuple[Node, ...]] | None:
+def _by_sin(moved: Any) -> tuple[Node, tuple[Node, ...]] | None:
     """Of (b, -a) the node whose halves of the columns are a and b, and the nodes between."""
     if moved.target is not aten.cat.default or moved.args[1:] not in ((3,), (-1,)) or len(moved.args[0]) != 2:
         return None
@@ -76,9 +77,9 @@ def _by_sin(moved: Node) -> tuple[Node, tuple[Node, ...]] | None:
     return (by_sin, between) if halves and alone and columns % 2 == 0 else None
 
 
-def _factors(node: Node) -> list[tuple[Node, Node]]:
+def _factors(node: Any) -> list[tuple[Node, Node]]:
     """Of a product of two tensors, in both orders."""
     if node.target is not aten.mul.Tensor or not all(isinstance(one, Node) for one in node.args):
         return []
     one, other = node.args
-    return [(one, other), (other, one)]  # type: ignore[list-item]
+    return [(one, other), (other, one)]
