@@ -38,13 +38,14 @@ def join(graph: Graph, backward: Node) -> None:
         return
     if not all(isinstance(size, int) for size in value.shape) or not is_served([input], weight, dims, eps):
         return
-    if only_user([arrives]) is not backward or not moves(arrives) or (turn := _before(arrives.args[0])) is None:
+    if only_user([arrives]) is not backward or not moves(arrives):
         return
-    if only_user([arrives.args[0]]) is arrives and is_written(turn.grad):
+    sum: Any = arrives.args[0]
+    if (turn := _before(sum)) and [*sum.users] == [arrives] and is_written(turn.grad):
         arguments = turn.grad, turn.cos, turn.sin, input, rstd, *given[4:]
         taken = results(backward, 0), results(backward, 1)
         become(graph, backward, _followed.turned_rms_norm_backward, arguments, taken, backward)
-        erase(graph, (arrives, arrives.args[0], *turn.between))
+        erase(graph, (arrives, sum, *turn.between))
 
 
 def _before(sum: Any) -> _Turn | None:
@@ -52,7 +53,7 @@ def _before(sum: Any) -> _Turn | None:
     if sum.target is not aten.add.Tensor or sum.kwargs or not all(isinstance(one, Node) for one in sum.args):
         return None
     for by_cos, moved in (sum.args, sum.args[::-1]):
-        if only_user([by_cos]) is sum and only_user([moved]) is sum and (found := _by_sin(moved)):
+        if [*by_cos.users] == [*moved.users] == [sum] and (found := _by_sin(moved)):
             by_sin, between = found
             for grad, cos in _factors(by_cos):
                 sin = next((angle for one, angle in _factors(by_sin) if one is grad), None)
