@@ -17,6 +17,7 @@ struct Gradients {
   int64_t input_type, weight_type, next_weight_type, round_sum, rows, columns;
   double eps, next_eps, offset;
   const char *input, *sum, *grad, *grad_sum, *rstd, *next_rstd, *weight, *next_weight;
+  // Where 1/rms is null, it is found again.
   char *grad_input, *grad_residual, *grad_weight, *grad_next_weight;  // null where nobody wants it
   Around around;                                                      // of one norm's
 };
@@ -111,6 +112,10 @@ void run(const Call& c) {
 void run(const Gradients& c) {
   const Type type = static_cast<Type>(c.input_type);
   const int64_t row = c.columns * size_of(type);
+  const bool sandwich = c.kind == Gradients::kSandwich;
+  const auto found = c.rstd ? nullptr : inverse_rms(type, c.input, c.rows, c.columns, c.eps);
+  const auto next = c.next_rstd || !sandwich ? nullptr : inverse_rms(type, c.sum, c.rows, c.columns, c.next_eps);
+  const char* const rstd = found ? found.get() : c.rstd;
   const auto gain_of = [&](int64_t weight, const char* data) {
     return Gain(static_cast<Type>(weight), data, c.offset, type, c.columns, Gain::kBackward);
   };
@@ -123,15 +128,15 @@ void run(const Gradients& c) {
     if (data && is_large(c.rows * row)) ask_for_huge_pages(data, c.rows * row);
   const auto to = [&](int64_t weight, char* data) { return GradWeight(data, static_cast<Type>(weight), c.columns); };
   const auto given = [](const char* data) { return const_cast<char*>(data); };
-  if (c.kind == Gradients::kNorm) {
+  if (!sandwich) {
     Operands<kBackwardOperands> operands;
     operands.data = {given(c.input), given(c.around.before ? nullptr : c.grad), c.grad_input, given(c.grad_sum)};
     operands.push(c.rows, {row, row, row, row, 0, 0});
-    return run_backward(*gain.target, b, operands, c.rstd, nullptr, {to(c.weight_type, c.grad_weight), GradWeight()},
+    return run_backward(*gain.target, b, operands, rstd, nullptr, {to(c.weight_type, c.grad_weight), GradWeight()},
                         &c.around);
   }
   const Gain second = gain_of(c.next_weight_type, c.next_weight);
-  SandwichBackward s = {{b, b}, {c.rstd, c.next_rstd}};
+  SandwichBackward s = {{b, b}, {rstd, next ? next.get() : c.next_rstd}};
   s.norm[0].add = false, s.norm[1].add = c.grad_sum, s.norm[1].need_input = true;
   s.norm[1].eps = c.next_eps, s.norm[1].gain = second.rows, s.norm[1].need_weight = c.grad_next_weight;
   Operands<kSandwichOperands> operands;
@@ -180,6 +185,6 @@ extern "C" __attribute__((visibility("default"))) void rmsnorm_heads_1(const voi
   rmsnorm::run(*static_cast<const rmsnorm::Heads*>(call));
 }
 
-extern "C" __attribute__((visibility("default"))) void rmsnorm_gradients_2(const void* call) {
+extern "C" __attribute__((visibility("default"))) void rmsnorm_gradients_3(const void* call) {
   rmsnorm::run(*static_cast<const rmsnorm::Gradients*>(call));
 }

@@ -179,7 +179,20 @@ inline int64_t around_rows(int64_t row_bytes) {
   return rows;
 }
 
-// Rows of one chunk; `scratch` has scratch_bytes(), or room for the rows of around->before; `partial` is zeros,
+// Whether rows are written past the caches.
+inline bool streams_rows(const Backward& b, int64_t rows) {
+  return overflows_caches(rows * b.columns * size_of(b.input) * (b.gate != Gate::none ? 5 : b.add ? 4 : 3));
+}
+
+// Bytes of a thread's own. The gradient that around->before makes lies where the input's goes, unless that is past the
+// caches: each column of it is read, for the last time, before the other is stored.
+inline int64_t scratch_bytes(const Backward& b, int64_t rows, const Around* around) {
+  if (!around || !around->before) return scratch_bytes(b);
+  const int64_t row = b.columns * size_of(b.input);
+  return b.need_input && !streams_rows(b, rows) ? 0 : around_rows(row) * row;
+}
+
+// Rows of one chunk; `scratch` has scratch_bytes(), or is null; `partial` is zeros,
 // wide(input)[grad_rows][padded(columns)]; `total` is double[grad_rows][columns], or null, as both may be: then there
 // are no more rows than kFlush.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
@@ -192,8 +205,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   const int64_t flush = kFlush * b.gain.count;
   rows.shared_weight = b.gain.count == 1;
   rows.scratch = scratch;
-  const int64_t bytes = operands.rows * b.columns * size_of(b.input) * (b.gate != Gate::none ? 5 : b.add ? 4 : 3);
-  rows.stream = overflows_caches(bytes);
+  rows.stream = streams_rows(b, operands.rows);
   const auto& data = operands.data;
   // In a cache, fp16 doesn't wait, and loses a tenth by walking back.
   rows.back =
@@ -205,8 +217,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   const int64_t most = made || changed ? around_rows(row_bytes) : kBatch;
   rows.stream &= !changed;
   // From half of the last cache on: 512x4096 bf16 takes 0.93 to 1.0 of the time, 1024x4096 0.81 to 0.89 (a Zen 5).
-  rows.ask = b.add && !made && !changed && is_large(2 * bytes);
-  for (int64_t r = 0; made && r < most; ++r) rows.grad[r] = scratch + r * row_bytes;
+  rows.ask = b.add && !made && !changed && is_large(8 * operands.rows * row_bytes);
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(most, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
@@ -217,7 +228,11 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
       take_weight(grad_weight, row, rows.count, rows.grad_weight);
       if (b.inverse.data) take_weight(b.inverse, row, rows.count, rows.gate);
     }
-    if (made) around->before(around->before_context, row, row + rows.count, scratch);
+    if (made) {
+      char* const arrives = scratch ? scratch : static_cast<char*>(rows.grad_input[0]);
+      for (int64_t r = 0; r < rows.count; ++r) rows.grad[r] = arrives + r * row_bytes;
+      around->before(around->before_context, row, row + rows.count, arrives);
+    }
     kernel(b, rows);
     if (changed) around->after(around->after_context, row, row + rows.count, rows.grad_input[0]);
     const int64_t done = row + rows.count - begin;

@@ -32,11 +32,14 @@ MAY_IMPORT = {
     "_turned": {"_nodes"},
     "_called": {"_native"},
     "_template": {"_called"},
-    "_direct": {"_called"},
+    "_around": {"_called"},
+    "_direct": {"_around", "_called"},
     "_followed": {"_form", "_ops"},
-    "_gradients": {"_followed", "_nodes"},
-    "_neighbours": {"_called", "_followed", "_gradients", "_nodes", "_turned"},
-    "_graphs": {"_called", "_direct", "_neighbours", "_template"},  # when torch.compile meets a norm
+    "_turned_back": {"_followed", "_nodes", "_turned"},
+    "_gradients": {"_followed", "_nodes", "_turned_back"},
+    "_few": {"_called", "_followed", "_nodes"},
+    "_neighbours": {"_called", "_followed", "_gradients", "_nodes", "_turned", "_turned_back"},
+    "_graphs": {"_called", "_direct", "_few", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},

@@ -6,11 +6,10 @@ called in less than one, with pointers. ``csrc/graph_ops.cpp`` takes those, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
 from . import _native
 
@@ -96,7 +95,7 @@ ROWS = Entry(
     more={"rest": "void (*rest)(void*, int64_t, int64_t, void*)", "context": "void* context"},
 )
 GRADIENTS = Entry(
-    symbol="rmsnorm_gradients_2",
+    symbol="rmsnorm_gradients_3",
     kinds={
         "rms_norm_backward": 0,
         "rms_norm_add_backward": 0,
@@ -104,6 +103,8 @@ GRADIENTS = Entry(
         "rounded_rms_norm_backward": 0,
         "rounded_sandwich_rms_norm_backward": 1,
         "around_rms_norm_backward": 0,
+        "few_rms_norm_backward": 0,
+        "turned_rms_norm_backward": 0,
     },
     numbers=("kind", "input_type", "weight_type", "next_weight_type", "round_sum", "rows", "columns"),
     floats=("eps", "next_eps", "offset"),
@@ -141,81 +142,6 @@ inline void ask(const T* from, int64_t count) {
 """C++ that asks for elements to come into L2."""
 LOCAL = 65536
 """Bytes of rows that are normed before the rest is done with them, as ``csrc/graph_ops.cpp`` has it."""
-
-_STEPS = (
-    f"""
-#include <torch/csrc/inductor/cpp_prefix.h>
-{ASK}"""
-    """
-namespace rmsnorm {
-using Floats = at::vec::VectorizedN<float, 2>;
-template <class T>
-inline Floats load(const T* from, int64_t count) {
-  if constexpr (std::is_same_v<T, float>) return Floats::loadu(from, count);
-  else return at::vec::convert<float, 2, T, 1>(at::vec::Vectorized<T>::loadu(from, count));
-}
-template <class T>
-inline void store(T* to, const Floats& values, int64_t count) {
-  if constexpr (std::is_same_v<T, float>) values.store(to, count);
-  else at::vec::convert<T, 1, float, 2>(values).store(to, count);
-}
-template <class F>
-inline void each(int64_t begin, int64_t end, F f) {
-  constexpr int64_t size = Floats::size();
-  for (; end - begin >= size; begin += size) f(begin, size);
-  if (begin < end) f(begin, end - begin);
-}
-template <class F>
-void step(void* context, int64_t begin, int64_t end, void* rows) {
-  (*static_cast<F*>(context))(begin, end, rows);
-}
-}  // namespace rmsnorm
-"""
-)
-
-
-def around(
-    types: Mapping[str, torch.dtype], scale: float | None, columns: str, cold: Sequence[str]
-) -> tuple[str, str, dict[str, str]]:
-    """What is done around the kernel of gradients: C++ before functions, in them before the call, and its fields.
-
-    Args:
-        types: of ``input``, and of those that are read or written: ``grad``, ``other``, ``output``.
-        scale: of the input's gradient.
-        columns: of a row, as C++ has them.
-        cold: what is read from memory, if other rows come. What the kernel reads of those is asked for in these loops,
-            as a kernel that walks a row from its end meets no CPU that looks ahead (512x4096: scaled bfloat16 from
-            1.24 of Inductor's time to 0.93, cast float32 from 1.19 to 1.02, a product's float32 from 0.83 to 0.69).
-    """
-    own = DTYPE_TO_CPP[types["input"]]
-    local, steps = f"static_cast<{own}*>(rows) + i - begin * {columns}", {}
-
-    def at(name: str, index: str = "i", kind: str = "const ") -> str:
-        return f"static_cast<{kind}{DTYPE_TO_CPP[types.get(name, types['input'])]}*>({name}) + {index}"
-
-    def ask(names: Sequence[str]) -> list[str]:
-        return [f"rmsnorm::ask({at(name, f'i + (end - begin) * {columns}')}, count);" for name in names]
-
-    def times(name: str) -> str:
-        return f"g * rmsnorm::load({at(name)}, count)"
-
-    if types["grad"] is not types["input"] or "other" in types:
-        kernels = [name for name in cold if name != "grad"]
-        steps["before"] = [*ask(kernels), f"const auto g = rmsnorm::load({at('grad')}, count);"]
-        steps["before"] += [f"rmsnorm::store({local}, {times('other') if 'other' in types else 'g'}, count);"]
-        if "output" in types:
-            steps["before"] += [f"rmsnorm::store({at('grad_other', kind='')}, {times('output')}, count);"]
-    if scale is not None:
-        product = f"rmsnorm::load({local}, count) * rmsnorm::Floats(static_cast<float>({scale!r}))"
-        asked = [] if "before" in steps else ask(cold)
-        steps["after"] = [*asked, f"rmsnorm::store({local}, {product}, count);"]
-    loop = f"rmsnorm::each(begin * {columns}, end * {columns}, [&](int64_t i, int64_t count)"
-    code = [
-        f"auto {name} = [&](int64_t begin, int64_t end, void* rows) {{ {loop} {{ {' '.join(lines)} }}); }};\n  "
-        for name, lines in steps.items()
-    ]
-    fields = {name: f"rmsnorm::step<decltype({name})>" for name in steps}
-    return _STEPS, "".join(code), fields | {f"{name}_context": f"&{name}" for name in steps}
 
 
 def ready() -> bool:

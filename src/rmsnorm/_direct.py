@@ -16,12 +16,13 @@ from torch._inductor import ir
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.virtualized import V
 
-from . import _called
+from . import _around, _called
 
 _SUMS = frozenset({"add_rms_norm", "sandwich_rms_norm", "add_rms_norm_cast", "scale_rms_norm"})
 """Return the sum that they normalise, too."""
-_AROUND = "around_rms_norm_backward"
+_AROUND, _TURNED = "around_rms_norm_backward", "turned_rms_norm_backward"
 _OTHERS = "heads_rms_norm_rope", "heads_rms_norm_rope_forward", "heads_rms_norm_rope_backward"
+_ANGLES = "cos", "sin"
 _BESIDE = "other", "output"
 """What is read around the kernel; the gradient that arrives may be of another type then."""
 _ROWS = frozenset({"input", "residual", "sum", "grad", "grad_sum", *_BESIDE})
@@ -56,12 +57,14 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     x, dims = given["input"], given["dims"]
     dtype, sizes = x.get_dtype(), x.get_size()
     rows, columns = sizes[: len(sizes) - dims], sizes[len(sizes) - dims :]
-    tensors = {label: given[label] for label in (*entry.read, *_BESIDE) if given.get(label) is not None}
-    if not all(map(_is_plain, tensors.values())) or not all(isinstance(one, ir.MultiOutput) for one in outputs):
+    tensors = {label: given[label] for label in (*entry.read, *_BESIDE, *_ANGLES) if given.get(label) is not None}
+    around, turned = kind == _AROUND, kind == _TURNED
+    strided = {"grad", *_ANGLES} if turned else set()
+    plain = all(_is_known(one) if label in strided else _is_plain(one) for label, one in tensors.items())
+    if not plain or not all(isinstance(one, ir.MultiOutput) for one in outputs):
         return False
-    alike = {label: one for label, one in tensors.items() if label in _ROWS or label in _WEIGHTS}
+    alike = {label: one for label, one in tensors.items() if label in (_ROWS | {*_WEIGHTS}) - strided}
     same = all([*one.get_size()] == [*(columns if label in _WEIGHTS else sizes)] for label, one in alike.items())
-    around = kind == _AROUND
     # Operators have other pairs, too.
     same &= all(one.get_dtype() is dtype for label, one in alike.items() if not (around and label == "grad"))
     results = dict(zip(_results(kind, node), outputs, strict=True))
@@ -84,7 +87,12 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
         columns = str(values["columns"])
         alone = isinstance(numbers["rows"], int) and numbers["rows"] <= 2  # no other rows come
         cold = [] if alone else [one for one in ("input", "grad_sum", "grad") if one in tensors]
-        more, before, fields = _called.around(types, given["scale"], columns, cold)
+        more, before, fields = _around.around(types, given["scale"], columns, cold)
+        preamble, known = preamble + more, known | fields
+    elif turned:
+        _, tokens, heads, _ = _ints(sizes)
+        strides = {label: [0, 0, *_strides(tensors[label])][-4:-1] for label in ("grad", *_ANGLES)}
+        more, before, fields = _around.turned(dtype, heads, tokens, int(values["columns"]), strides)
         preamble, known = preamble + more, known | fields
     read = {label: one.codegen_reference() for label, one in tensors.items()}
     _call(node, writeline, preamble, before + entry.statement(known), read, results, wanted, variables)
@@ -103,12 +111,10 @@ def _write_heads(node: Any, writeline: Callable[[str], None]) -> bool:
     results = dict(zip(("query_output", "key_output", "query_rstd", "key_rstd"), node.outputs, strict=False))
     plain: dict[str, Any] = {label: given[label] for label in ("eps", "offset", "round_first", "interleaved")}
     plain |= {f"{label}_type": x.get_dtype() for label in ("input", "angle")} | {"cos": "cos", "sin": "sin"}
-    for label in ("cos", "sin"):
-        sizes, strides = map(_ints, (given[label].get_size(), given[label].get_stride()))
+    for label in _ANGLES:
+        sizes, by = _ints(given[label].get_size()), _strides(given[label])
         if len(sizes) > 3:
             return False
-        # Of a size of 1, which is broadcast, the stride is 0.
-        by = [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
         plain |= {"turned": sizes[-1], f"{label}_token": by[-2], f"{label}_batch": by[0] if len(by) == 3 else 0}
     for name in ("query", "key"):
         values = plain | dict(zip(("batch", "heads", "tokens", "columns"), _ints(given[name].get_size()), strict=True))
@@ -127,6 +133,12 @@ def _write_heads(node: Any, writeline: Callable[[str], None]) -> bool:
 
 def _ints(values: Any) -> list[int]:
     return [int(value) for value in values]
+
+
+def _strides(node: Any) -> list[int]:
+    """Of a size of 1, which is broadcast, the stride is 0."""
+    strides = zip(node.get_size(), node.get_stride(), strict=True)
+    return _ints(stride if size != 1 else 0 for size, stride in strides)
 
 
 def _is_known(node: Any) -> bool:

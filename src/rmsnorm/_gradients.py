@@ -7,6 +7,7 @@ What is joined has the bits of the steps one after the other:
     backward(grad.to(other))            around_rms_norm_backward, as the next two: each is done with a few rows, while
     g * r;  g * y;  backward(g * r)     they are in a cache
     dx = backward(grad);  dx * 24
+    backward(grad·cos + rotate(grad·sin))   turned_rms_norm_backward (``_turned_back.py``)
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from . import _followed, _nodes
+from . import _followed, _nodes, _turned_back
 from ._nodes import aten, become, follow, is_served, is_written, only_user, operands, precede, results
 
-_BACKWARD = torch.ops.rmsnorm.rms_norm_backward.default
-_GRADIENTS = frozenset({_BACKWARD, _followed.rounded_rms_norm_backward})
+_BACKWARD = frozenset({torch.ops.rmsnorm.rms_norm_backward.default, _followed.few_rms_norm_backward})
+_GRADIENTS = _BACKWARD | {_followed.rounded_rms_norm_backward}
 
 
 def join(graph: Graph) -> None:
-    for targets, join in ({_BACKWARD}, _add), ({_BACKWARD}, _sandwich), (_GRADIENTS, _around):
+    for targets, join in (
+        (_BACKWARD, _turned_back.join),
+        (_BACKWARD, _add),
+        (_BACKWARD, _sandwich),
+        (_GRADIENTS, _around),
+    ):
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in targets and not node.kwargs:
                 join(graph, node)

@@ -50,17 +50,21 @@ def hands_over() -> bool:
 
 
 def prepare() -> None:
-    """Tells Inductor about our operators; dynamo calls it while it traces. Our pass comes among Inductor's, in the one
-    of two places which nobody uses."""
+    """Tells Inductor about our operators; dynamo calls it while it traces. Our passes come among Inductor's, each in
+    the one of two places which nobody uses."""
     with suppress(ImportError, AttributeError):  # a torch whose Inductor is another: norms are joined with nothing
         from torch._inductor import config
 
+        from ._few import Few
         from ._neighbours import Neighbours
 
-        places = "post_grad_custom_pre_pass", "post_grad_custom_post_pass"
-        taken = [getattr(config, place) for place in places]
-        if not any(isinstance(one, Neighbours) for one in taken) and None in taken:
-            setattr(config, places[taken.index(None)], Neighbours())
+        ends = "pre_pass", "post_pass"
+        # Aliases that autograd made are gone after Inductor's own passes over forward and backward.
+        for kind, when, order in ((Few, "joint", ends[::-1]), (Neighbours, "post_grad", ends)):
+            places = [f"{when}_custom_{end}" for end in order]
+            taken = [getattr(config, place) for place in places]
+            if not any(isinstance(one, kind) for one in taken) and None in taken:
+                setattr(config, places[taken.index(None)], kind())
     _register()
 
 

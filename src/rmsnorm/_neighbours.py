@@ -24,7 +24,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from . import _called, _followed, _gradients, _nodes, _turned
+from . import _called, _followed, _gradients, _nodes, _turned, _turned_back
 from ._nodes import (
     aten,
     become,
@@ -63,9 +63,10 @@ class Neighbours(CustomGraphPass):
 
     def uuid(self) -> bytes:
         written = [
-            str(Path(__file__).with_name(f"{name}.py")) for name in ("_called", "_direct", "_followed", "_template")
+            str(Path(__file__).with_name(f"{name}.py"))
+            for name in ("_around", "_called", "_direct", "_followed", "_template")
         ]
-        rewritten = _gradients.__file__, _nodes.__file__, _turned.__file__
+        rewritten = (one.__file__ for one in (_gradients, _nodes, _turned, _turned_back))
         return get_hash_for_files((__file__, *rewritten, *written), str(_called.ready()))
 
 

@@ -71,7 +71,7 @@ def _behind(norm: Node) -> _Turn | None:  # noqa: PLR0911 - each way out is some
     if weight is not None and weight.meta["val"].dim() != 1:
         return None
     heads, move = output[0], only_user(output)
-    if moved := move is not None and _moves(move):
+    if moved := move is not None and moves(move):
         assert move is not None
         heads = move
     by_cos = [user for user in heads.users if user.target is aten.mul.Tensor]
@@ -85,7 +85,7 @@ def _behind(norm: Node) -> _Turn | None:  # noqa: PLR0911 - each way out is some
     sin, halves = _other(by_sin, quarter), _halves(quarter, heads)
     if sin is None or halves is None or {*heads.users} - {*halves, *by_cos} or only_user([quarter]) is not by_sin:
         return None
-    if not (_is_angle(cos, heads) and _is_angle(sin, heads)):
+    if not (is_angle(cos, heads) and is_angle(sin, heads)):
         return None
     if not known_equal(turned.meta["val"].shape, heads.meta["val"].shape):
         return None
@@ -93,7 +93,7 @@ def _behind(norm: Node) -> _Turn | None:  # noqa: PLR0911 - each way out is some
     return _Turn(norm, moved, cos, sin, turned, between)
 
 
-def _moves(node: Any) -> bool:
+def moves(node: Any) -> bool:
     """Whether it lets heads and tokens change places."""
     if node.target is aten.transpose.int:
         return {dim % 4 for dim in node.args[1:]} == {1, 2}
@@ -129,12 +129,12 @@ def _halves(quarter: Any, heads: Node) -> set[Node] | None:
         right = right and first.args[1] == 0 and second.args == (split, 1) and len(split.users) == 2
         made.add(split)
     else:
-        right = _is_slice(first, heads, 0, half, columns) and _is_slice(second, heads, half, columns, columns)
+        right = is_slice(first, heads, 0, half, columns) and is_slice(second, heads, half, columns, columns)
     alone = all(only_user([one]) is not None for one in (negated, first, second))
     return made if right and alone else None
 
 
-def _is_slice(node: Any, heads: Node, begin: int, end: int, columns: int) -> bool:
+def is_slice(node: Any, heads: Node, begin: int, end: int, columns: int) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     of, dim, first, last, step = filled(node)
@@ -149,7 +149,7 @@ def _bare(angle: Node) -> Node:
     return angle.args[0] if made else angle  # type: ignore[return-value]
 
 
-def _is_angle(angle: Node, heads: Node) -> bool:
+def is_angle(angle: Node, heads: Node) -> bool:
     """Of the same type, and one for all heads."""
     value, given = angle.meta["val"], heads.meta["val"]
     if value.dtype is not given.dtype or value.device != given.device or not 2 <= value.dim() <= 4:
