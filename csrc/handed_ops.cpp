@@ -83,12 +83,16 @@ struct Everyday {
   // Whether nothing of torch's watches: no mode, profiler, tracer or transform; and each tensor shows what its memory
   // holds.
   bool is_alone() const {
+    const auto may_change = [](Object tensor) {  // outside inference mode its tensors may not
+      return !is_there(tensor) || answers(python.is_inference, tensor, python.no) ||
+             answers(python.in_inference, python.yes);
+    };
     const auto shows = [](Object tensor) { return !is_there(tensor) || answers(python.is_negated, tensor, python.no); };
     return has(python.profiler, python.is_profiling, python.no) &&
            has(python.forward_ad, python.level, python.minus_one) && answers(python.is_overridden, input, python.no) &&
            answers(python.modes, python.zero) && answers(python.is_transformed, python.no) &&
            answers(python.tracer, python.none) && shows(input) && shows(residual) && shows(weight) &&
-           shows(next_weight) && shows(output);
+           shows(next_weight) && shows(output) && may_change(output) && (!is_there(output) || may_change(residual));
   }
 
   bool is_recorded() const {

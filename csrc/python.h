@@ -58,7 +58,7 @@ struct Python {
   Object tensor, parameter, types[4];  // torch's own: two classes, and dtypes in the order of Type
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.
-  Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer;
+  Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
   Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
   Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
 };

@@ -105,6 +105,26 @@ def test_autograd_knows_what_is_written_to(target, way, layout):
             y.backward()
 
 
+@pytest.mark.parametrize("frozen", ["out", "out, with an offset", "input", "residual"])
+def test_inference_tensors_are_not_written_to_outside_their_mode(target, frozen):
+    """A backward that kept one has no version to see the change by: torch's own operators raise, too."""
+    with torch.inference_mode():
+        kept = torch.randn(4, 8)
+    before, x, w = kept.clone(), torch.randn(4, 8), torch.rand(8)
+
+    def write():
+        if frozen.startswith("out"):
+            return rms_norm(x, 8, w, EPS, offset=float("offset" in frozen), out=kept)
+        return add_rms_norm_(*((kept, x) if frozen == "input" else (x, kept)), w, EPS)[frozen == "residual"]
+
+    with pytest.raises(RuntimeError, match=r"was made under torch\.inference_mode\(\).*\.clone\(\), or call it under"):
+        write()
+    assert torch.equal(kept, before)
+    with torch.inference_mode():
+        assert write() is kept
+        assert not torch.equal(kept, before)
+
+
 def test_negated_views():
     """Their memory holds other numbers than they show."""
     view = torch.randn(4, 8, dtype=torch.complex64).conj().imag

@@ -188,10 +188,20 @@ def check_out(out: Tensor, input: Tensor, dtype: dtype, expanded: bool, recorded
             f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
             "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
         )
+    check_may_change("rms_norm", "out", out)
     if recorded:
         raise RuntimeError(
             "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
             "drop out=, or call it under torch.no_grad()"
+        )
+
+
+def check_may_change(name: str, label: str, tensor: Tensor) -> None:
+    """Raises RuntimeError where torch's operators do: a backward that kept the tensor could not know of the change."""
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: {label} was made under torch.inference_mode(), and may be written to there alone; pass "
+            f"{label}.clone(), or call it under torch.inference_mode()"
         )
 
 

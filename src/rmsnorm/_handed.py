@@ -61,6 +61,7 @@ _OBJECTS = (
     *(getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty), _ops.increment_versions),
     *(torch._C.TensorBase.is_neg, has_torch_function_variadic, torch.is_grad_enabled),
     *(torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
+    *(torch._C.TensorBase.is_inference, torch.is_inference_mode_enabled),
     *(profiler, "_is_profiler_enabled", forward_ad, "_current_level"),
     *("to_save", "materialize_grads", "eps", "requires_grad"),
 )

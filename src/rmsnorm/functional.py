@@ -128,7 +128,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                     return _record(input, weight, len(shape), eps, offset, first, out, memory)
                 if out is not None:
                     if (
-                        type(out) is not Tensor
+                        (type(out) is not Tensor or out.is_inference())
                         or (out.requires_grad and is_grad_enabled())
                         or (_CONJUGATE_ENDS_IT and out.is_conj())
                     ):

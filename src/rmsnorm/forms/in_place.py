@@ -64,7 +64,8 @@ def add_rms_norm_(
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
             dims = len(shape)
-            if input.shape[input.dim() - dims :] == shape:
+            frozen = input.is_inference() or residual.is_inference()
+            if input.shape[input.dim() - dims :] == shape and not frozen:
                 if weight is not None and not offset and casting_mode == "torch":
                     _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less
                 else:
@@ -105,6 +106,7 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
             "or call rmsnorm.add_rms_norm"
         )
     for label, tensor in (("input", input), ("residual", residual)):
+        _arguments.check_may_change("add_rms_norm_", label, tensor)
         if not is_compiling() and tensor.is_neg():
             raise RuntimeError(
                 f"add_rms_norm_: {label} is a negated view, whose memory holds other values than it shows; pass a "
