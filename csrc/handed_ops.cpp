@@ -58,7 +58,7 @@ struct Everyday {
     if (is_there(residual) && !(other = Plain(residual)).is_like(x)) return false;
     if (is_there(weight)) gain = Plain(weight);
     int64_t sizes[kMaxDims];
-    const int dims = sizes_of(shape, sizes);
+    const int dims = is_there(output) && is_there(residual) ? own_sizes(sizes) : sizes_of(shape, sizes);
     if (dims == 0 || !x.ends(sizes, dims)) return false;
     const auto fits = [&](Object object, const Plain& one) {
       return !is_there(object) || (one.type == x.type && one.of.ndim == dims && one.ends(sizes, dims));
@@ -68,6 +68,14 @@ struct Everyday {
     call.columns = std::accumulate(sizes, sizes + dims, int64_t{1}, std::multiplies<>());
     call.rows = x.count / call.columns;
     return takes_numbers();
+  }
+
+  // Of a call in place: the weight's sizes, or else that of the last dimension.
+  int own_sizes(int64_t* sizes) const {
+    const View& of = is_there(weight) ? gain.of : x.of;
+    const int dims = of.ndim > kMaxDims ? 0 : is_there(weight) ? of.ndim : std::min(of.ndim, 1);
+    std::copy_n(of.shape + of.ndim - dims, dims, sizes);
+    return dims;
   }
 
   bool takes_numbers() {

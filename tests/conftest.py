@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from rmsnorm import _everyday, _handed, _native, _ops, functional, module
+from rmsnorm import _eager, _everyday, _handed, _native, _ops, functional, module
 from rmsnorm.forms import gated, gated_ops, general, heads, in_place, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
@@ -74,6 +74,16 @@ def _hand_to(monkeypatch, norm):
 def hand_to(monkeypatch):
     """A call that puts another function in the place of the one in C++ that is handed tensors as objects."""
     return lambda norm: _hand_to(monkeypatch, norm)
+
+
+@pytest.fixture
+def rstd_is_kept(monkeypatch):
+    """Of a row or a few, too."""
+    recorder = list(_handed.recorder)
+    monkeypatch.setattr(_eager, "FEW", -1)
+    _handed.recorder.clear()
+    yield
+    _handed.recorder[:] = recorder
 
 
 @pytest.fixture(params=(*_native.KNOWN_TARGETS, "reference"))

@@ -18,7 +18,7 @@ from test_graphs_code import add_norm, code_of, inferred, sandwich, uneven
 from test_graphs_gradients import product
 from torch import Tensor
 
-from rmsnorm import _called, _few, _ops, add_rms_norm
+from rmsnorm import _called, _handed, _ops, add_rms_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -49,7 +49,7 @@ def test_a_few_rows_keep_no_statistic(
     mine, code = code_of(results, torch.compile(function, fullgraph=True, dynamic=False), leaves, rows, columns)
     assert all(map(same_bits, mine, results(function, leaves, rows, columns)))
     assert f'"{_called.GRADIENTS.symbol}"' in code
-    assert (".rstd = " in code) == (rows * columns > _few.FEW)
+    assert (".rstd = " in code) == (rows * columns > _handed.FEW)
 
 
 def test_sizes_that_may_change_keep_it() -> None:

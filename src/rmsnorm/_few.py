@@ -12,7 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from . import _called, _followed, _nodes
+from . import _called, _followed, _handed, _nodes
 from ._nodes import become, results
 
 _ours = torch.ops.rmsnorm
@@ -23,8 +23,6 @@ _PLAIN = {
     _ours.rms_norm_forward.default: _ours.rms_norm.default,
     _ours.add_rms_norm_forward.default: _ours.add_rms_norm.default,
 }
-FEW = 32768
-"""Elements, as eager mode has it."""
 
 
 class Few(CustomGraphPass):
@@ -56,7 +54,7 @@ def _find_again(graph: Graph, backward: Node) -> None:
 def _is_few(rows: Node) -> bool:
     value = rows.meta["val"]
     known = all(isinstance(size, int) for size in value.shape)
-    return value.device.type == "cpu" and known and value.numel() <= FEW
+    return value.device.type == "cpu" and known and value.numel() <= _handed.FEW
 
 
 def _is_of(rstd: Node, input: Node) -> bool:

@@ -70,6 +70,6 @@ norm: _Call = _functions[0] if _functions else lambda *given: None
 """``(kind, normalized_shape, eps, offset, round_first, out, memory, next_eps, input, residual, weight, next_weight)``,
 of which the last may be left out: what the form returns, or None, where the long way is to be asked. It takes whatever
 it is given, but must not be called while dynamo traces. With ``out`` beside a residual the sum goes to the residual's
-place. The next weight is LayerNorm's bias."""
+place, and the shape is the weight's, or the last size. The next weight is LayerNorm's bias."""
 few = _functions[1:]
 """The forward of what ``recorder`` has, ``(context, input, weight)``."""

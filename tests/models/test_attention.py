@@ -14,7 +14,6 @@ from oracle import same_bits
 from torch import Tensor, nn
 
 import rmsnorm
-from rmsnorm import _eager
 from rmsnorm.bench import memory
 from rmsnorm.forms import heads_ops
 from rmsnorm.models import attention
@@ -257,10 +256,9 @@ def test_adds_alone_have_their_old_name() -> None:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3Text", "Glm4"])
-def test_keeps_no_more(family, monkeypatch):
+def test_keeps_no_more(family, rstd_is_kept):
     """Queries lie as the lines' do: attention's output then goes into the next projection as it is, and not as a copy
     that is kept, too. The heads' norms, in turn, keep less than theirs, where those of more than a few rows do."""
-    monkeypatch.setattr(_eager, "FEW", -1)
     kept = {}
     for fuse in ("fuse_add", "fuse"):
         model = model_of(family)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rmsnorm
-from rmsnorm import _eager
 from rmsnorm.bench.memory import kept
 from rmsnorm.models.binding import binding_of
 
@@ -43,10 +42,9 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_a_step_keeps(dtype, monkeypatch):
+def test_what_a_step_keeps(dtype, rstd_is_kept):
     """Of five norms no input, whose sums it were, and of two gated MLPs no activation: less by exactly that. (Of
     a row or a few, norms that keep their input keep nothing else, and lean ones a number for each row.)"""
-    monkeypatch.setattr(_eager, "FEW", -1)
     model = llama(dtype)
     sizes = {}
     for memory in (None, "lean"):

@@ -5,6 +5,7 @@ Imported when the command line is built, as typer is an extra.
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check(file: Path | None) -> None:
     """Refuses a file that can't be written, before anything is done."""
     if file is None or file == STDOUT:
         return
-    reason = f"{file} is a directory; give a file" if file.is_dir() else export.closed(file)
+    reason = f"{file} is a directory; give a file" if os.path.isdir(file) else export.closed(file)
     if reason:
         raise typer.BadParameter(reason, param_hint="--json")
 

@@ -54,15 +54,16 @@ def add_rms_norm_(
         (tensor([0.8485, 1.1314]), tensor([3., 4.]))
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
-        shape, round_first = input.shape[-1:] if weight is None else weight.shape, _ROUND_FIRST[casting_mode]
+        round_first = _ROUND_FIRST[casting_mode]
         if (
             round_sum is True
             and not is_compiling()
-            and _as_objects(1, shape, eps, offset, round_first, input, None, None, input, residual, weight)
+            and _as_objects(1, None, eps, offset, round_first, input, None, None, input, residual, weight)
         ):
             return input, residual
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
+            shape = input.shape[-1:] if weight is None else weight.shape
             dims = len(shape)
             frozen = input.is_inference() or residual.is_inference()
             if input.shape[input.dim() - dims :] == shape and not frozen:
