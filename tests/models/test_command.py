@@ -115,6 +115,15 @@ def test_it_patches_compares_and_times(directory: Path, tmp_path: Path, dtype: s
     assert "CPU target" in result.output
 
 
+def test_it_fuses_what_stands_beside(directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    result = invoke(directory, *FAST, "--fuse", "--json", file)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    meanings = [entry["meaning"] for entry in json.loads(file.read_text())["report"]["fused"]]
+    assert sum("rotary" in meaning for meaning in meanings) == 2
+    assert len(meanings) == 4
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_its_inputs_are_looked_for_once(
     places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str

@@ -31,8 +31,11 @@ def register(app: "typer.Typer") -> "typer.Typer":
         tokens: Annotated[int, typer.Option(min=1, help="How many it writes, greedily.")] = 64,
         text: Annotated[int, typer.Option(min=2, help="How many tokens of real text it scores.")] = 2000,
         dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+        fuse: Annotated[
+            bool, typer.Option("--fuse", help="Also run what stands beside norms in one pass, where it can be proven.")
+        ] = False,
         fuse_add: Annotated[
-            bool, typer.Option("--fuse-add", help="Fuse residual adds where that can be proven.")
+            bool, typer.Option("--fuse-add", help="The same for residual adds alone.")
         ] = False,
         layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Take LayerNorms too.")] = False,
         lean: Annotated[bool, typer.Option("--lean", help="Keep outputs for backward instead of inputs.")] = False,
@@ -50,7 +53,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
         asked.check(json)
-        what = {"fuse_add": fuse_add, "layer_norm": layer_norm, "lean": lean}
+        what = {"fuse": fuse, "fuse_add": fuse_add, "layer_norm": layer_norm, "lean": lean}
         course = Course(Options(model, prompt, tokens, text, DTYPES[dtype], seconds, what), out=asked.screen(json))
         try:
             status = course.run()

@@ -80,14 +80,15 @@ class Course:
         """Patches and reports; False if there is nothing to compare."""
         asked = self.options
         self.doing("patching: each kind of norm is examined and proven")
-        called: Any = asked.patch["fuse_add"]
+        called: Any = asked.patch["fuse"] or asked.patch["fuse_add"]
         if called:
             try:  # to fuse, with what the model can be called with
                 called = self._inputs(tokenizer, model)
             except Uncallable:
                 called = True  # its dummy inputs: the report will say what came of it
         memory = "lean" if asked.patch["lean"] else None
-        report = patch(model, fuse_add=called, layer_norm=asked.patch["layer_norm"], memory=memory)
+        fused = {"fuse" if asked.patch["fuse"] else "fuse_add": called}
+        report = patch(model, **fused, layer_norm=asked.patch["layer_norm"], memory=memory)
         self.found |= {"class": type(model).__name__, "report": report.to_dict()}
         self._show(f"{asked.model}: {type(model).__name__}, {self.found['dtype']}", report)
         if not report.patched:
