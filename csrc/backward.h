@@ -206,6 +206,7 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
   turn.next = rows.next[1];
   BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
   part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
+  part.ask = false, part.next[1] = 0;  // what is turned back is in L1
   part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
   for (int64_t r = 0; r < block; ++r) {
     part.grad[r] = (G*)rows.scratch + r * padded(b.columns);
