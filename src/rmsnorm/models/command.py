@@ -34,9 +34,7 @@ def register(app: "typer.Typer") -> "typer.Typer":
         fuse: Annotated[
             bool, typer.Option("--fuse", help="Also run what stands beside norms in one pass, where it can be proven.")
         ] = False,
-        fuse_add: Annotated[
-            bool, typer.Option("--fuse-add", help="The same for residual adds alone.")
-        ] = False,
+        fuse_add: Annotated[bool, typer.Option("--fuse-add", help="The same for residual adds alone.")] = False,
         layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Take LayerNorms too.")] = False,
         lean: Annotated[bool, typer.Option("--lean", help="Keep outputs for backward instead of inputs.")] = False,
         seconds: Annotated[float, typer.Option(min=0.0, help="Of timing for each kind of work; 0: none.")] = 10.0,
