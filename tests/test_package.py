@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "_followed": {"_form", "_ops"},
     "_turned_back": {"_followed", "_nodes", "_turned"},
     "_gradients": {"_followed", "_nodes", "_turned_back"},
-    "_few": {"_called", "_followed", "_nodes"},
+    "_few": {"_called", "_followed", "_handed", "_nodes"},
     "_neighbours": {"_called", "_followed", "_gradients", "_nodes", "_turned", "_turned_back"},
     "_graphs": {"_called", "_direct", "_few", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
