@@ -48,7 +48,7 @@ KERNEL_FLAGS += ["-fno-tree-ccp", "-fno-tree-vrp", "-fno-align-jumps"]
 KERNEL_FLAGS += ["-fno-exceptions", "-fno-asynchronous-unwind-tables"]
 # What clang doesn't know, or takes for unknown.
 NOT_CLANGS = {"-fno-gcse", "-fno-unswitch-loops", "-fno-tree-pta", "-Wno-maybe-uninitialized"}
-NOT_CLANGS |= {"-fno-tree-ccp", "-fno-tree-vrp", "-fpeel-loops"}
+NOT_CLANGS |= {"-fno-tree-ccp", "-fno-tree-vrp", "-fno-align-jumps", "-fpeel-loops"}
 # What stands between Python and the norm that everybody calls: for speed. The other operators are compiled for size.
 EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
