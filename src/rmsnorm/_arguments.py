@@ -39,11 +39,9 @@ def check_numbers(name: str, **numbers: object) -> None:
     for label, value in numbers.items():
         if value is None or isinstance(value, (int, float)):
             continue
-        many = isinstance(value, Tensor) and value.numel() != 1
-        if many or not hasattr(type(value), "__float__"):
-            came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else described(value)
+        if (isinstance(value, Tensor) and value.numel() != 1) or not hasattr(type(value), "__float__"):
             example = "0.5" if label == "partial" else "1e-6"
-            raise TypeError(f"{name}: {label} must be a float, but is {came}; pass a number, e.g. {example}")
+            raise TypeError(f"{name}: {label} must be a float, but is {_came(value)}; pass a number, e.g. {example}")
 
 
 def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -58,21 +56,18 @@ def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...
             with suppress(TypeError):
                 shape = (operator.index(cast(Any, normalized_shape)),)
     if shape is None or not all(map(_is_size, shape)):
-        came, weight = described(normalized_shape), ""
-        if isinstance(normalized_shape, Tensor) and normalized_shape.ndim:  # whose numbers would fill the screen
-            came, weight = f"a tensor of shape {list(normalized_shape.shape)}", ", and a weight behind it"
+        weight = ", and a weight behind it" if isinstance(normalized_shape, Tensor) and normalized_shape.ndim else ""
         raise TypeError(
-            f"{name}: normalized_shape must be an int or a sequence of ints, but is {came}; pass the size of input's "
-            f"last dimension, input.shape[-1], or of several, e.g. input.shape[-2:]{weight}"
+            f"{name}: normalized_shape must be an int or a sequence of ints, but is {_came(normalized_shape)}; pass "
+            f"the size of input's last dimension, input.shape[-1], or of several, e.g. input.shape[-2:]{weight}"
         )
     return shape
 
 
 def _is_size(size: object) -> bool:
     """Whether an element of a shape may be one: no text, and of tensors (what torch.jit.trace has) whole numbers."""
-    if isinstance(size, Tensor):
-        return not (size.ndim or size.is_floating_point() or size.is_complex())
-    return not isinstance(size, (str, bytes))
+    fraction = isinstance(size, Tensor) and (size.ndim or size.is_floating_point() or size.is_complex())
+    return not (fraction or isinstance(size, (str, bytes)))
 
 
 def raise_shape(
@@ -238,6 +233,11 @@ def described(value: object) -> str:
         return f"the class {value.__name__}"
     cls = type(value)
     return f"a {cls.__name__}" if cls.__module__ == "builtins" else f"a {cls.__module__}.{cls.__qualname__}"
+
+
+def _came(value: object) -> str:
+    """The same, but of a tensor its shape: one of several numbers stands where a number should, or sizes."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else described(value)
 
 
 def _instead(label: str, value: object) -> str:
