@@ -1,6 +1,6 @@
 """Proves for every form at once what follows from its row: the gradient under `create_graph=True` has the bits of the
-usual one, its derivatives are right up to the third, a result requires grad if and only if it follows what learns, and
-the first call of a process may be a compiled one.
+usual one, its derivatives are right up to the third, a result requires grad if and only if it follows what learns,
+what is saved may come back in other strides, and the first call of a process may be a compiled one.
 """
 
 from __future__ import annotations
@@ -93,6 +93,26 @@ def test_bits(native_target, name):
         graphed = torch.autograd.grad(results, leaves, grads, create_graph=True)
         assert all(map(same_bits, usual, graphed)), (dtype, size)
         assert any(g.any() for g in usual) or (name, size) == ("factor", 1e25)  # 1e-50
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_saved_tensors_come_back_in_other_strides(native_target, name):
+    """As hooks may hand them back that store them compressed, say: the numbers of each row, too."""
+    kinds, call = FORMS[name]
+
+    def spread(saved: Tensor) -> Tensor:
+        return torch.stack([saved.detach(), torch.full_like(saved, 7)], -1)[..., 0]
+
+    def gradients(given: list[Tensor]) -> Results:
+        leaves = learning(kinds, given)
+        results = results_of(call(*given))
+        grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in results]
+        return torch.autograd.grad(results, leaves, grads)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        usual = gradients(tensors(kinds, 130, dtype))
+        with torch.autograd.graph.saved_tensors_hooks(spread, lambda t: t):
+            assert all(map(same_bits, usual, gradients(tensors(kinds, 130, dtype)))), dtype
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
