@@ -15,7 +15,8 @@ from .. import _form, reference
 
 def _like(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> tuple[Tensor, ...]:
     rstd = reference.empty_rstd(input, dims)
-    return _form.like(input), rstd.double(), rstd
+    mean = torch.empty_like(rstd, dtype=torch.float64)  # not rstd.double(), which of fp64 is rstd
+    return _form.like(input), mean, rstd
 
 
 def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
