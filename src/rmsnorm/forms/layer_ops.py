@@ -28,7 +28,7 @@ def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: in
     centred = wide - wide.mean(last, keepdim=True)
     output = centred * torch.rsqrt(centred.square().mean(last, keepdim=True) + eps)
     output = output if weight is None else output * weight
-    return reference.cast(output if bias is None else output + bias, input.dtype)
+    return reference.cast(output if bias is None else output + bias, input.dtype).contiguous()
 
 
 def _gradients(grads: Any, saved: Any, weights: Any, options: tuple[int, float]) -> tuple[Tensor | None, ...]:
