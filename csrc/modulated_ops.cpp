@@ -226,8 +226,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_norm_backwa
   const bool own = shared == 1;
   // Without the gated add, what arrives at the sum is the residual's gradient, or that of x.
   const bool only = added && !m.added;
-  m.rstd = static_cast<const char*>(rstd.data_ptr());
-  m.mean = layer ? static_cast<const double*>(mean.data_ptr()) : nullptr;
+  const Tensor r = with_plain_rows(rstd, 0);  // hooks on what is saved may give it back in other strides
+  const OptionalTensor middle = with_plain_rows(layer ? &mean : nullptr, 0);
+  m.rstd = static_cast<const char*>(r.data_ptr());
+  m.mean = middle ? static_cast<const double*>(middle->data_ptr()) : nullptr;
   run(m,
       {m.added ? &input : nullptr, m.added ? address(gate) : nullptr, &scale, &x, &grad,
        b.add ? address(grad_sum) : nullptr, only ? wanted(need_residual, dresidual) : wanted(need_input, dx),

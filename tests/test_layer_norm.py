@@ -195,7 +195,7 @@ F32, BF16, F16, F64 = DTYPES
 def test_types_in_any_mixture(dtype, weight, bias, recorded):
     """torch's LayerNorm refuses them, and so would what was recorded of it."""
     torch.manual_seed(0)
-    x = torch.randn(3, 8).to(dtype).requires_grad_(recorded)
+    x = torch.randn(8, 3).to(dtype).t().requires_grad_(recorded)
     w, b = (None if kind is None else torch.randn(8).to(kind).requires_grad_(recorded) for kind in (weight, bias))
     want = F.layer_norm(x.double(), (8,), *(t if t is None else t.double() for t in (w, b)), EPS)
     learnt = [t for t in (x, w, b) if t is not None]
@@ -214,6 +214,7 @@ def test_types_in_any_mixture(dtype, weight, bias, recorded):
     for way in ways:
         y = way(x)
         assert y.dtype is dtype
+        assert y.is_contiguous()
         torch.testing.assert_close(y.double(), want, **near)
         if recorded:
             pairs = (torch.autograd.grad(one.sum(), learnt, retain_graph=True) for one in (y, want))

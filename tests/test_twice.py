@@ -1,6 +1,7 @@
 """Proves for every form at once what follows from its row: the gradient under `create_graph=True` has the bits of the
-usual one, its derivatives are right up to the third, a result requires grad if and only if it follows what learns, and
-the first call of a process may be a compiled one.
+usual one, its derivatives are right up to the third, a result requires grad if and only if it follows what learns,
+what is saved may come back in other strides, compiled gradients have the bits of eager ones, and the first call of a
+process may be a compiled one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from oracle import same_bits
 from torch import Tensor
 from torch.autograd import gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rmsnorm
 
@@ -93,6 +95,61 @@ def test_bits(native_target, name):
         graphed = torch.autograd.grad(results, leaves, grads, create_graph=True)
         assert all(map(same_bits, usual, graphed)), (dtype, size)
         assert any(g.any() for g in usual) or (name, size) == ("factor", 1e25)  # 1e-50
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_saved_tensors_come_back_in_other_strides(native_target, name):
+    """As hooks may hand them back that store them compressed, say: the numbers of each row, too."""
+    kinds, call = FORMS[name]
+
+    def spread(saved: Tensor) -> Tensor:
+        return torch.stack([saved.detach(), torch.full_like(saved, 7)], -1)[..., 0]
+
+    def gradients(given: list[Tensor]) -> Results:
+        leaves = learning(kinds, given)
+        results = results_of(call(*given))
+        grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in results]
+        return torch.autograd.grad(results, leaves, grads)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        usual = gradients(tensors(kinds, 130, dtype))
+        with torch.autograd.graph.saved_tensors_hooks(spread, lambda t: t):
+            assert all(map(same_bits, usual, gradients(tensors(kinds, 130, dtype)))), dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_compiled_gradients(name, dtype):
+    """Those of eager mode: of each type, as what is kept may be of one type in one and of two in another."""
+    kinds, call = FORMS[name]
+    torch._dynamo.reset()
+    found: list[Results] = []
+    for run in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        given = tensors(kinds, 130, dtype)
+        leaves = learning(kinds, given)
+        results = results_of(run(*given))
+        grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) for y in results]
+        found.append((*(y.detach() for y in results), *torch.autograd.grad(results, leaves, grads)))
+    if name in ("layer", "lean"):  # torch's own LayerNorm there, and a norm that keeps its input
+        for one, other in zip(*found, strict=True):
+            assert (one - other).abs().max() <= 4 * torch.finfo(dtype).eps * one.abs().max()
+    else:
+        assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_traced_gradients(name):
+    """In fp64, where all that is kept is of one type."""
+    kinds, call = FORMS[name]
+
+    def gradients(*given: Tensor) -> Results:
+        leaves = learning(kinds, [t.detach() for t in given])
+        fixed = given[len(leaves) :]
+        return torch.autograd.grad(sum(y.sin().sum() for y in results_of(call(*leaves, *fixed))), leaves)
+
+    given = tensors(kinds, 130)
+    traced = make_fx(gradients, tracing_mode="fake")(*given)
+    torch.testing.assert_close(traced(*given), gradients(*given), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

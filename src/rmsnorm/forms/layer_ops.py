@@ -15,7 +15,8 @@ from .. import _form, reference
 
 def _like(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> tuple[Tensor, ...]:
     rstd = reference.empty_rstd(input, dims)
-    return _form.like(input), rstd.double(), rstd
+    mean = torch.empty_like(rstd, dtype=torch.float64)  # not rstd.double(), which of fp64 is rstd
+    return _form.like(input), mean, rstd
 
 
 def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
@@ -27,7 +28,7 @@ def composed(input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: in
     centred = wide - wide.mean(last, keepdim=True)
     output = centred * torch.rsqrt(centred.square().mean(last, keepdim=True) + eps)
     output = output if weight is None else output * weight
-    return reference.cast(output if bias is None else output + bias, input.dtype)
+    return reference.cast(output if bias is None else output + bias, input.dtype).contiguous()
 
 
 def _gradients(grads: Any, saved: Any, weights: Any, options: tuple[int, float]) -> tuple[Tensor | None, ...]:

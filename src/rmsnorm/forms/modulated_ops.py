@@ -141,7 +141,8 @@ def _like(input: Tensor, residual: _Maybe, gate: _Maybe, *arguments: Any) -> tup
     for other in (scale, shift, weight) if round_first else ():
         output = output if other is None else reference.promoted(output, other.dtype)
     rstd = reference.empty_rstd(input.new_empty(input.shape, dtype=total), dims)
-    mean = rstd.double() if layer else input.new_empty(0, dtype=torch.float64)
+    # Not rstd.double(), which of fp64 is rstd: a tracer takes one tensor for one output.
+    mean = torch.empty_like(rstd, dtype=torch.float64) if layer else input.new_empty(0, dtype=torch.float64)
     sum = input.new_empty(0) if residual is None else _form.like(input, total)
     return _form.like(input, output), sum, mean, rstd
 

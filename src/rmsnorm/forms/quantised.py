@@ -131,7 +131,8 @@ def _define(
     options = dims, eps, offset, round_first
     sum = input if residual is None else (input + residual).contiguous()
     if gate is not None:
-        y = gated_ops.gated_rms_norm(input, gate, weight, *options, norm_before_gate, silu, normalise=normalise)[0]
+        part = reference.rms_norm if normalise is calls.plain_norm else normalise  # as gated_rms_norm's own definition
+        y = gated_ops.gated_rms_norm(input, gate, weight, *options, norm_before_gate, silu, normalise=part)[0]
     else:
         y = normalise(sum, weight, *options)[0]
     return *quantise(y, dims, e4m3), reference.nothing(input) if residual is None else sum
@@ -155,5 +156,6 @@ _served = Served(
             define=_define,
             like=_like,
         )
-    )
+    ),
+    calls.plain_norm,
 )
