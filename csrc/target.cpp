@@ -78,6 +78,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "heads.h"
 
+#include "even.h"
+
 #include "forward.h"
 
 #include "sandwich.h"
@@ -116,6 +118,7 @@ const Kernels RMSNORM_LENDS = {&select_forward, &select_backward, kSandwich};
 extern const Target RMSNORM_TARGET;
 const Target RMSNORM_TARGET = {{&select_forward, &select_backward, kSandwich},
                                RMSNORM_TARGET_NAME,
+                               kHasEven,
                                &make_gain,
                                &flush,
                                &finish,
