@@ -24,6 +24,7 @@ class Plain {
   template <bool Ask, bool Keep>
   class Loader {
    public:
+    Loader() = default;
     RMSNORM_INLINE Loader(const Forward& f, const ForwardRows& rows, int64_t r, int64_t)
         : x_((const T*)rows.input[r]),
           residual_((const T*)rows.residual[r]),
@@ -67,6 +68,9 @@ class Plain {
         gain_((const Gain*)rows.gain[r]),
         bias_((const Gain*)f.bias),
         normalised_(row) {}
+  // The same of a row that lies anywhere, with a gain.
+  RMSNORM_INLINE Plain(const T* x, const Gain* gain, const typename Norm::Row& row)
+      : x_(x), gain_(gain), normalised_(row) {}
   template <class Span>
   RMSNORM_INLINE Vector<T> operator()(Span span) const {
     return from(span, span.load_from(x_));
@@ -106,11 +110,24 @@ class Plain {
   typename Norm::Normaliser normalised_;
 };
 
-// The kernel that has rows which ForwardRows calls even.
+// The everyday kernels that have loops of even.h, where it pays: with AVX-512, as other CPUs whose L1 has room for them
+// (memory.h) weren't at hand, and with its rounding to bf16.
+template <class T>
+constexpr bool kHasEven = false;
+#if defined(RMSNORM_AVX512)
+template <>
+constexpr bool kHasEven<float> = true;
+#endif
+#if defined(RMSNORM_AVX512BF16)
+template <>
+constexpr bool kHasEven<bf16> = true;
+#endif
 template <class Form>
 constexpr bool kEven = false;
-template <>
-constexpr bool kEven<Plain<Rms<float>, float, float, false, false>> = kHasEven;
+template <class T>
+constexpr bool kEven<Plain<Rms<T>, T, T, false, false>> = kHasEven<T>;
+template <class Form>
+void forward_even(const Forward& f, const ForwardRows& rows);
 
 // `load` is the load step; `ask`: bytes of a row to come to ask for with each column.
 template <class Form, bool Ask, class Load>
@@ -214,7 +231,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
   if constexpr (kEven<Form>)
-    if (rows.even) return forward_even(f, rows);
+    if (rows.even) return forward_even<Form>(f, rows);
   bool again = Form::kAddsAgain && rows.add_again;
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
   bool stream = kStreams && rows.stream && again == Form::kAddsAgain;  // no output without its sum, where that can go

@@ -188,7 +188,7 @@ struct Kernels {
 // One instance per CPU target, all compiled from target.cpp.
 struct Target : Kernels {
   const char* name;
-  bool even;  // has the loops of even.h
+  bool even, even_bf16;  // has the loops of even.h for rows of fp32, and of bf16
   // gain[padded(count)] = offset + weight, in wide(input); weight of any type. In the order in which backward wants it
   // for rows of a type; for none, in the columns'.
   void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,

@@ -101,17 +101,22 @@ inline bool has_short_rows(const Forward& f) { return f.columns * size_of(f.inpu
 // Whether several threads have `share` bytes each of what the last cache can just hold.
 inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
 
-// Whether even.h has loops for a call, and L1 room for three blocks: a Zen 5 (48 KiB), whose numbers these are, fp32 by
-// 1 thread. In L2 and the last cache: 2048x128 0.84 of the time, 8192x256 0.82, 2048x576 0.89, 512x1024 0.9.
-inline bool is_even(const Forward& f) {
-  return is_plain(f) && f.turn == Turn::none && !f.general && f.gain_type == Type::f32 && f.gain.count == 1 &&
+// Whether even.h has loops for a call, and L1 room for three blocks: a Zen 5 (48 KiB), whose numbers these are, by 1
+// thread. In L2 and the last cache, fp32: 2048x128 0.84 of the time, 8192x256 0.82, 2048x576 0.89, 512x1024 0.9; bf16:
+// 32768x128 and 2048x576 0.86.
+inline bool is_even(const Target& target, const Forward& f) {
+  const bool has = f.input == Type::f32    ? target.even
+                   : f.input == Type::bf16 ? target.even_bf16 && !f.round_first && f.output == f.input
+                                           : false;
+  return has && f.gain_type == f.input && f.gain.count == 1 && !f.add && !f.add_after && !f.twice && !f.layer &&
+         !f.general && f.gate == Gate::none && f.turn == Turn::none && f.modulate == Modulate::none &&
          has_short_rows(f) && !fills_first_cache(f);
 }
 
 // Whether it has them past the caches, for rows that begin with lines: 32768x128 0.68 of the time, 16384x256 0.76,
 // 7281x576 0.77; out of memory 32768x576 0.91, but 16384x1024 1.08.
 inline bool is_even_past_caches(const Forward& f, const char* output, int64_t next_output) {
-  return f.columns % 32 == 0 && f.columns * size_of(f.input) <= first_cache_bytes() / 16 &&
+  return f.input == Type::f32 && f.columns % 32 == 0 && f.columns * size_of(f.input) <= first_cache_bytes() / 16 &&
          (reinterpret_cast<uintptr_t>(output) | static_cast<uintptr_t>(next_output)) % 64 == 0;
 }
 

@@ -117,8 +117,8 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   const int64_t row_bytes = f.columns * (read + size_of(f.output));
   const int64_t bytes = operands.rows * row_bytes, share = (end - begin) * row_bytes;
   const auto& data = operands.data;
-  rows.even = target.even && operands.dims == 1 && is_even(f);
-  rows.stream = !(rows.even && share_a_cache(bytes, share)) && should_stream(f, bytes, share);
+  rows.even = operands.dims == 1 && is_even(target, f);
+  rows.stream = !(rows.even && f.input == Type::f32 && share_a_cache(bytes, share)) && should_stream(f, bytes, share);
   if (rows.stream) rows.even &= is_even_past_caches(f, data[kOutput], operands.stride[kOutput][0]);
   rows.add_again = should_add_again(f, bytes);
   // An output of wider elements meets other columns: add of 512x4096 bf16 to fp32 takes 1.08 to 1.10 backwards.

@@ -78,9 +78,9 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "heads.h"
 
-#include "even.h"
-
 #include "forward.h"
+
+#include "even.h"
 
 #include "sandwich.h"
 
@@ -118,7 +118,8 @@ const Kernels RMSNORM_LENDS = {&select_forward, &select_backward, kSandwich};
 extern const Target RMSNORM_TARGET;
 const Target RMSNORM_TARGET = {{&select_forward, &select_backward, kSandwich},
                                RMSNORM_TARGET_NAME,
-                               kHasEven,
+                               kHasEven<float>,
+                               kHasEven<bf16>,
                                &make_gain,
                                &flush,
                                &finish,
