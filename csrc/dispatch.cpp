@@ -55,6 +55,7 @@ struct Mixed {
       : wide(wide), fp32(is_narrow_faster(Type::f32, wide)), fp16(is_narrow_faster(Type::f16, wide)), target(wide) {
     name = std::string(wide.name) + "+avx2" + (fp32 && fp16 ? "(fp32,fp16)" : fp32 ? "(fp32)" : "(fp16)");
     target.name = name.c_str();
+    target.even &= !fp32;
   }
 
   const Target& wide;

@@ -24,6 +24,7 @@ class Plain {
   template <bool Ask, bool Keep>
   class Loader {
    public:
+    Loader() = default;
     RMSNORM_INLINE Loader(const Forward& f, const ForwardRows& rows, int64_t r, int64_t)
         : x_((const T*)rows.input[r]),
           residual_((const T*)rows.residual[r]),
@@ -67,6 +68,9 @@ class Plain {
         gain_((const Gain*)rows.gain[r]),
         bias_((const Gain*)f.bias),
         normalised_(row) {}
+  // The same of a row that lies anywhere, with a gain.
+  RMSNORM_INLINE Plain(const T* x, const Gain* gain, const typename Norm::Row& row)
+      : x_(x), gain_(gain), normalised_(row) {}
   template <class Span>
   RMSNORM_INLINE Vector<T> operator()(Span span) const {
     return from(span, span.load_from(x_));
@@ -106,15 +110,27 @@ class Plain {
   typename Norm::Normaliser normalised_;
 };
 
-// The kernel that has what ForwardRows calls near: loops of their own, as a question in each step takes 6 % of the
-// time.
-template <class Form>
-constexpr bool kAsksNear = false;
+// The everyday kernels that have loops of even.h, where it pays: with AVX-512, as other CPUs whose L1 has room for them
+// (memory.h) weren't at hand, and with its rounding to bf16.
+template <class T>
+constexpr bool kHasEven = false;
+#if defined(RMSNORM_AVX512)
 template <>
-constexpr bool kAsksNear<Plain<Rms<float>, float, float, false, false>> = true;
+constexpr bool kHasEven<float> = true;
+#endif
+#if defined(RMSNORM_AVX512BF16)
+template <>
+constexpr bool kHasEven<bf16> = true;
+#endif
+template <class Form>
+constexpr bool kEven = false;
+template <class T>
+constexpr bool kEven<Plain<Rms<T>, T, T, false, false>> = kHasEven<T>;
+template <class Form>
+void forward_even(const Forward& f, const ForwardRows& rows);
 
-// `load` is the load step; `ask`: bytes of a row to come to ask for with each column; `Near` as in ForwardRows.
-template <class Form, bool Ask, bool Near = false, class Load>
+// `load` is the load step; `ask`: bytes of a row to come to ask for with each column.
+template <class Form, bool Ask, class Load>
 RMSNORM_INLINE void sum_row(const Load& load, const ForwardRows& rows, int64_t r, typename Form::Norm::Block& found,
                             int64_t in_block, int64_t block, int64_t columns, int64_t ask) {
   using Norm = typename Form::Norm;
@@ -124,15 +140,14 @@ RMSNORM_INLINE void sum_row(const Load& load, const ForwardRows& rows, int64_t r
   const char* next_residual = (const char*)rows.residual[r] + rows.next_residual * block;
   typename Norm::Sums sum;
   sum_columns<T>(sum, columns, [&](auto span, int u) __attribute__((always_inline)) {
-    if constexpr (Near) prefetch_part<T, 3>((const char*)rows.output[r], span);
-    else if constexpr (Ask) prefetch_ahead<T>(next, span, ask);
+    if constexpr (Ask) prefetch_ahead<T>(next, span, ask);
     if constexpr (Ask && Form::kAdds) prefetch_ahead<T>(next_residual, span, ask);
     adder.add(sum, u, load(span), span);
   });
   found.set(in_block, sum);
 }
 
-template <class Form, bool Stream, bool Ask, bool Again, bool Near = false>
+template <class Form, bool Stream, bool Ask, bool Again>
 RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const typename Form::Norm::Block& found,
                                int64_t begin, int64_t end, int64_t columns, bool back) {
   using Norm = typename Form::Norm;
@@ -165,8 +180,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
       if constexpr (Ask && Form::kTwice) prefetch_part<T, 2>(half - half_row, span);
       else if constexpr (Ask && (Stream || !Form::kAsksInSum)) prefetch_ahead<T>(half, span);
       if constexpr (Ask && Form::kAdds && !Form::kTwice) prefetch_ahead<T>(half_residual, span);
-      if constexpr (Near) prefetch_part<T, 3>(half - half_row, span);
-      else if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
+      if constexpr (Ask && !Stream) prefetch_part<typename Form::Out, 2>(next_out, span);
       if constexpr (Stream && !Ask) prefetch_part<T, 3>(half - half_row + 4096, span);
       if constexpr (Form::kStores) {
         part.template store<Stream>(span);
@@ -185,7 +199,7 @@ RMSNORM_INLINE void store_rows(const Forward& f, const ForwardRows& rows, const 
 template <class Form, bool Ask>
 RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, bool stream, bool again) {
   constexpr bool kAsksInCache = sizeof(typename Form::Norm::Element) >= 4;  // as should_ask() has it
-  constexpr bool kAgain = Form::kAddsAgain, kNear = Ask && kAsksNear<Form>;
+  constexpr bool kAgain = Form::kAddsAgain;
   const int64_t columns = f.columns, block = block_rows(f.input, columns);
   const int64_t counted = Form::kStores ? f.counted : columns, divisor = f.divisor ? f.divisor : columns;
   // Backwards, what wasn't asked for comes too late from memory: 8192x4096 bf16 takes 1.3 of the time.
@@ -196,8 +210,7 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
     typename Form::Norm::Block found;
     const auto sum_up = [&](int64_t r, auto keep) __attribute__((always_inline)) {
       const typename Form::template Loader<Ask, decltype(keep)::value> load(f, rows, r, r - begin);
-      if (kNear && rows.near) sum_row<Form, Ask, kNear>(load, rows, r, found, r - begin, block, counted, ask);
-      else sum_row<Form, Ask>(load, rows, r, found, r - begin, block, counted, ask);
+      sum_row<Form, Ask>(load, rows, r, found, r - begin, block, counted, ask);
     };
     if constexpr (Form::kTwice) {
       Form::template sum_twice<Ask>(f, rows, found, begin, end, again, block);
@@ -211,13 +224,14 @@ RMSNORM_INLINE void forward_batch(const Forward& f, const ForwardRows& rows, boo
     if (again && stream) store_rows<Form, kStreams, Ask, kAgain>(f, rows, found, begin, end, columns, back);
     else if (again) store_rows<Form, false, Ask, kAgain>(f, rows, found, begin, end, columns, back);
     else if (stream) store_rows<Form, kStreams && !kAgain, Ask, false>(f, rows, found, begin, end, columns, back);
-    else if (kNear && rows.near) store_rows<Form, false, Ask, false, kNear>(f, rows, found, begin, end, columns, back);
     else store_rows<Form, false, Ask && kAsksInCache, false>(f, rows, found, begin, end, columns, back);
   }
 }
 
 template <class Form>
 void forward(const Forward& f, const ForwardRows& rows) {
+  if constexpr (kEven<Form>)
+    if (rows.even) return forward_even<Form>(f, rows);
   bool again = Form::kAddsAgain && rows.add_again;
   for (int64_t r = 0; again && r < rows.count; ++r) again = can_stream(rows.sum[r]);
   bool stream = kStreams && rows.stream && again == Form::kAddsAgain;  // no output without its sum, where that can go

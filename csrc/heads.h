@@ -226,7 +226,7 @@ void turn_normed(const Forward& f, const ForwardRows& rows) {
   const ForwardKernel norm = select_forward(plain);
   const int64_t block = block_rows(f.input, f.columns);
   ForwardRows part;  // 2 KiB, not set to 0 for rows that take less; what adds or gates is never read
-  part.stream = part.add_again = part.back = part.ask = false;
+  part.stream = part.add_again = part.back = part.ask = part.even = false;
   part.keep_gain = rows.keep_gain, part.mean = nullptr;
   part.next = part.next_output = part.next_residual = 0;
   for (int64_t r = 0; r < block; ++r) part.output[r] = (T*)rows.scratch + r * f.columns, part.gain[r] = rows.gain[0];

@@ -119,8 +119,8 @@ struct ForwardRows {
   bool add_again;    // a sum's should, and it is added again for them, or kept in scratch until then
   bool back;         // rows are stored from their end on
   bool keep_gain;    // a row, its output and its gain fit in L1, if only just
-  bool ask;          // rows to come are asked for into L2, as L1 has no room for them; or,
-  bool near;         // with it, into L1: a block's output while it is summed, the next block while it is stored
+  bool ask;          // rows to come are asked for into L2, as L1 has no room for them
+  bool even;         // all rows lie as far apart as the first two, and `count`, which may be any, goes by that (even.h)
   int64_t next;      // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
   int64_t next_output, next_residual;  // the same, of the others
 };
@@ -188,6 +188,7 @@ struct Kernels {
 // One instance per CPU target, all compiled from target.cpp.
 struct Target : Kernels {
   const char* name;
+  bool even, even_bf16;  // has the loops of even.h for rows of fp32, and of bf16
   // gain[padded(count)] = offset + weight, in wide(input); weight of any type. In the order in which backward wants it
   // for rows of a type; for none, in the columns'.
   void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,

@@ -101,14 +101,23 @@ inline bool has_short_rows(const Forward& f) { return f.columns * size_of(f.inpu
 // Whether several threads have `share` bytes each of what the last cache can just hold.
 inline bool share_a_cache(int64_t bytes, int64_t share) { return share < bytes && !is_large(bytes - 1); }
 
-// Whether short rows, where L1 has room for three blocks, are asked for into it: by several threads that find room in
-// one cache, as from there the output comes too late while it is stored, and the next rows while they are summed.
-// 32768x128 fp32 by 2 threads of a Zen 5 (L1 48 KiB) then takes 0.87 of the time past the caches, and without asking
-// 1.35; 16384x256 0.86, 4096x1024 0.84, but 1024x4096 1.07. By one thread 1.1; in less of the cache 1.05 to 1.1 of not
-// asking.
-inline bool should_ask_near(const Forward& f, int64_t bytes, int64_t share) {
-  return share_a_cache(bytes, share) && overflows_caches(bytes) && is_plain(f) && f.turn == Turn::none && !f.general &&
-         f.gain_type == Type::f32 && has_short_rows(f) && !fills_first_cache(f);
+// Whether even.h has loops for a call, and L1 room for three blocks: a Zen 5 (48 KiB), whose numbers these are, by 1
+// thread. In L2 and the last cache, fp32: 2048x128 0.84 of the time, 8192x256 0.82, 2048x576 0.89, 512x1024 0.9; bf16:
+// 32768x128 and 2048x576 0.86.
+inline bool is_even(const Target& target, const Forward& f) {
+  const bool has = f.input == Type::f32    ? target.even
+                   : f.input == Type::bf16 ? target.even_bf16 && !f.round_first && f.output == f.input
+                                           : false;
+  return has && f.gain_type == f.input && f.gain.count == 1 && !f.add && !f.add_after && !f.twice && !f.layer &&
+         !f.general && f.gate == Gate::none && f.turn == Turn::none && f.modulate == Modulate::none &&
+         has_short_rows(f) && !fills_first_cache(f);
+}
+
+// Whether it has them past the caches, for rows that begin with lines: 32768x128 0.68 of the time, 16384x256 0.76,
+// 7281x576 0.77; out of memory 32768x576 0.91, but 16384x1024 1.08.
+inline bool is_even_past_caches(const Forward& f, const char* output, int64_t next_output) {
+  return f.input == Type::f32 && f.columns % 32 == 0 && f.columns * size_of(f.input) <= first_cache_bytes() / 16 &&
+         (reinterpret_cast<uintptr_t>(output) | static_cast<uintptr_t>(next_output)) % 64 == 0;
 }
 
 // Whether rows to come are asked for into L2: where there is something to wait for. Always memory; for fp32 all that

@@ -80,6 +80,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "forward.h"
 
+#include "even.h"
+
 #include "sandwich.h"
 
 #include "general.h"
@@ -116,6 +118,8 @@ const Kernels RMSNORM_LENDS = {&select_forward, &select_backward, kSandwich};
 extern const Target RMSNORM_TARGET;
 const Target RMSNORM_TARGET = {{&select_forward, &select_backward, kSandwich},
                                RMSNORM_TARGET_NAME,
+                               kHasEven<float>,
+                               kHasEven<bf16>,
                                &make_gain,
                                &flush,
                                &finish,

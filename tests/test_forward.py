@@ -305,8 +305,8 @@ def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_share_the_last_cache_with_the_bits_of_one(native_target, everything_is_large, threads, dtype):
-    """Short rows that just fit in it are not streamed by several threads, but asked for, into L2, or, where L1 has room
-    for the rows to come, into that; nor is what add writes streamed, but its sum."""
+    """Short rows that just fit in it are not streamed by several threads, but stay there, asked for into L2 where L1
+    has no room for the rows to come; nor is what add writes streamed, but its sum."""
     for columns, rows in product((1, 127, 128, 576, 1027), (1025, 2051)):
         x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
 
@@ -323,6 +323,37 @@ def test_threads_share_the_last_cache_with_the_bits_of_one(native_target, everyt
             everything_is_large(least)
             for y, of_one in zip(results(), expected, strict=True):
                 assert same_bits(y, of_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [32, 127, 128, 576, 1027])
+def test_rows_that_lie_evenly_have_the_bits_of_others(native_target, everything_is_large, threads, columns, dtype):
+    """Short ones, in a cache, past it, and shared by two threads; with rows that are rescued among them."""
+    rows = 2 * 171  # no whole number of blocks
+    x, w = sample(rows, columns, dtype), sample(1, columns, dtype)[0]
+    x[::7] *= 2.0**100
+    x[1::11] *= 2.0**-140
+    x[2::13] = 0.0
+    x[4, 0], x[-1, -1], x[-3, 0] = float("nan"), float("inf"), float("nan")
+    apart = torch.zeros(2, rows // 2 + 1, columns, dtype=dtype)[:, :-1].copy_(
+        x.view(2, -1, columns)
+    )  # no single distance
+
+    def results(x):
+        given = x.detach().requires_grad_()
+        y = rms_norm(given, columns, w, EPS)
+        y.backward(torch.ones_like(y))  # by 1/rms as it was kept
+        out = torch.full((rows * columns + 3,), 5.0, dtype=dtype)[3:].view(x.shape)  # begins with no line
+        yield from (y, given.grad, rms_norm(x, columns, w, EPS, out=out), rms_norm(x, columns, w, 0.0))
+
+    everything_is_large(2**60)
+    threads(1)
+    expected = [y.reshape(rows, columns) for y in results(apart)]
+    for count, least in product((1, 2), (2**60, 2 * x.nbytes, 1)):
+        threads(count)
+        everything_is_large(least)
+        for y, wanted in zip(results(x), expected, strict=True):
+            assert same_bits(y, wanted), (count, least)
 
 
 def test_a_large_output_is_taken_for_one(native_target, everything_is_large):

@@ -168,7 +168,7 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   rows.mean = mean.data();
   rows.count = kRows;
   rows.stream = need_input, rows.add_again = need_weight;  // the rows that happen to be aligned
-  rows.back = rows.near = back, rows.ask = need_weight;
+  rows.back = back, rows.ask = need_weight;
   rows.rstd = rstd.data();
   const bool modulated = c.modulate == Modulate::norm;
   Bytes scratch(modulated ? 64 + 2 * stride : scratch_bytes(f));  // begins with two addresses that are no row's
