@@ -39,9 +39,9 @@ class Plain {
       if constexpr (kKeepsGain) __builtin_prefetch((const T*)soon_ + span.j, 0, 3);
       if constexpr (Add) {
         const Vector<T> given = span.load_from(x_);
-        const Vector<T> x = round_to<T>(scaled_ ? given * factor_ : given + span.load_from(residual_));
-        if constexpr (Keep) span.store_to(sum_, x);
-        return x;
+        const Vector<T> x = scaled_ ? given * factor_ : given + span.load_from(residual_);
+        if constexpr (Keep) return span.store_back(sum_, x);
+        else return round_to<T>(x);
       } else if constexpr (std::is_same_v<T, float> && !Norm::kBias) {
         return span.load_wide_from(x_);
       } else {
@@ -84,7 +84,7 @@ class Plain {
   template <class Span>
   RMSNORM_INLINE Vector<T> from(Span span, const Vector<T>& x) const {
     Vector<T> y = normalised_(x);
-    if constexpr (RoundFirst) y = round_to<T>(y);
+    if constexpr (RoundFirst) y = round_own<T>(y);
     if constexpr (!std::is_void_v<Gain>) y = y * span.load_from(gain_);
     if constexpr (!std::is_void_v<Gain> && Norm::kBias) y = y + span.load_from(bias_);
     if constexpr (kRoundsOutput<T, Gain, Out>) y = round_own<T>(y);

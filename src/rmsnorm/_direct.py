@@ -16,7 +16,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.virtualized import V
 
-from . import _around, _called
+from . import _around, _called, _objects
 
 _SUMS = frozenset({"add_rms_norm", "sandwich_rms_norm", "add_rms_norm_cast", "scale_rms_norm"})
 """Return the sum that they normalise, too."""
@@ -51,7 +51,7 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
     kind = node.op_overload._schema.name.partition("::")[2].removesuffix("_forward")
     if kind in _called.HEADS.kinds:
         return _write_heads(node, writeline)
-    if kind not in _ENTRIES or node.kwargs:
+    if kind not in _ENTRIES:
         return False
     entry, given, outputs = _ENTRIES[kind], _arguments(node), node.outputs
     x, dims = given["input"], given["dims"]
@@ -94,8 +94,7 @@ def _write_kernel(node: Any, writeline: Callable[[str], None]) -> bool:
         strides = {label: [0, 0, *_strides(tensors[label])][-4:-1] for label in ("grad", *_ANGLES)}
         more, before, fields = _around.turned(dtype, heads, tokens, int(values["columns"]), strides)
         preamble, known = preamble + more, known | fields
-    read = {label: one.codegen_reference() for label, one in tensors.items()}
-    _call(node, writeline, preamble, before + entry.statement(known), read, results, wanted, variables)
+    _call(node, writeline, preamble, before + entry.statement(known), tensors, results, wanted, variables)
     return True
 
 
@@ -106,7 +105,7 @@ def _write_heads(node: Any, writeline: Callable[[str], None]) -> bool:
     tensors = {label: given[label] for label in labels if given[label] is not None}
     x = given["query"]
     same = all(one.get_dtype() is x.get_dtype() for one in tensors.values())
-    if node.kwargs or not same or len(x.get_size()) != 4 or not all(map(_is_known, tensors.values())):
+    if not same or len(x.get_size()) != 4 or not all(map(_is_known, tensors.values())):
         return False
     results = dict(zip(("query_output", "key_output", "query_rstd", "key_rstd"), node.outputs, strict=False))
     plain: dict[str, Any] = {label: given[label] for label in ("eps", "offset", "round_first", "interleaved")}
@@ -126,8 +125,7 @@ def _write_heads(node: Any, writeline: Callable[[str], None]) -> bool:
         if f"{name}_rstd" in results:
             values["rstd"] = f"{name}_rstd"
         statements.append(_called.HEADS.statement(values))
-    read = {label: one.codegen_reference() for label, one in tensors.items()}
-    _call(node, writeline, _called.HEADS.preamble, "\n  ".join(statements), read, results, list(results), {})
+    _call(node, writeline, _called.HEADS.preamble, "\n  ".join(statements), tensors, results, list(results), {})
     return True
 
 
@@ -167,33 +165,54 @@ def _call(
     writeline: Callable[[str], None],
     preamble: str,
     statement: str,
-    read: dict[str, str],
+    read: dict[str, Any],
     results: dict[str, Any],
     wanted: list[str],
     numbers: dict[str, Any],
 ) -> None:
-    """Allocates, and calls a kernel that is compiled once for all calls alike."""
+    """Calls a kernel that is compiled once for all calls alike. Of known sizes, it looks at what it is given, and makes
+    room, by itself; else Inductor's wrapper does."""
+    wrapper, removed = V.graph.wrapper_code, V.graph.removed_buffers
+    for one in results.values():
+        one.codegen = _nothing  # Inductor's is to take it from a tuple, and to check it
+    # Of the others nobody writes any, and nobody reads it.
+    made = {label: one for label, one in results.items() if label in wanted or one.get_name() not in removed}
+    names = {label: one.get_name() for label, one in made.items()}
+    references = [one.codegen_reference() for one in read.values()]
+    layouts = {label: one.get_layout() for label, one in (read | made).items()}
+    shapes = {label: ([*layout.size], [*layout.stride]) for label, layout in layouts.items()}
+    if _objects.serves(shapes.values()):
+        if not wrapper.header.contains(_objects.IMPORT):
+            wrapper.header.writeline(_objects.IMPORT)
+        tuples = {label: [*map(wrapper.codegen_python_shape_tuple, shapes[label])] for label in made}
+        rooms = (f"({', '.join(tuples[label])}, {layouts[label].dtype})" for label in made)
+        code = _objects.code(preamble, statement, {label: shapes[label] for label in read}, [*made])
+        kernel = _defined(f"{_objects.COMPILED}(async_compile, {1 + len(read)}, r'''{code}''')")
+        room = _defined(f"(empty_strided_cpu, {', '.join(rooms)})")
+        wrapper.lines[:] = [line for line in wrapper.lines if not _objects.asks(line, references)]
+        writeline(f"{', '.join(names.values())} = {kernel}({', '.join([room, *references])})")
+    else:
+        types = dict.fromkeys(read, "const void*") | dict.fromkeys(wanted, "void*") | dict.fromkeys(numbers, "int64_t")
+        parameters = ", ".join(f"{type} {label}" for label, type in types.items())
+        code = f'{preamble}\nextern "C" void kernel({parameters}) {{\n  {statement}\n}}\n'
+        kernel = _defined(f"async_compile.cpp_pybinding({[*types.values()]!r}, r'''{code}''')")
+        for label, name in names.items():
+            shape, stride = (tuple(values) for values in shapes[label])
+            writeline(wrapper.make_allocation(name, torch.device("cpu"), layouts[label].dtype, shape, stride))
+        sizes = [wrapper.codegen_sizevar(value) for value in numbers.values()]
+        writeline(f"{kernel}({', '.join([*references, *(names[label] for label in wanted), *sizes])})")
+    for name in {*names.values()} & removed:
+        writeline(f"del {name}")
+    writeline(f"{node.get_name()} = None")  # Inductor deletes it, once its results have been taken from it
+
+
+def _defined(text: str) -> str:
+    """The name of that value, which is made when the wrapper is loaded."""
     wrapper = V.graph.wrapper_code
-    types = dict.fromkeys(read, "const void*") | dict.fromkeys(wanted, "void*") | dict.fromkeys(numbers, "int64_t")
-    parameters = ", ".join(f"{type} {label}" for label, type in types.items())
-    code = f'{preamble}\nextern "C" void kernel({parameters}) {{\n  {statement}\n}}\n'
-    text = f"async_compile.cpp_pybinding({[*types.values()]!r}, r'''{code}''')"
     if (name := wrapper.src_to_kernel.get(text)) is None:
         name = wrapper.src_to_kernel[text] = f"rmsnorm_{wrapper.next_kernel_suffix()}"
         wrapper.define_kernel(name, text, gpu=False)
-    removed = V.graph.removed_buffers
-    for label, one in results.items():
-        one.codegen = _nothing  # Inductor's is to take it from a tuple, and to check it
-        if label not in wanted and one.get_name() in removed:
-            continue  # nobody writes it, nobody reads it
-        shape, stride = tuple(one.get_size()), tuple(one.get_stride())
-        writeline(wrapper.make_allocation(one.get_name(), torch.device("cpu"), one.get_dtype(), shape, stride))
-    unread = [results[label].get_name() for label in wanted if results[label].get_name() in removed]
-    sizes = [wrapper.codegen_sizevar(value) for value in numbers.values()]
-    writeline(f"{name}({', '.join([*read.values(), *(results[label].get_name() for label in wanted), *sizes])})")
-    for nobody in unread:
-        writeline(f"del {nobody}")
-    writeline(f"{node.get_name()} = None")  # Inductor deletes it, once its results have been taken from it
+    return str(name)
 
 
 def _nothing(_: Any) -> None:
@@ -203,9 +222,9 @@ def _nothing(_: Any) -> None:
 def _arguments(node: Any) -> dict[str, Any]:
     """By their names, with the defaults of those that weren't given."""
     schema = node.op_overload._schema.arguments
-    given, _ = node.unflatten_args(node.inputs, node.constant_args)
-    values = [*given, *(argument.default_value for argument in schema[len(given) :])]
-    return {argument.name: value for argument, value in zip(schema, values, strict=True)}
+    given, named = node.unflatten_args(node.inputs, node.constant_args)
+    values = {argument.name: argument.default_value for argument in schema}
+    return values | dict(zip(values, given)) | named | node.kwargs  # noqa: B905 - the rest are defaults
 
 
 def _product(sizes: Any) -> Any:

@@ -64,7 +64,7 @@ class Neighbours(CustomGraphPass):
     def uuid(self) -> bytes:
         written = [
             str(Path(__file__).with_name(f"{name}.py"))
-            for name in ("_around", "_called", "_direct", "_followed", "_template")
+            for name in ("_around", "_called", "_direct", "_followed", "_objects", "_template")
         ]
         rewritten = (one.__file__ for one in (_gradients, _nodes, _turned, _turned_back))
         return get_hash_for_files((__file__, *rewritten, *written), str(_called.ready()))
