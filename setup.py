@@ -60,13 +60,14 @@ NOT_CLANGS |= {"-fno-split-loops", "-fno-ivopts", GARBAGE}
 EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]  # no CPU has the first without the other
 # The baseline is the portable one, for CPUs before 2013: -Os, as -O1 makes 1.3 times the code for 0.9 to 1.2 of the
 # speed (backward; 1.3 in fp64), and -O3 four times. AArch64's is no emulation, and less than -O2 would leave sums in
 # memory: 79 instructions for the squares of 32 columns of fp32, not 43.
 BASELINE = {"baseline": ["-fno-tree-pta"] if MACHINE in ("aarch64", "arm64") else ["-Os", "-fno-tree-pta"]}
 TARGETS = BASELINE
 if MACHINE == "x86_64":  # the longest to compile first, or one core waits for another at the end
-    TARGETS = {"avx2": [*AVX2, "-fno-tree-pta"], "avx512": AVX512, **BASELINE, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    TARGETS = {"avx2": [*AVX2, "-fno-tree-pta"], "avx512": AVX512, **BASELINE, "avx512bf16": AVX512BF16}
 # Rows of fp64 are units of their own, lent to their target. AVX2's are smaller by a fifth so, for 1.00 to 1.08 of the
 # time (backward with a gate 1.2); AVX-512's would be larger.
 FP64 = {"avx2": ["-O2", "-fpeel-loops"]}

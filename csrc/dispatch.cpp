@@ -81,7 +81,8 @@ const Target* const* available_targets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const Target* wide = !avx512 ? nullptr : __builtin_cpu_supports("avx512bf16") ? &target_avx512bf16 : &target_avx512;
+    const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const Target* wide = !avx512 ? nullptr : bf16 ? &target_avx512bf16 : &target_avx512;
     const char* named = std::getenv("RMSNORM_CPU_TARGET");  // then nobody asks which is faster
     if (wide && !(named && *named)) {
       static Mixed found(*wide);

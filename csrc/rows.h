@@ -95,7 +95,7 @@ inline int64_t scratch_bytes(const Forward& f) {
   if (f.turn == Turn::norm) return block_rows(f.input, f.columns) * f.columns * size_of(f.input);
   if (!f.gate_first && !f.twice) return 0;
   const int64_t each = f.gate_first ? (size_of(f.input) == 2 ? 4 : 8) : size_of(f.input);
-  return block_rows(f.input, f.columns) * padded(f.columns) * each;
+  return std::max<int64_t>(f.twice ? 2 : 1, block_rows(f.input, f.columns)) * padded(f.columns) * each;
 }
 
 // What is kept of each row: one value each, or null.

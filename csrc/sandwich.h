@@ -149,7 +149,7 @@ class Sandwich {
         sum_row<First, false>(load, rows, r, found, r - begin, block, f.columns, 0);
       } else {
         First::rescue_to(to, f, rows, r, rows.first_gain[r], f.first_eps, row);
-        found.set(r - begin, sum_of(to, f.columns));
+        found.set(r - begin, squares_of(to, f.columns));
       }
       if (rows.first_rstd) ((Scalar<T>*)rows.first_rstd)[r] = row.kept;
     }
@@ -183,6 +183,13 @@ class Sandwich {
     set_row(row, scaled);
   }
 
+  __attribute__((noinline, cold)) static typename Norm::Sums squares_of(const T* row, int64_t columns) {
+    typename Norm::Sums sum;
+    sum_columns<T>(sum, columns,
+                   [&](auto span, int u) __attribute__((always_inline)) { sum.add_square(u, span.load_from(row)); });
+    return sum;
+  }
+
   __attribute__((noinline, cold)) static void keep_sum(const Forward& f, const ForwardRows& rows, int64_t r,
                                                        int64_t in_block) {
     __builtin_memcpy(rows.sum[r], scratch_of(f, rows, in_block), f.columns * sizeof(T));
@@ -196,12 +203,6 @@ class Sandwich {
   RMSNORM_INLINE auto from(Span span, const Vector<T>& x) const {
     return rounded<T>(span, round_if<T>(round_first_, normalised_(x)) * gain_(span));
   }
-  __attribute__((noinline, cold)) static typename Norm::Sums sum_of(const T* row, int64_t columns) {
-    typename Norm::Sums sum;
-    sum_columns<T>(sum, columns,
-                   [&](auto span, int u) __attribute__((always_inline)) { sum.add_square(u, span.load_from(row)); });
-    return sum;
-  }
 
   const T* scratch_;
   T* sum_;
@@ -210,9 +211,22 @@ class Sandwich {
   typename Norm::Normaliser normalised_;
 };
 
+// Of few rows, which stay in the caches: nothing is asked for, nothing goes past them.
+template <class Form>
+void forward_few(const Forward& f, const ForwardRows& rows) {
+  forward_batch<Form, false>(f, rows, false, false);
+}
+
+template <class T>
+void sandwich_forward(const Forward& f, const ForwardRows& rows);
 template <class T, class Gain>
 ForwardKernel sandwich_with(const Forward& f) {
-  return f.twice ? &forward<Sandwich<T, Gain>> : &forward<NormAdd<T, Gain>>;
+  if (!f.twice) return &forward<NormAdd<T, Gain>>;
+  if constexpr (sizeof(T) == 2 && std::is_same_v<Gain, T>) return &forward_few<Sandwich<T, Gain>>;
+#if defined(RMSNORM_AVX512BF16)
+  if constexpr (std::is_same_v<T, bf16> && !std::is_same_v<Gain, T>) return &sandwich_forward<T>;
+#endif
+  return &forward<Sandwich<T, Gain>>;
 }
 template <class T>
 ForwardKernel sandwich_of(const Forward& f) {

@@ -98,6 +98,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "sandwich_pairs.h"
 
+#include "sandwich_rows.h"
+
 #include "modulated_backward.h"
 
 #if defined(RMSNORM_TARGET)

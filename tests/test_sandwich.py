@@ -208,7 +208,7 @@ def test_large_tensors(native_target, everything_is_large, dtype):
     everything_is_large()
     for columns in (96, 576, 4096, 1027):
         for layout in ("contiguous", "misaligned"):
-            tensors = (*(lay_out(t, layout) for t in pair(70, columns, dtype)), *weight_pairs(columns, dtype)[1])
+            tensors = (*(lay_out(t, layout) for t in pair(71, columns, dtype)), *weight_pairs(columns, dtype)[1])
             tensors[0][5] *= 1e30  # one row through the rescue, one more of the sum
             tensors[1][9] *= 1e30
             for got, wanted in zip(both(*tensors), steps(*tensors), strict=True):
@@ -220,6 +220,19 @@ def test_large_tensors(native_target, everything_is_large, dtype):
                     known = [t for t in (got, other) if t is not None]  # of a norm that nobody used, nothing or zeros
                     same = same_bits(*known) if len(known) == 2 else not any(t.any() for t in known)
                     assert same, (columns, layout, used, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_a_pair_is_not_safe(native_target, dtype):
+    """Of long rows, which a kernel may take two together: the first, the second, and the last of an odd number."""
+    for rows, r, k in product((8, 9), (2, 3, -1), (0, 1)):
+        tensors = (*pair(rows, 2050, dtype), *weight_pairs(2050, dtype)[1])
+        tensors[k][r] *= 1e30
+        for mode in MODES:
+            for got, wanted in zip(*(f(*tensors, casting_mode=mode) for f in (both, steps)), strict=True):
+                assert same_bits(got, wanted)
+            for got, wanted in zip(*(gradients(f, tensors, casting_mode=mode) for f in (both, chained)), strict=True):
+                assert same_bits(got, wanted)
 
 
 def test_several_threads(native_target, threads):
