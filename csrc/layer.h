@@ -46,10 +46,19 @@ struct Moments<float> {
     total_first = total_first + a;
     total_second = total_second + a * b;
   }
-  RMSNORM_INLINE void add(int, const F& a, const F& b) { add(widen(a), widen(b)); }
+  RMSNORM_INLINE void add(int, const F& a, const F& b) {
+    const D first = widen(a);
+    total_first = total_first + first;
+    total_second = add_exact_product(first, widen(b), total_second);
+  }
   template <class Span>
-  RMSNORM_INLINE void add_deviation(int, const F& x, const F& shift, Span span) {
-    const D d = span.present(widen(x) - widen(shift));
+  RMSNORM_INLINE void add_deviation(int u, const F& x, const F& shift, Span span) {
+    add_deviation(u, widen(x), shift, span);
+  }
+  template <class Span>
+  RMSNORM_INLINE void add_deviation(int, const D& x, const F& shift, Span span) {
+    // A difference as a multiply-add: of a Zen 5's units those that add are the busier ones (16x4096 0.93 of the time).
+    const D d = span.present(add_exact_product(x, splat<double>(1.0), splat<double>(-0.0) - widen(shift)));
     add(d, d);
   }
   RMSNORM_INLINE void end_block() {}
@@ -120,8 +129,8 @@ struct Layer {
 
   struct Shift {
     Vector<T> shift;
-    template <class Span>
-    RMSNORM_INLINE void add(Sums& sums, int u, const Vector<T>& x, Span span) const {
+    template <class V, class Span>
+    RMSNORM_INLINE void add(Sums& sums, int u, const V& x, Span span) const {
       sums.add_deviation(u, x, shift, span);
     }
   };

@@ -8,6 +8,9 @@
 // for who has nothing else, and would be 200 KB more.
 #pragma once
 
+// Bytes ahead, at which what is read is asked for into L1: 512x4096 fp32 takes 0.9 of the time, 4096x4096 0.7.
+constexpr int64_t kSoon = 1536;
+
 // Stores the gradient of a row's own modulation, in the modulation's type.
 template <class T, class Span>
 RMSNORM_INLINE void store_modulation(Type type, void* row, const Vector<T>& x, Span span) {
@@ -21,45 +24,45 @@ RMSNORM_INLINE void modulated_rows(const Backward& b, const BackwardRows& rows, 
   using T = typename Norm::Element;
   using V = Vector<T>;
   const void* scale = rows.gate[first];
+  // Not looked up in the loop, where any store might have changed them: 0.9 of the time in L2.
+  const T *x[Rows], *grad[Rows], *grad_sum[Rows];
+  T* grad_input[Rows];
+  for (int k = 0; k < Rows; ++k) {
+    x[k] = (const T*)rows.input[first + k], grad[k] = (const T*)rows.grad[first + k];
+    grad_sum[k] = (const T*)rows.grad_sum[first + k], grad_input[k] = (T*)rows.grad_input[first + k];
+  }
+  const bool need_input = b.need_input, need_weight = b.need_weight, add = b.add, ask = rows.ask && add;
+  const bool stream = rows.stream;
   const auto gain_of = [&](auto span) __attribute__((always_inline)) {
     return modulation_of<T>(b.modulation, scale, span) + splat<T>(1);
   };
   Norm norm[Rows];
   for (int k = 0; k < Rows; ++k) {
     norm[k].set_row(rows, first + k);
-    if (!b.need_input) continue;
-    const T *x = (const T*)rows.input[first + k], *grad = (const T*)rows.grad[first + k];
+    if (!need_input) continue;
     typename Norm::Sums sum;
-    const void* soon = rows.ask && b.add ? rows.grad_sum[first + k] : grad;
     sum_columns<T>(sum, b.columns, [&](auto span, int u) __attribute__((always_inline)) {
-      prefetch_part<T, 2>((const char*)soon, span);
-      sum.add(u, span.load_from(grad) * gain_of(span), norm[k].normalised(span.load_from(x)));
+      prefetch_part<T, 3>((const char*)x[k] + kSoon, span), prefetch_part<T, 3>((const char*)grad[k] + kSoon, span);
+      if (ask) prefetch_part<T, 2>((const char*)grad_sum[k], span);
+      sum.add(u, span.load_from(grad[k]) * gain_of(span), norm[k].normalised(span.load_from(x[k])));
     });
     norm[k].set_means(value_of(sum), (double)b.columns);
   }
   auto* dscale = (Scalar<T>*)rows.grad_weight[first];
   auto* dshift = dscale + padded(b.columns);
-  const int64_t ahead = rows.count;
   for_columns<T>(b.columns, rows.back, [&](auto span) __attribute__((always_inline)) {
-    if (is_whole<decltype(span)> && rows.ask)
-      for (int k = 0; k < Rows; ++k) {
-        const int64_t r = first + k;
-        prefetch_part<T, 2>((const char*)rows.input[r] + rows.next[0] * ahead + 4096, span);
-        prefetch_part<T, 2>((const char*)rows.grad[r] + rows.next[1] * ahead + 4096, span);
-      }
     V gain, ds[Rows], dy[Rows], product[Rows];
-    if (b.need_input) gain = gain_of(span);
+    if (need_input) gain = gain_of(span);
     for (int k = 0; k < Rows; ++k) {
-      const int64_t r = first + k;
-      dy[k] = span.load_from((const T*)rows.grad[r]);
-      const V normalised = norm[k].normalised(span.load_from((const T*)rows.input[r]));
+      dy[k] = span.load_from(grad[k]);
+      const V normalised = norm[k].normalised(span.load_from(x[k]));
       product[k] = dy[k] * normalised;
-      if (b.need_input) {
+      if (need_input) {
         ds[k] = norm[k].dx(dy[k] * gain, normalised);
-        if (b.add) ds[k] = ds[k] + span.load_from((const T*)rows.grad_sum[r]);
+        if (add) ds[k] = ds[k] + span.load_from(grad_sum[k]);
       }
     }
-    if (b.need_weight) {
+    if (need_weight) {
       V scales = span.load_raw(dscale), shifts = span.load_raw(dshift);
       for (int k = 0; k < Rows; ++k) scales = scales + product[k], shifts = shifts + dy[k];
       span.store_raw(dscale, scales), span.store_raw(dshift, shifts);
@@ -67,7 +70,7 @@ RMSNORM_INLINE void modulated_rows(const Backward& b, const BackwardRows& rows, 
       if (rows.grad_gate[first]) store_modulation<T>(b.modulation, rows.grad_gate[first], product[0], span);
       if (rows.gain[first]) store_modulation<T>(b.modulation, rows.gain[first], dy[0], span);
     }
-    for (int k = 0; b.need_input && k < Rows; ++k) span.store_to((T*)rows.grad_input[first + k], ds[k]);
+    for (int k = 0; need_input && k < Rows; ++k) store_or_stream<T>(stream, grad_input[k], ds[k], span);
   });
 }
 
@@ -105,24 +108,26 @@ void modulated_backward(const Backward& b, const BackwardRows& rows) {
 // Of the add: the gradient that arrived at the sum is rows.grad, and may be stored once more, to rows.gain.
 template <class T>
 void add_gated_backward(const Backward& b, const BackwardRows& rows) {
+  const bool need_input = b.need_input, need_weight = b.need_weight;
+  const Type modulation = b.modulation;
   for (int64_t r = 0; r < rows.count; ++r) {
+    const T *grad = (const T*)rows.grad[r], *x = (const T*)rows.input[r];
     const void* gate = rows.gate[r];
     auto* dgate = (Scalar<T>*)rows.grad_weight[r];
-    const bool stream = rows.stream && (!b.need_input || can_stream(rows.grad_input[r])) && can_stream(rows.gain[r]);
-    const char* next = (const char*)rows.input[r] + rows.next[0] * rows.count + 4096;
+    void *grad_input = rows.grad_input[r], *own = rows.grad_gate[r], *copy = rows.gain[r];
+    const bool stream = rows.stream && (!need_input || can_stream(grad_input)) && can_stream(copy);
     for_columns<T>(b.columns, [&](auto span) __attribute__((always_inline)) {
-      const Vector<T> ds = span.load_from((const T*)rows.grad[r]);
+      const Vector<T> ds = span.load_from(grad);
       Vector<T> product = {};
-      if (is_whole<decltype(span)> && rows.ask) prefetch_part<T, 2>(next, span);
-      if (b.need_weight || rows.grad_gate[r]) product = ds * span.load_from((const T*)rows.input[r]);
-      if (b.need_weight) span.store_raw(dgate, span.load_raw(dgate) + product);
-      else if (rows.grad_gate[r]) store_modulation<T>(b.modulation, rows.grad_gate[r], product, span);
-      if (b.need_input)
-        store_or_stream<T>(stream, rows.grad_input[r], gate ? ds * modulation_of<T>(b.modulation, gate, span) : ds,
-                           span);
-      if (is_whole<Full<T>> && rows.gain[r]) store_or_stream<T>(stream, rows.gain[r], ds, span);
+      prefetch_part<T, 3>((const char*)x + kSoon, span);
+      if (need_weight || own) product = ds * span.load_from(x);
+      if (need_weight) span.store_raw(dgate, span.load_raw(dgate) + product);
+      else if (own) store_modulation<T>(modulation, own, product, span);
+      if (need_input)
+        store_or_stream<T>(stream, grad_input, gate ? ds * modulation_of<T>(modulation, gate, span) : ds, span);
+      if (is_whole<Full<T>> && copy) store_or_stream<T>(stream, copy, ds, span);
     });
-    if (!is_whole<Full<T>> && rows.gain[r]) __builtin_memcpy(rows.gain[r], rows.grad[r], b.columns * sizeof(T));
+    if (!is_whole<Full<T>> && copy) __builtin_memcpy(copy, grad, b.columns * sizeof(T));
   }
 }
 
