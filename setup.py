@@ -50,7 +50,7 @@ KERNEL_FLAGS += ["-fno-exceptions", "-fno-asynchronous-unwind-tables"]
 NOT_CLANGS = {"-fno-gcse", "-fno-unswitch-loops", "-fno-tree-pta", "-Wno-maybe-uninitialized"}
 NOT_CLANGS |= {"-fno-tree-ccp", "-fno-tree-vrp", "-fno-align-jumps", "-fpeel-loops"}
 # What stands between Python and the norm that everybody calls: for speed. The other operators are compiled for size.
-EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops")
+EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops", "straight_ops")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # The baseline is the portable one, for CPUs before 2013: -Os, as -O1 makes 1.3 times the code for 0.9 to 1.2 of the

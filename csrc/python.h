@@ -59,10 +59,21 @@ struct Python {
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.
   Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
-  Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
-  Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
+  Object profiler, is_profiling, forward_ad, level;                // modules, and names in them
+  Object to_save, materialize_grads, eps, requires_grad, version;  // names of attributes
+  Object (*show)(const void*);  // the object of a tensor in C++, of at::Tensor's address; or null, as may be the next
+  intptr_t place;               // of that in an object, in bytes
 };
 inline Python python;
+
+// CPython's PyMethodDef, whose layout is of the stable ABI.
+struct Method {
+  const char* name;
+  Object (*function)(Object, Object const*, intptr_t);
+  int flags;
+  const char* doc;
+};
+constexpr int kFastCall = 0x80;  // METH_FASTCALL
 
 // What holds a new reference until it is handed on.
 struct Owned {

@@ -38,11 +38,25 @@ def _made() -> tuple[_Call, ...]:
         pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
         make.argtypes, make.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
         functions = [ctypes.cast(getattr(api, name), ctypes.c_void_p).value for name in _FUNCTIONS.split()]
-        method = _native.handed(pointer(table, b"dlpack_exchange_api"), [*functions, *map(id, _OBJECTS)])
+        given = [*functions, *map(id, _OBJECTS), _show(), _place()]
+        method = _native.handed(pointer(table, b"dlpack_exchange_api"), given)
     except (AttributeError, ValueError):
         return ()
     size = 4 * ctypes.sizeof(ctypes.c_void_p)  # of PyMethodDef
     return (make(method, recorder, None), make(method + size, None, None)) if method else ()
+
+
+def _show() -> int:
+    """The address of C++'s function that makes an object of an ``at::Tensor``, or 0."""
+    show = getattr(ctypes.CDLL(torch._C.__file__), "_Z16THPVariable_WrapRKN2at10TensorBaseE", None)
+    return ctypes.cast(show, ctypes.c_void_p).value or 0 if show else 0
+
+
+def _place() -> int:
+    """Where in an object its ``at::Tensor`` lies, which holds the address that ``_cdata`` says; or 0."""
+    tensor, word = torch.empty(0), ctypes.sizeof(ctypes.c_size_t)
+    words = [*(ctypes.c_size_t * (Tensor.__basicsize__ // word)).from_address(id(tensor))]
+    return words.index(tensor._cdata) * word if tensor._cdata in words else 0
 
 
 def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -63,7 +77,7 @@ _OBJECTS = (
     *(torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
     *(torch._C.TensorBase.is_inference, torch.is_inference_mode_enabled),
     *(profiler, "_is_profiler_enabled", forward_ad, "_current_level"),
-    *("to_save", "materialize_grads", "eps", "requires_grad"),
+    *("to_save", "materialize_grads", "eps", "requires_grad", "_version"),
 )
 _functions = _made()
 norm: _Call = _functions[0] if _functions else lambda *given: None
@@ -73,3 +87,19 @@ it is given, but must not be called while dynamo traces. With ``out`` beside a r
 place, and the shape is the weight's, or the last size. The next weight is LayerNorm's bias."""
 few = _functions[1:]
 """The forward of what ``recorder`` has, ``(context, input, weight)``."""
+# As csrc/straight_ops.cpp has them; the names of what a kernel needs from elsewhere.
+_LETTERS = {"Tensor": "T", "Tensor?": "t", "Tensor(a!)": "w", "Tensor(b!)": "w", "int": "i", "float": "f"}
+_LETTERS |= {"bool": "b", "ScalarType?": "y", "dims": "d", "eps": "e"}
+
+
+def straight(name: str, schema: str, **letters: str) -> _Call | None:
+    """What calls an operator's kernel, ``(normalized_shape, *arguments but for dims)``: the results, or None, where the
+    operator is to be asked. None where there is no such kernel. As ``norm``, it must not be called while dynamo traces.
+
+    ``letters`` are those of arguments, by their names, that the schema doesn't tell.
+    """
+    given, _, returned = schema.partition(" -> ")
+    kinds = [argument.partition("=")[0].split() for argument in given[1:-1].split(", ")]
+    takes = "".join(letters.get(label) or _LETTERS.get(label) or _LETTERS.get(kind, "?") for kind, label in kinds)
+    made = _native.straight(name, takes, returned.count("Tensor")) if _functions else None
+    return ctypes.pythonapi.PyCFunction_NewEx(*made, None) if made else None

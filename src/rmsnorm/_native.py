@@ -70,6 +70,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cache_bytes": (_INT, ctypes.c_int),
     "contract": (None, _TEXT, _INT),
     "handed": (_POINTER, _POINTER, ctypes.POINTER(_POINTER), _INT),
+    "straight": (_POINTER, _TEXT, _TEXT, _INT, ctypes.POINTER(_POINTER)),
     "gpu_open": (None, ctypes.POINTER(_POINTER)),
     "gpu_loader": (None, _LOADER),
     "gpu_tiles": (None, ctypes.POINTER(_INT), _INT),
@@ -159,6 +160,13 @@ def fill_slot(on: bool) -> str | None:
 def handed(table: int, rest: Sequence[int | None]) -> int | None:
     """The address of what makes a function of Python's (csrc/handed_ops.cpp), or None."""
     return _library.rmsnorm_handed(table, (ctypes.c_void_p * len(rest))(*rest), len(rest)) if _library else None
+
+
+def straight(name: str, takes: str, results: int) -> tuple[int, int] | None:
+    """The address of what makes such a function of a kernel (csrc/straight_ops.cpp), and its first argument."""
+    self = ctypes.c_void_p()
+    made = _library.rmsnorm_straight(name.encode(), takes.encode(), results, ctypes.byref(self)) if _library else None
+    return (made, self.value or 0) if made else None
 
 
 @contextmanager
