@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "asked.h"
+#include "tensors.h"
 
 namespace rmsnorm {
 namespace {
@@ -147,15 +148,17 @@ struct Straight {
     return true;
   }
 
-  // What the kernel returns: a tensor, several, or True if it writes to what it is given.
+  // What the kernel returns: a tensor, several (None for none), or True if it writes to what it is given.
   Object results() {
     if (!is_stacked()) return nothing();
+    for_objects = true;
     try {
       const Released lock(elements() > kSmall);
       row.kernel(stack.data(), values, row.results);
     } catch (...) {  // nothing may be thrown into Python; the operator will meet the same, and say so
-      return nothing();
+      return for_objects = false, nothing();
     }
+    for_objects = false;
     if (row.results == 0) return tell(tensor[0].object, tensor[1].object) ? new_reference(python.yes) : nullptr;
     Owned all(row.results == 1 ? nullptr : python.tuple(row.results));
     Object one = nullptr;

@@ -8,6 +8,7 @@ holds. In a single call, as each question from Python is one of its own.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,14 +93,14 @@ _LETTERS = {"Tensor": "T", "Tensor?": "t", "Tensor(a!)": "w", "Tensor(b!)": "w",
 _LETTERS |= {"bool": "b", "ScalarType?": "y", "dims": "d", "eps": "e"}
 
 
-def straight(name: str, schema: str, **letters: str) -> _Call | None:
+def straight(name: str, schema: str, **letters: str) -> _Call:
     """What calls an operator's kernel, ``(normalized_shape, *arguments but for dims)``: the results, or None, where the
-    operator is to be asked. None where there is no such kernel. As ``norm``, it must not be called while dynamo traces.
+    operator is to be asked. As ``norm``, it raises nothing, and must not be called while dynamo traces.
 
     ``letters`` are those of arguments, by their names, that the schema doesn't tell.
     """
     given, _, returned = schema.partition(" -> ")
-    kinds = [argument.partition("=")[0].split() for argument in given[1:-1].split(", ")]
+    kinds = re.findall(r"([^ ,]+) (\w+)", given[1:-1])
     takes = "".join(letters.get(label) or _LETTERS.get(label) or _LETTERS.get(kind, "?") for kind, label in kinds)
     made = _native.straight(name, takes, returned.count("Tensor")) if _functions else None
-    return ctypes.pythonapi.PyCFunction_NewEx(*made, None) if made else None
+    return ctypes.pythonapi.PyCFunction_NewEx(*made, None) if made else lambda *given: None

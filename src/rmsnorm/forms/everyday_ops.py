@@ -45,11 +45,9 @@ for _name, _schema in _SCHEMAS.items():
     _form.library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _form.library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
-
-def _ways(name: str) -> tuple[Any, Any]:
-    """What calls it, and what calls its kernel past the dispatcher. OpOverload.__call__ adds 0.5 µs to what it calls."""
-    return getattr(_ops, name).default._op, _handed.straight(name, _SCHEMAS[name], weight="W")
-
-
-rms_norm, add_rms_norm = _ways("general_rms_norm_weighted"), _ways("general_add_rms_norm_weighted")
+# OpOverload.__call__ adds 0.5 µs to what it calls.
+rms_norm: Any = _ops.general_rms_norm_weighted.default._op
+add_rms_norm: Any = _ops.general_add_rms_norm_weighted.default._op
 add_rms_norm_: Any = _ops.add_rms_norm_weighted_.default._op
+# The kernels of the first two, past the dispatcher.
+straight, add_straight = (_handed.straight(_name, _SCHEMAS[_name], weight="W") for _name in [*_SCHEMAS][:2])

@@ -70,12 +70,14 @@ def gated_rms_norm(
 
     Source: Dao & Gu 2024, arXiv 2405.21060 (the norm of Mamba-2); Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    if group_size is None and type(activation) is str:
-        more = norm_before_gate, ACTIVATIONS.get(activation)
-        tensors = input, gate, weight
-        output = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
-        if output is not None:
-            return output
+    try:
+        if group_size is None:
+            tensors, more = (input, gate, weight), (norm_before_gate, ACTIVATIONS[activation])
+            output = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
+            if output is not None:
+                return output
+    except (KeyError, TypeError):
+        pass
     if has_torch_function_variadic(input, gate, weight) and _arguments.are_objects(input, gate, weight):
         given = _arguments.given(activation=(activation, "silu"), norm_before_gate=(norm_before_gate, True))
         given |= _arguments.given(group_size=(group_size, None), offset=(offset, 0.0))

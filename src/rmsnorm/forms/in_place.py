@@ -61,7 +61,7 @@ def add_rms_norm_(
             and _as_objects(1, None, eps, offset, round_first, input, None, None, input, residual, weight)
         ):
             return input, residual
-        if _straight is not None and not is_compiling():
+        if not is_compiling():
             shape = input.shape[-1:] if weight is None else weight.shape
             if _straight(shape, input, residual, weight, eps, offset, round_first, bool(round_sum)):
                 return input, residual

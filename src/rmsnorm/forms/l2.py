@@ -58,15 +58,15 @@ def l2_norm(
     more = -1, False, True, out_dtype
     tensors = input, weight, None
     try:
-        if _straight is not None and eps >= 0 and not is_dynamo_compiling():
+        if eps >= 0 and not is_dynamo_compiling():
             least = _of(eps, eps_inside)
             found = _straight(normalized_shape, *tensors, least, offset, functional.ROUND_FIRST[casting_mode], *more)
             if found is not None:
                 return found[0]
         if type(input) is Tensor and eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
             options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
-            if (found := calls.everyday(general._served, tensors, options)) is not None:
-                return found[0]
+            if _everyday.ordinary(input, tensors):
+                return general._served.everyday(*tensors, *options)[0]
     except (KeyError, AttributeError, TypeError, RuntimeError):
         pass
     if eps is None:

@@ -82,7 +82,7 @@ def modulated_norm(
     everyday = type(input) is Tensor and not has_torch_function_variadic(input, scale, shift, gate)
     if everyday and weight is None and layer is not None and (residual is not None or gate is None):
         try:
-            if _straight is not None and not is_dynamo_compiling():
+            if not is_dynamo_compiling():
                 given = input, residual, gate, scale, shift, None, eps, offset, ROUND_FIRST[casting_mode], layer
                 found = _straight(normalized_shape, *given)
                 if found is not None:
@@ -153,7 +153,7 @@ def gated_add(
     name, tensors = "gated_add", (input, residual, gate)
     if type(input) is Tensor and not has_torch_function_variadic(input, gate):
         try:
-            if _added_straight is not None and not is_dynamo_compiling():
+            if not is_dynamo_compiling():
                 found = _added_straight(None, input, residual, gate, ROUND_FIRST[casting_mode])
                 if found is not None:
                     return found

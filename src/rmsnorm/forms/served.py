@@ -29,11 +29,10 @@ class Served:
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         self.weight = len(self.form.rows)  # the place of the first: a norm has one
-        # Past the dispatcher: a form has a number there, or its kernel is called as it is, if it isn't another's.
+        # Past the dispatcher; a form that has no number there has its kernel called.
         self.kind = _handed.KINDS.get(self.form.name)
         shared = {label.rstrip("?"): "S" if label.endswith("?") else "s" for label in self.form.shared}
-        schema = made.schemas.get("")
-        self.straight = None if schema is None else _handed.straight(self.form.name, schema, **shared)
+        self.straight = _handed.straight(self.form.name, made.schemas.get("", ""), **shared)
         self.tensors = self.form.tensors  # read here: dynamo doesn't trace the lock of a cached property of Python 3.11
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
