@@ -18,19 +18,28 @@ inline bool is_unwatched(Object tensor) {
          answers(python.is_transformed, python.no) && answers(python.tracer, python.none);
 }
 
-// Whether it shows what its memory holds: it may be a negated view. 65 ns, as the question lets go of Python's lock.
-inline bool shows(Object tensor) { return !is_there(tensor) || answers(python.is_negated, tensor, python.no); }
+// Of a tensor, or None, C++ is asked where it can be: of Python, a question takes 65 ns, in which it lets go of its lock.
 
-// Whether it may be written to: outside inference mode, tensors of that may not. Those have no version to tell, which
-// is asked in half the time of is_inference().
+// Whether it shows what its memory holds: it may be a negated view.
+inline bool shows(Object tensor) {
+  if (!is_there(tensor)) return true;
+  return python.place ? !python.negated(inside(tensor)) : answers(python.is_negated, tensor, python.no);
+}
+
+// Whether it may be written to: outside inference mode, tensors of that may not.
 inline bool may_change(Object tensor) {
-  if (!is_there(tensor) || answers(python.in_inference, python.yes)) return true;
-  const Owned version(python.get(tensor, python.version));
-  return version.object || !failed();
+  if (!is_there(tensor)) return true;
+  const bool plain = python.place ? !python.made_in_inference(inside(tensor))
+                                  : answers(python.is_inference, tensor, python.no);
+  return plain || answers(python.in_inference, python.yes);
 }
 
 // Whether it has gradients to come, if they are recorded.
-inline bool learns(Object tensor) { return is_there(tensor) && !has(tensor, python.requires_grad, python.no); }
+inline bool learns(Object tensor) {
+  if (!is_there(tensor)) return false;
+  return python.place ? python.requires_gradient(*static_cast<void**>(inside(tensor)))
+                      : !has(tensor, python.requires_grad, python.no);
+}
 
 // Tells autograd what was written, as an operator of ours doesn't; false with an error of Python's.
 inline bool tell(Object first, Object second = nullptr) {

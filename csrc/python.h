@@ -59,10 +59,13 @@ struct Python {
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.
   Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
-  Object profiler, is_profiling, forward_ad, level;                // modules, and names in them
-  Object to_save, materialize_grads, eps, requires_grad, version;  // names of attributes
-  Object (*show)(const void*);  // the object of a tensor in C++, of at::Tensor's address; or null, as may be the next
-  intptr_t place;               // of that in an object, in bytes
+  Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
+  Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
+  // Of torch's own in C++, or null, all of them: the object of an at::Tensor, and what is asked of one; and of its
+  // c10::TensorImpl.
+  Object (*show)(const void*);
+  bool (*negated)(const void*), (*made_in_inference)(const void*), (*requires_gradient)(const void*);
+  intptr_t place;  // of the at::Tensor in an object, in bytes
 };
 inline Python python;
 
@@ -74,6 +77,9 @@ struct Method {
   const char* doc;
 };
 constexpr int kFastCall = 0x80;  // METH_FASTCALL
+
+// What is in an object of one of torch's two classes: an at::Tensor, which is the address of a c10::TensorImpl.
+inline void* inside(Object tensor) { return static_cast<char*>(tensor) + python.place; }
 
 // What holds a new reference until it is handed on.
 struct Owned {

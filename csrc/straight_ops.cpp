@@ -118,7 +118,7 @@ struct Straight {
 
   // The tensor that an object holds, for the kernel to take over; null if there is no memory for it.
   AtenTensorHandle handle_of(const Argument& one) const {
-    const auto own = reinterpret_cast<AtenTensorHandle>(static_cast<char*>(one.object) + python.place);
+    const auto own = static_cast<AtenTensorHandle>(inside(one.object));
     AtenTensorHandle handle = nullptr;
     const int missing = x().ndim - one.of.ndim;
     if (!is_shared(one.letter) || missing == 0) return aoti_torch_new_tensor_handle(own, &handle), handle;
@@ -196,7 +196,7 @@ extern "C" __attribute__((visibility("default"))) const void* rmsnorm_straight(c
   using namespace rmsnorm;
   const auto row = std::find_if(known.begin(), known.begin() + count_known,
                                 [&](const Row& one) { return std::strcmp(one.name, name) == 0; });
-  if (row == known.begin() + count_known || !python.show || !python.place) return nullptr;
+  if (row == known.begin() + count_known || !python.place) return nullptr;
   *self = new Row{row->name, row->kernel, strdup(takes), results};  // as long as the function: that of the process
   return &method;
 }

@@ -39,7 +39,7 @@ def _made() -> tuple[_Call, ...]:
         pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
         make.argtypes, make.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
         functions = [ctypes.cast(getattr(api, name), ctypes.c_void_p).value for name in _FUNCTIONS.split()]
-        given = [*functions, *map(id, _OBJECTS), _show(), _place()]
+        given = [*functions, *map(id, _OBJECTS), *_inside()]
         method = _native.handed(pointer(table, b"dlpack_exchange_api"), given)
     except (AttributeError, ValueError):
         return ()
@@ -47,17 +47,15 @@ def _made() -> tuple[_Call, ...]:
     return (make(method, recorder, None), make(method + size, None, None)) if method else ()
 
 
-def _show() -> int:
-    """The address of C++'s function that makes an object of an ``at::Tensor``, or 0."""
-    show = getattr(ctypes.CDLL(torch._C.__file__), "_Z16THPVariable_WrapRKN2at10TensorBaseE", None)
-    return ctypes.cast(show, ctypes.c_void_p).value or 0 if show else 0
-
-
-def _place() -> int:
-    """Where in an object its ``at::Tensor`` lies, which holds the address that ``_cdata`` says; or 0."""
+def _inside() -> list[int | None]:
+    """The addresses of torch's functions in C++, and where in an object its ``at::Tensor`` lies, which holds the address
+    that ``_cdata`` says. Zeros, if one of them isn't there."""
     tensor, word = torch.empty(0), ctypes.sizeof(ctypes.c_size_t)
     words = [*(ctypes.c_size_t * (Tensor.__basicsize__ // word)).from_address(id(tensor))]
-    return words.index(tensor._cdata) * word if tensor._cdata in words else 0
+    library = ctypes.CDLL(torch._C.__file__)  # and what it is linked to
+    found = [ctypes.cast(one, ctypes.c_void_p).value for name in _INSIDE if (one := getattr(library, name, None))]
+    complete = len(found) == len(_INSIDE) and tensor._cdata in words
+    return [*found, words.index(tensor._cdata) * word] if complete else [0] * (len(_INSIDE) + 1)
 
 
 def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -70,6 +68,10 @@ _FUNCTIONS = (
     "PyTuple_Pack PyTuple_New PyLong_FromLongLong PyFloat_FromDouble PyTuple_SetItem PyObject_GetAttr PyObject_SetAttr "
     "PyErr_Occurred PyErr_Clear Py_IncRef Py_DecRef PyEval_SaveThread PyEval_RestoreThread"
 )
+_INSIDE = (
+    *("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_ZN2at6native6is_negERKNS_6TensorE"),
+    *("_ZN2at6native12is_inferenceERKNS_6TensorE", "_ZNK3c1010TensorImpl13requires_gradEv"),
+)
 _OBJECTS = (
     *(None, True, False, int, 0, -1, FEW),
     *(Tensor, torch.nn.Parameter, torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -78,7 +80,7 @@ _OBJECTS = (
     *(torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
     *(torch._C.TensorBase.is_inference, torch.is_inference_mode_enabled),
     *(profiler, "_is_profiler_enabled", forward_ad, "_current_level"),
-    *("to_save", "materialize_grads", "eps", "requires_grad", "_version"),
+    *("to_save", "materialize_grads", "eps", "requires_grad"),
 )
 _functions = _made()
 norm: _Call = _functions[0] if _functions else lambda *given: None
