@@ -11,11 +11,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _eager, _everyday, _handed, _native, _ops, functional, module
-from rmsnorm.forms import gated, gated_ops, general, heads, in_place, lean, modulated, quantised, sandwich
+from rmsnorm.forms import gated, gated_ops, general, heads, in_place, l2, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
 _FORMS += [general._served_add, modulated._added, sandwich._served_add, heads._normed, heads._turned]
 _FORMS += [lean._norm, lean._added]
+# What calls kernels past the dispatcher.
+_STRAIGHT = [(form, "straight") for form in _FORMS] + [(room, "_straight") for room in (general, in_place, l2, modulated)]
+_STRAIGHT += [(general, "_add_straight"), (modulated, "_added_straight")]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",
@@ -76,6 +79,32 @@ def hand_to(monkeypatch):
     return lambda norm: _hand_to(monkeypatch, norm)
 
 
+def _without_straight(monkeypatch):
+    for place, name in _STRAIGHT:
+        monkeypatch.setattr(place, name, lambda *given: None)
+
+
+@pytest.fixture
+def straight(monkeypatch):
+    """What each call of a kernel past the dispatcher came to: whether it served."""
+    served = []
+    for place, name in _STRAIGHT:
+
+        def watched(*given, kernel=getattr(place, name)):
+            results = kernel(*given)
+            served.append(results is not None)
+            return results
+
+        monkeypatch.setattr(place, name, watched)
+    return served
+
+
+@pytest.fixture
+def without_straight(monkeypatch):
+    """A call after which the dispatcher is asked."""
+    return lambda: _without_straight(monkeypatch)
+
+
 @pytest.fixture
 def rstd_is_kept(monkeypatch):
     """Of a row or a few, too."""
@@ -101,6 +130,7 @@ def target(request, restored_target, monkeypatch):
         for asks in (functional, _everyday):
             monkeypatch.setattr(asks, "_native", False)
         _hand_to(monkeypatch, lambda *given: None)
+        _without_straight(monkeypatch)
     else:
         _use(request.param)
     return request.param

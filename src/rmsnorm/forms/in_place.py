@@ -61,10 +61,10 @@ def add_rms_norm_(
             and _as_objects(1, None, eps, offset, round_first, input, None, None, input, residual, weight)
         ):
             return input, residual
-        if not is_compiling():
-            shape = input.shape[-1:] if weight is None else weight.shape
-            if _straight(shape, input, residual, weight, eps, offset, round_first, bool(round_sum)):
-                return input, residual
+        if not is_compiling() and _straight(
+            None, input, residual, weight, eps, offset, round_first, bool(round_sum)
+        ):
+            return input, residual
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
             shape = input.shape[-1:] if weight is None else weight.shape
