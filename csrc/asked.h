@@ -13,12 +13,14 @@ inline bool is_there(Object object) { return object != python.none; }
 
 // Whether nothing of torch's watches: no mode, profiler, tracer or transform. Any tensor of torch's own class will do.
 inline bool is_unwatched(Object tensor) {
-  return has(python.profiler, python.is_profiling, python.no) && has(python.forward_ad, python.level, python.minus_one) &&
-         answers(python.is_overridden, tensor, python.no) && answers(python.modes, python.zero) &&
-         answers(python.is_transformed, python.no) && answers(python.tracer, python.none);
+  return has(python.profiler, python.is_profiling, python.no) &&
+         has(python.forward_ad, python.level, python.minus_one) && answers(python.is_overridden, tensor, python.no) &&
+         answers(python.modes, python.zero) && answers(python.is_transformed, python.no) &&
+         answers(python.tracer, python.none);
 }
 
-// Of a tensor, or None, C++ is asked where it can be: of Python, a question takes 65 ns, in which it lets go of its lock.
+// Of a tensor, or None, C++ is asked where it can be: of Python, a question takes 65 ns, in which it lets go of its
+// lock.
 
 // Whether it shows what its memory holds: it may be a negated view.
 inline bool shows(Object tensor) {
@@ -29,8 +31,8 @@ inline bool shows(Object tensor) {
 // Whether it may be written to: outside inference mode, tensors of that may not.
 inline bool may_change(Object tensor) {
   if (!is_there(tensor)) return true;
-  const bool plain = python.place ? !python.made_in_inference(inside(tensor))
-                                  : answers(python.is_inference, tensor, python.no);
+  const bool plain =
+      python.place ? !python.made_in_inference(inside(tensor)) : answers(python.is_inference, tensor, python.no);
   return plain || answers(python.in_inference, python.yes);
 }
 

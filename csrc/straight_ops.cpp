@@ -117,9 +117,8 @@ struct Straight {
     const auto all = [&](auto holds) { return std::all_of(tensor.begin(), tensor.begin() + tensors, holds); };
     const bool records = !answers(python.is_recording, python.no);
     return all([&](const Argument& one) { return !records || !learns(one.object); }) &&
-           is_unwatched(tensor[0].object) && all([](const Argument& one) {
-             return shows(one.object) && (one.letter != 'w' || may_change(one.object));
-           });
+           is_unwatched(tensor[0].object) &&
+           all([](const Argument& one) { return shows(one.object) && (one.letter != 'w' || may_change(one.object)); });
   }
 
   // The tensor that an object holds, for the kernel to take over; null if there is no memory for it.
@@ -195,14 +194,14 @@ void serve(torch::stable::detail::StableLibrary& library, const char* name, Kern
 
 }  // namespace rmsnorm
 
-// What PyCFunction_NewEx makes a function of, and, in `self`, the number that is its first argument; null where no
+// What PyCFunction_NewEx makes a function of, and, in `row`, the number that is its first argument; null where no
 // kernel has that name, or Python lacks what it takes.
 extern "C" __attribute__((visibility("default"))) const void* rmsnorm_straight(const char* name, const char* takes,
-                                                                             int64_t results, const void** self) {
+                                                                               int64_t results, const void** row) {
   using namespace rmsnorm;
-  const auto row = std::find_if(known.begin(), known.begin() + count_known,
-                                [&](const Row& one) { return std::strcmp(one.name, name) == 0; });
-  if (row == known.begin() + count_known || !python.place) return nullptr;
-  *self = new Row{row->name, row->kernel, strdup(takes), results};  // as long as the function: that of the process
+  const auto found = std::find_if(known.begin(), known.begin() + count_known,
+                                  [&](const Row& one) { return std::strcmp(one.name, name) == 0; });
+  if (found == known.begin() + count_known || !python.place) return nullptr;
+  *row = new Row{found->name, found->kernel, strdup(takes), results};  // as long as the function: that of the process
   return &method;
 }

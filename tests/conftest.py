@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwi
 _FORMS += [general._served_add, modulated._added, sandwich._served_add, heads._normed, heads._turned]
 _FORMS += [lean._norm, lean._added]
 # What calls kernels past the dispatcher.
-_STRAIGHT = [(form, "straight") for form in _FORMS] + [(room, "_straight") for room in (general, in_place, l2, modulated)]
+_STRAIGHT = [(form, "straight") for form in _FORMS] + [
+    (room, "_straight") for room in (general, in_place, l2, modulated)
+]
 _STRAIGHT += [(general, "_add_straight"), (modulated, "_added_straight")]
 _OPERATORS = (
     "rms_norm",
@@ -88,14 +91,14 @@ def _without_straight(monkeypatch):
 def straight(monkeypatch):
     """What each call of a kernel past the dispatcher came to: whether it served."""
     served = []
+
+    def watched(kernel, *given):
+        results = kernel(*given)
+        served.append(results is not None)
+        return results
+
     for place, name in _STRAIGHT:
-
-        def watched(*given, kernel=getattr(place, name)):
-            results = kernel(*given)
-            served.append(results is not None)
-            return results
-
-        monkeypatch.setattr(place, name, watched)
+        monkeypatch.setattr(place, name, partial(watched, getattr(place, name)))
     return served
 
 

@@ -453,6 +453,6 @@ def test_of_another_table_nothing_is_made(monkeypatch):
         assert not _handed._made()
     monkeypatch.undo()
     assert _handed._made()
-    known = len(_handed._FUNCTIONS.split()) + len(_handed._OBJECTS)
+    known = len(_handed._FUNCTIONS.split()) + len(_handed._OBJECTS) + len(_handed._INSIDE) + 1
     later = (ctypes.c_uint64 * 8)(2, *[1] * 7)  # its version, then functions
-    assert _native.handed(ctypes.addressof(later), [1] * known) is None
+    assert _handed._hand(ctypes.addressof(later), [1] * known) is None

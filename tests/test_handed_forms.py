@@ -40,9 +40,7 @@ FORMS = {
     "out_dtype": lambda x, weight: rmsnorm.rms_norm(x, size(x), weight, 1e-6, out_dtype=torch.float32),
     "rstd": lambda x, weight: rmsnorm.rms_norm(x, size(x), weight, 1e-6, return_rstd=True),
     "partial": lambda x, weight: rmsnorm.rms_norm(x, size(x), weight, 1e-6, partial=0.5),
-    "add, bias": lambda x, residual, weight, bias: rmsnorm.add_rms_norm(
-        x, residual, size(x), weight, 1e-6, bias=bias
-    ),
+    "add, bias": lambda x, residual, weight, bias: rmsnorm.add_rms_norm(x, residual, size(x), weight, 1e-6, bias=bias),
     "add, unrounded": lambda x, residual, weight: rmsnorm.add_rms_norm(
         x, residual, size(x), weight, 1e-6, round_sum=False
     ),
@@ -64,7 +62,7 @@ FORMS = {
     "modulated, added": lambda x, residual, by, scale: rmsnorm.modulated_norm(
         x, size(x), residual=residual, gate=by, scale=scale, statistic="layer"
     ),
-    "gated add": lambda x, residual, by: rmsnorm.gated_add(x, residual, by),
+    "gated add": lambda x, residual, by: rmsnorm.gated_add(x, residual, gate=by),
     "int8": lambda x, weight: rmsnorm.quantised_rms_norm(x, size(x), weight, 1e-6),
     "float8, added": lambda x, residual, weight: rmsnorm.quantised_rms_norm(
         x, size(x), weight, residual=residual, dtype=torch.float8_e4m3fn
@@ -144,19 +142,18 @@ def test_who_is_not_served(straight, without_straight, name, which, kind):
     given = tensors()
     if kind == "whole numbers" and which == "residual" and "wide" in name:
         return  # made floats first
+    if name == "add in place" and which in ("x", "residual") and kind != "a class":
+        return  # a clone of it shows what it holds
     other = OTHERS[kind](given[which])
-    if name == "add in place" and which in ("x", "residual"):
-        if kind != "a class":  # a clone of it shows what it holds
-            return
 
     def outcome():
         try:
             return [one.as_subclass(torch.Tensor) for one in called(name, given, **{which: other})]
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return type(error), str(error)
 
     found = outcome()
-    assert not any(straight)
+    assert not any(straight[:1] if kind == "a class" else straight)  # which is left on the way
     without_straight()
     again = outcome()
     if isinstance(found, tuple) or kind == "meta":
@@ -181,6 +178,7 @@ def test_gradients_are_recorded(straight, name, which):
     else:
         assert any(one.requires_grad for one in called(name, given, **{which: learns}))
     assert not any(straight)
+    straight.clear()
     parameter = torch.nn.Parameter(given[which], requires_grad=False)
     first = which == NAMES[name][0] or (name == "add in place" and which == "residual")
     assert_same(called(name, given, **{which: parameter}), called(name, given))
@@ -198,7 +196,12 @@ class Watch(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(getattr(function, "__module__", ""))
         return function(*args, **(kwargs or {}))
 
 
@@ -223,7 +226,7 @@ def test_who_watches(straight, name, watcher):
         assert any("rmsnorm." in seen for seen in watch.seen)
         assert not any(straight)
     elif watcher == "modes of functions":
-        assert not straight[0]  # the mode then calls it again, within itself
+        assert any(seen.startswith("rmsnorm") for seen in watch.seen if seen)  # and called it again, within itself
     else:
         assert not any(straight)
     for one, other in zip(results, expected, strict=True):
@@ -280,7 +283,9 @@ def test_in_place(straight):
 def test_in_place_the_weight_has_the_sizes(straight, weight):
     given = tensors()
     x, residual = given["x"].clone(), given["residual"].clone()
-    expected = rmsnorm.add_rms_norm(x, residual, (3, 8) if weight is not None and weight.dim() == 2 else 8, weight, 1e-6)
+    expected = rmsnorm.add_rms_norm(
+        x, residual, (3, 8) if weight is not None and weight.dim() == 2 else 8, weight, 1e-6
+    )
     straight.clear()
     assert_same(rmsnorm.add_rms_norm_(x, residual, weight, 1e-6, round_sum=False), expected)
     assert straight == [True]

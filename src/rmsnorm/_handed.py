@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,21 @@ def _made() -> tuple[_Call, ...]:
         make.argtypes, make.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
         functions = [ctypes.cast(getattr(api, name), ctypes.c_void_p).value for name in _FUNCTIONS.split()]
         given = [*functions, *map(id, _OBJECTS), *_inside()]
-        method = _native.handed(pointer(table, b"dlpack_exchange_api"), given)
+        method = _hand(pointer(table, b"dlpack_exchange_api"), given)
     except (AttributeError, ValueError):
         return ()
     size = 4 * ctypes.sizeof(ctypes.c_void_p)  # of PyMethodDef
     return (make(method, recorder, None), make(method + size, None, None)) if method else ()
 
 
+def _hand(table: int, given: Sequence[int | None]) -> int | None:
+    """Fills in what C++ knows of Python; the address of what makes functions of Python's, or None."""
+    method: int | None = _native.ask("handed", table, (ctypes.c_void_p * len(given))(*given), len(given))
+    return method
+
+
 def _inside() -> list[int | None]:
-    """The addresses of torch's functions in C++, and where in an object its ``at::Tensor`` lies, which holds the address
+    """The addresses of torch's functions in C++, and where in an object its ``at::Tensor`` lies, which is the address
     that ``_cdata`` says. Zeros, if one of them isn't there."""
     tensor, word = torch.empty(0), ctypes.sizeof(ctypes.c_size_t)
     words = [*(ctypes.c_size_t * (Tensor.__basicsize__ // word)).from_address(id(tensor))]
@@ -104,5 +110,7 @@ def straight(name: str, schema: str, **letters: str) -> _Call:
     given, _, returned = schema.partition(" -> ")
     kinds = re.findall(r"([^ ,]+) (\w+)", given[1:-1])
     takes = "".join(letters.get(label) or _LETTERS.get(label) or _LETTERS.get(kind, "?") for kind, label in kinds)
-    made = _native.straight(name, takes, returned.count("Tensor")) if _functions else None
-    return ctypes.pythonapi.PyCFunction_NewEx(*made, None) if made else lambda *given: None
+    row = ctypes.c_void_p()
+    asked = name.encode(), takes.encode(), returned.count("Tensor"), ctypes.byref(row)
+    method = _native.ask("straight", *asked) if _functions else None
+    return ctypes.pythonapi.PyCFunction_NewEx(method, row.value, None) if method else lambda *given: None

@@ -157,16 +157,9 @@ def fill_slot(on: bool) -> str | None:
     return error.decode() if (error := _library.rmsnorm_install(on)) else None
 
 
-def handed(table: int, rest: Sequence[int | None]) -> int | None:
-    """The address of what makes a function of Python's (csrc/handed_ops.cpp), or None."""
-    return _library.rmsnorm_handed(table, (ctypes.c_void_p * len(rest))(*rest), len(rest)) if _library else None
-
-
-def straight(name: str, takes: str, results: int) -> tuple[int, int] | None:
-    """The address of what makes such a function of a kernel (csrc/straight_ops.cpp), and its first argument."""
-    self = ctypes.c_void_p()
-    made = _library.rmsnorm_straight(name.encode(), takes.encode(), results, ctypes.byref(self)) if _library else None
-    return (made, self.value or 0) if made else None
+def ask(name: str, *given: Any) -> Any:
+    """What a function of the library answers, or None without it."""
+    return getattr(_library, f"rmsnorm_{name}")(*given) if _library else None
 
 
 @contextmanager

@@ -61,9 +61,7 @@ def add_rms_norm_(
             and _as_objects(1, None, eps, offset, round_first, input, None, None, input, residual, weight)
         ):
             return input, residual
-        if not is_compiling() and _straight(
-            None, input, residual, weight, eps, offset, round_first, bool(round_sum)
-        ):
+        if not is_compiling() and _straight(None, input, residual, weight, eps, offset, round_first, bool(round_sum)):
             return input, residual
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
