@@ -82,6 +82,20 @@ def hand_to(monkeypatch):
     return lambda norm: _hand_to(monkeypatch, norm)
 
 
+@pytest.fixture
+def handed(hand_to):
+    """What each call of the function in C++ came to: whether it served."""
+    served, norm = [], _handed.norm
+
+    def watched(*given):
+        results = norm(*given)
+        served.append(results is not None)
+        return results
+
+    hand_to(watched)
+    return served
+
+
 def _without_straight(monkeypatch):
     for place, name in _STRAIGHT:
         monkeypatch.setattr(place, name, lambda *given: None)

@@ -8,8 +8,7 @@ import weakref
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Functions, Sub, Watch, bits
 
 import rmsnorm
 from rmsnorm import _handed
@@ -82,10 +81,6 @@ def called(name, given, **others):
     return results if isinstance(results, tuple) else (results,)
 
 
-def bits(tensor):
-    return tensor.contiguous().view(torch.uint8)
-
-
 def assert_same(results, expected):
     for one, other in zip(results, expected, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
@@ -118,10 +113,6 @@ def test_of_many_rows_other_threads_run(straight, without_straight, name):
     assert straight == [True]
     without_straight()
     assert_same(results, called(name, given))
-
-
-class Sub(torch.Tensor):
-    pass
 
 
 # What shows other values than its memory holds, has none, or a class of its own.
@@ -183,26 +174,6 @@ def test_gradients_are_recorded(straight, name, which):
     first = which == NAMES[name][0] or (name == "add in place" and which == "residual")
     assert_same(called(name, given, **{which: parameter}), called(name, given))
     assert first or all(straight)
-
-
-class Watch(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-class Functions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(getattr(function, "__module__", ""))
-        return function(*args, **(kwargs or {}))
 
 
 WATCHERS = {
