@@ -17,7 +17,7 @@ constexpr int kMostArguments = 16, kMostTensors = 8;
 // An operator's kernel; and what it takes, a letter each:
 //   T t   a tensor, and one that may be None      W   one of exactly the normalised dimensions
 //   s S   the same of one that rows of the first share, of as many dimensions or fewer      w   one that is written to
-//   d     the number of normalised dimensions, which Python gives by their sizes, or as None: the weight has them
+//   d o   the number of normalised dimensions: Python gives their sizes; the weight has them, or it is the last
 //   e     eps, or None for the default of the first one's type      f, i, b, y   a float, int, bool, dtype or None
 struct Row {
   const char* name;
@@ -62,13 +62,14 @@ struct Straight {
     intptr_t next = 1;
     for (const char* letter = row.takes; *letter; ++letter, ++values) {
       StableIValue& value = stack[values];
-      if (*letter == 'd') value = stack::from(int64_t{dims ? dims : own_dims()});
-      else if (next == count || !take(*letter, given[next++], value)) return false;
+      if (*letter == 'd' && dims) value = stack::from(int64_t{dims});
+      else if (*letter == 'o') value = stack::from(int64_t{own_dims()});
+      else if (*letter == 'd' || next == count || !take(*letter, given[next++], value)) return false;
     }
     return next == count && x().ndim >= dims && std::equal(sizes, sizes + dims, x().shape + x().ndim - dims);
   }
 
-  // Where no sizes are given: those of the weight, or the last one.
+  // Of a call without sizes: those of the weight, or the last one.
   int own_dims() const {
     const Argument& last = tensor[tensors - 1];
     return last.letter == 't' ? last.of.ndim : 1;

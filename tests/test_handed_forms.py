@@ -293,7 +293,7 @@ def test_modulations_by_fewer_dimensions(straight, dims):
 @pytest.mark.parametrize(
     "given",
     [
-        *({"normalized_shape": shape} for shape in (7, "8", (3, 8), 8.0, (), (8.0,), True)),
+        *({"normalized_shape": shape} for shape in (None, 7, "8", (3, 8), 8.0, (), (8.0,), True)),
         *({"eps": eps} for eps in ("1", -1.0, float("nan"), None)),
         *({"offset": offset} for offset in ("1", None, 1)),
         *({"casting_mode": mode} for mode in ("rounded", [], "llama")),

@@ -124,6 +124,6 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
 
 _operator = _form.define("add_rms_norm_", _SCHEMA, _ops.add_rms_norm_by_copies, lambda *arguments: None)
 _run: Any = _operator._op
-_straight = _handed.straight("add_rms_norm_", _SCHEMA)
+_straight = _handed.straight("add_rms_norm_", _SCHEMA, dims="o")
 _weighted, _written, _as_objects = everyday_ops.add_rms_norm_, _ops.increment_versions, _handed.norm
 _ROUND_FIRST = functional.ROUND_FIRST
