@@ -57,7 +57,7 @@ NOT_CLANGS = {"-fno-gcse", "-fno-unswitch-loops", "-fno-tree-pta", "-Wno-maybe-u
 NOT_CLANGS |= {"-fno-tree-ccp", "-fno-tree-vrp", "-fno-align-jumps", "-fpeel-loops"}
 NOT_CLANGS |= {"-fno-split-loops", "-fno-ivopts", GARBAGE}
 # What stands between Python and the norm that everybody calls: for speed. The other operators are compiled for size.
-EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops")
+EVERYDAY = ("everyday_ops", "ops", "layer_ops", "aten", "graph_ops", "handed_ops", "straight_ops")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]  # no CPU has the first without the other

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(Tensor grad, Tensor i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
-  m.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
+  serve(m, "gated_rms_norm", TORCH_BOX(&gated_rms_norm));
   m.impl("gated_rms_norm_forward", TORCH_BOX(&gated_rms_norm_forward));
   m.impl("gated_rms_norm_backward", TORCH_BOX(&gated_rms_norm_backward));
 }

@@ -250,15 +250,15 @@ std::tuple<Tensor, Tensor, Tensor> general_add_rms_norm_backward(OptionalTensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
-  m.impl("general_rms_norm", TORCH_BOX(&general_rms_norm));
+  serve(m, "general_rms_norm", TORCH_BOX(&general_rms_norm));
   m.impl("general_rms_norm_forward", TORCH_BOX(&general_rms_norm));
-  m.impl("general_rms_norm_weighted", TORCH_BOX(&general_rms_norm_weighted));
-  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
-  m.impl("add_rms_norm_weighted_", TORCH_BOX(&add_rms_norm_weighted_));
+  serve(m, "general_rms_norm_weighted", TORCH_BOX(&general_rms_norm_weighted));
+  serve(m, "add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  serve(m, "add_rms_norm_weighted_", TORCH_BOX(&add_rms_norm_weighted_));
   m.impl("general_rms_norm_backward", TORCH_BOX(&general_rms_norm_backward));
-  m.impl("general_add_rms_norm", TORCH_BOX(&general_add_rms_norm));
+  serve(m, "general_add_rms_norm", TORCH_BOX(&general_add_rms_norm));
   m.impl("general_add_rms_norm_forward", TORCH_BOX(&general_add_rms_norm));
-  m.impl("general_add_rms_norm_weighted", TORCH_BOX(&general_add_rms_norm_weighted));
+  serve(m, "general_add_rms_norm_weighted", TORCH_BOX(&general_add_rms_norm_weighted));
   m.impl("general_add_rms_norm_backward", TORCH_BOX(&general_add_rms_norm_backward));
 }
 

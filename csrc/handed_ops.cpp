@@ -6,16 +6,11 @@
 // call from Python, where each question from there would be one.
 #include <numeric>
 
+#include "asked.h"
 #include "called.h"
-#include "python.h"
 
 namespace rmsnorm {
 namespace {
-
-// Elements from which on other threads of Python don't wait: 4 µs by one thread, where letting go takes 0.05.
-constexpr int64_t kSmall = 32768;
-
-bool is_there(Object object) { return object != python.none; }
 
 // What a form is given beside the input, and returns beside the output: a row for each of Call::Kind.
 struct Form {
@@ -88,23 +83,13 @@ struct Everyday {
     return read(next_eps, call.next_eps) && call.eps >= 0 && call.next_eps >= 0;
   }
 
-  // Whether nothing of torch's watches: no mode, profiler, tracer or transform; and each tensor shows what its memory
-  // holds.
+  // Whether nothing of torch's watches, and each tensor shows what its memory holds.
   bool is_alone() const {
-    const auto may_change = [](Object tensor) {  // outside inference mode its tensors may not
-      return !is_there(tensor) || answers(python.is_inference, tensor, python.no) ||
-             answers(python.in_inference, python.yes);
-    };
-    const auto shows = [](Object tensor) { return !is_there(tensor) || answers(python.is_negated, tensor, python.no); };
-    return has(python.profiler, python.is_profiling, python.no) &&
-           has(python.forward_ad, python.level, python.minus_one) && answers(python.is_overridden, input, python.no) &&
-           answers(python.modes, python.zero) && answers(python.is_transformed, python.no) &&
-           answers(python.tracer, python.none) && shows(input) && shows(residual) && shows(weight) &&
-           shows(next_weight) && shows(output) && may_change(output) && (!is_there(output) || may_change(residual));
+    return is_unwatched(input) && shows(input) && shows(residual) && shows(weight) && shows(next_weight) &&
+           shows(output) && (!is_there(output) || (may_change(output) && may_change(residual)));
   }
 
   bool is_recorded() const {
-    const auto learns = [](Object t) { return is_there(t) && !has(t, python.requires_grad, python.no); };
     return (learns(input) || learns(weight) || learns(residual) || learns(next_weight) || learns(output)) &&
            !answers(python.is_recording, python.no);
   }
@@ -149,10 +134,7 @@ Object Everyday::results() {
   } catch (...) {  // nothing may be thrown into Python; the operator will meet the same, and say so
     return nothing();
   }
-  if (given) {  // an operator of ours doesn't tell autograd
-    const Owned both(form().sum ? python.pack(2, output, residual) : python.pack(1, output));
-    if (!both.object || !Owned(python.call(python.written, both.object, nullptr)).object) return nullptr;
-  }
+  if (given && !tell(output, form().sum ? residual : nullptr)) return nullptr;
   return form().sum ? python.pack(2, first.object, second.object) : first.hand_on();
 }
 
@@ -207,14 +189,6 @@ Object few(Object, Object const* given, intptr_t count) {
   return asked->results();
 }
 
-// CPython's PyMethodDef, whose layout is of the stable ABI.
-struct Method {
-  const char* name;
-  Object (*function)(Object, Object const*, intptr_t);
-  int flags;
-  const char* doc;
-};
-constexpr int kFastCall = 0x80;  // METH_FASTCALL
 Method methods[] = {
     {"norm", norm, kFastCall, nullptr},
     {"few", few, kFastCall, nullptr},

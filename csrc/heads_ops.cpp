@@ -213,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> heads_rms_norm_rope_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
-  m.impl("heads_rms_norm_rope", TORCH_BOX(&heads_rms_norm_rope));
+  serve(m, "heads_rms_norm_rope", TORCH_BOX(&heads_rms_norm_rope));
   m.impl("heads_rms_norm_rope_forward", TORCH_BOX(&heads_rms_norm_rope_forward));
   m.impl("heads_rms_norm_rope_backward", TORCH_BOX(&heads_rms_norm_rope_backward));
-  m.impl("rope", TORCH_BOX(&rope));
+  serve(m, "rope", TORCH_BOX(&rope));
   m.impl("rope_forward", TORCH_BOX(&rope));
   m.impl("rope_backward", TORCH_BOX(&rope_backward));
 }

@@ -271,10 +271,10 @@ Two gated_add_backward(Tensor grad, Tensor input, Tensor gate, bool need_input, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) {
-  m.impl("modulated_norm", TORCH_BOX(&modulated_norm));
+  serve(m, "modulated_norm", TORCH_BOX(&modulated_norm));
   m.impl("modulated_norm_forward", TORCH_BOX(&modulated_norm_forward));
   m.impl("modulated_norm_backward", TORCH_BOX(&modulated_norm_backward));
-  m.impl("gated_add", TORCH_BOX(&gated_add));
+  serve(m, "gated_add", TORCH_BOX(&gated_add));
   m.impl("gated_add_forward", TORCH_BOX(&gated_add));
   m.impl("gated_add_backward", TORCH_BOX(&gated_add_backward));
 }

@@ -61,8 +61,25 @@ struct Python {
   Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
   Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
   Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
+  // Of torch's own in C++, or null, all of them: the object of an at::Tensor, and what is asked of one; and of its
+  // c10::TensorImpl.
+  Object (*show)(const void*);
+  bool (*negated)(const void*), (*made_in_inference)(const void*), (*requires_gradient)(const void*);
+  intptr_t place;  // of the at::Tensor in an object, in bytes
 };
 inline Python python;
+
+// CPython's PyMethodDef, whose layout is of the stable ABI.
+struct Method {
+  const char* name;
+  Object (*function)(Object, Object const*, intptr_t);
+  int flags;
+  const char* doc;
+};
+constexpr int kFastCall = 0x80;  // METH_FASTCALL
+
+// What is in an object of one of torch's two classes: an at::Tensor, which is the address of a c10::TensorImpl.
+inline void* inside(Object tensor) { return static_cast<char*>(tensor) + python.place; }
 
 // What holds a new reference until it is handed on.
 struct Owned {

@@ -58,6 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> quantised_rms_norm(Tensor input, OptionalTens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) { m.impl("quantised_rms_norm", TORCH_BOX(&quantised_rms_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(rmsnorm, CPU, m) { serve(m, "quantised_rms_norm", TORCH_BOX(&quantised_rms_norm)); }
 
 }  // namespace rmsnorm

@@ -89,8 +89,12 @@ inline Tensor empty_like(const Tensor& tensor, Type type) {
   return empty(sizes.data(), static_cast<int64_t>(sizes.size()), type);
 }
 
-// What stands for a gradient that was not asked for.
+// Whether this thread calls for objects, which may be None: no tensor then, whose making takes 0.3 us.
+inline thread_local bool for_objects = false;
+
+// What stands for a result that isn't there, or was not asked for.
 inline Tensor none(Type type) {
+  if (for_objects) return Tensor();
   const int64_t size = 0;
   return empty(&size, 1, type);
 }

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from rmsnorm import _eager, _everyday, _handed, _native, _ops, functional, module
-from rmsnorm.forms import gated, gated_ops, general, heads, in_place, lean, modulated, quantised, sandwich
+from rmsnorm.forms import gated, gated_ops, general, heads, in_place, l2, lean, modulated, quantised, sandwich
 
 _FORMS = [room._served for room in (gated, general, modulated, quantised, sandwich)]
 _FORMS += [general._served_add, modulated._added, sandwich._served_add, heads._normed, heads._turned]
 _FORMS += [lean._norm, lean._added]
+# What calls kernels past the dispatcher.
+_STRAIGHT = [(form, "straight") for form in _FORMS] + [
+    (room, "_straight") for room in (general, in_place, l2, modulated)
+]
+_STRAIGHT += [(general, "_add_straight"), (modulated, "_added_straight")]
 _OPERATORS = (
     "rms_norm",
     "rms_norm_out",
@@ -77,6 +83,46 @@ def hand_to(monkeypatch):
 
 
 @pytest.fixture
+def handed(hand_to):
+    """What each call of the function in C++ came to: whether it served."""
+    served, norm = [], _handed.norm
+
+    def watched(*given):
+        results = norm(*given)
+        served.append(results is not None)
+        return results
+
+    hand_to(watched)
+    return served
+
+
+def _without_straight(monkeypatch):
+    for place, name in _STRAIGHT:
+        monkeypatch.setattr(place, name, lambda *given: None)
+
+
+@pytest.fixture
+def straight(monkeypatch):
+    """What each call of a kernel past the dispatcher came to: whether it served."""
+    served = []
+
+    def watched(kernel, *given):
+        results = kernel(*given)
+        served.append(results is not None)
+        return results
+
+    for place, name in _STRAIGHT:
+        monkeypatch.setattr(place, name, partial(watched, getattr(place, name)))
+    return served
+
+
+@pytest.fixture
+def without_straight(monkeypatch):
+    """A call after which the dispatcher is asked."""
+    return lambda: _without_straight(monkeypatch)
+
+
+@pytest.fixture
 def rstd_is_kept(monkeypatch):
     """Of a row or a few, too."""
     recorder = list(_handed.recorder)
@@ -101,6 +147,7 @@ def target(request, restored_target, monkeypatch):
         for asks in (functional, _everyday):
             monkeypatch.setattr(asks, "_native", False)
         _hand_to(monkeypatch, lambda *given: None)
+        _without_straight(monkeypatch)
     else:
         _use(request.param)
     return request.param

@@ -65,8 +65,8 @@ MAY_IMPORT = {
     "forms/calls": {"_arguments", "_everyday", "_foreign", "_handed", "forms/served", "functional"},
     "forms/served": {"_autograd", "_foreign", "_form", "_handed", "_onnx", "_recorded"},
     "forms/gated": {
-        *("_arguments", "_autograd", "_everyday", "functional", "module", "reference"),
-        *("forms/gated_ops", "forms/served"),
+        *("_arguments", "_everyday", "functional", "module", "reference"),
+        *("forms/calls", "forms/gated_ops", "forms/served"),
     },
     "forms/quantised": {
         *("_arguments", "_form", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served", "reference"),
@@ -77,11 +77,19 @@ MAY_IMPORT = {
         *("forms/calls", "forms/heads_ops", "forms/served"),
     },
     "forms/general_ops": {"_form", "reference"},
-    "forms/everyday_ops": {"_form"},
+    "forms/everyday_ops": {"_form", "_handed"},
     "forms/general": {
         *("_arguments", "forms/calls", "forms/everyday_ops", "forms/general_ops", "forms/served", "functional"),
     },
-    "forms/l2": {"_arguments", "_everyday", "forms/calls", "forms/general", "functional"},
+    "forms/l2": {
+        "_arguments",
+        "_everyday",
+        "_handed",
+        "forms/calls",
+        "forms/general",
+        "forms/general_ops",
+        "functional",
+    },
     "forms/in_place": {
         *(
             "forms/everyday_ops",

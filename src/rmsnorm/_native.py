@@ -70,6 +70,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cache_bytes": (_INT, ctypes.c_int),
     "contract": (None, _TEXT, _INT),
     "handed": (_POINTER, _POINTER, ctypes.POINTER(_POINTER), _INT),
+    "straight": (_POINTER, _TEXT, _TEXT, _INT, ctypes.POINTER(_POINTER)),
     "gpu_open": (None, ctypes.POINTER(_POINTER)),
     "gpu_loader": (None, _LOADER),
     "gpu_tiles": (None, ctypes.POINTER(_INT), _INT),
@@ -156,9 +157,9 @@ def fill_slot(on: bool) -> str | None:
     return error.decode() if (error := _library.rmsnorm_install(on)) else None
 
 
-def handed(table: int, rest: Sequence[int | None]) -> int | None:
-    """The address of what makes a function of Python's (csrc/handed_ops.cpp), or None."""
-    return _library.rmsnorm_handed(table, (ctypes.c_void_p * len(rest))(*rest), len(rest)) if _library else None
+def ask(name: str, *given: Any) -> Any:
+    """What a function of the library answers, or None without it."""
+    return getattr(_library, f"rmsnorm_{name}")(*given) if _library else None
 
 
 @contextmanager

@@ -93,6 +93,10 @@ def picked(results: Any, pick: int | slice) -> Any:
 def everyday(served: Served, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """The outputs of a call of which nothing unusual is known, or None."""
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
+        if not is_dynamo_compiling():
+            found = served.straight(None, *tensors, *options)
+            if found is not None:
+                return found
         if ordinary(tensors[0], tensors):
             return served.everyday(*tensors, *options)
     except (RuntimeError, AttributeError, TypeError):
@@ -111,9 +115,13 @@ def everyday_norm(
 ) -> Any:
     """The same of a norm: what a public function asks before it makes what ``call`` takes, 1.2 µs of 4.5."""
     try:
-        if served.kind is not None and not is_dynamo_compiling():
-            options = offset, ROUND_FIRST[casting_mode], None, None, more[0] if more else None
-            found = _handed.norm(served.kind, normalized_shape, eps, *options, *tensors)
+        if not is_dynamo_compiling():
+            options = offset, ROUND_FIRST[casting_mode]
+            if served.kind is None:
+                found = served.straight(normalized_shape, *tensors, eps, *options, *more)
+            else:
+                next_eps = more[0] if more else None
+                found = _handed.norm(served.kind, normalized_shape, eps, *options, None, None, next_eps, *tensors)
             if found is not None:
                 return found
         dims = dims_of(tensors[0], normalized_shape, tensors[served.weight], eps)

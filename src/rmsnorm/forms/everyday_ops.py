@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _form
+from .. import _form, _handed
 
 _ops = torch.ops.rmsnorm
 
@@ -34,13 +34,14 @@ def _add_rms_norm_weighted_(input: Tensor, residual: Tensor, weight: Tensor, eps
     _ops.add_rms_norm_(input, residual, weight, weight.dim(), eps, 0.0, False, round_sum)
 
 
-for _name, _schema in {
+_SCHEMAS = {
     "general_rms_norm_weighted": "(Tensor input, Tensor weight, Tensor? bias, float eps, ScalarType? out_dtype) "
     "-> Tensor",
     "general_add_rms_norm_weighted": "(Tensor input, Tensor residual, Tensor weight, Tensor? bias, float eps, "
     "bool round_sum, ScalarType? out_dtype) -> (Tensor output, Tensor sum)",
     "add_rms_norm_weighted_": "(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool round_sum) -> ()",
-}.items():
+}
+for _name, _schema in _SCHEMAS.items():
     _form.library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _form.library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
@@ -48,3 +49,5 @@ for _name, _schema in {
 rms_norm: Any = _ops.general_rms_norm_weighted.default._op
 add_rms_norm: Any = _ops.general_add_rms_norm_weighted.default._op
 add_rms_norm_: Any = _ops.add_rms_norm_weighted_.default._op
+# The kernels of the first two, past the dispatcher.
+straight, add_straight = (_handed.straight(_name, _SCHEMAS[_name], weight="W") for _name in [*_SCHEMAS][:2])

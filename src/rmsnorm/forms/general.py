@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _arguments, functional
 from . import calls, everyday_ops, general_ops
@@ -16,6 +17,7 @@ from .served import Served
 
 _served, _served_add = Served(general_ops.GENERAL), Served(general_ops.GENERAL_ADD)
 _weighted, _add_weighted = everyday_ops.rms_norm, everyday_ops.add_rms_norm
+_straight, _add_straight = everyday_ops.straight, everyday_ops.add_straight
 _TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,10 +39,14 @@ def rms_norm(
     """``rmsnorm.rms_norm``, called with at least one of the last four."""
     tensors = input, weight, bias
     plainly = out is None and memory is None and partial == 1.0 and not offset and casting_mode == "torch"
-    if plainly and weight is not None and not return_rstd and out_dtype in _TYPES:
-        found = calls.everyday_weighted(_weighted, tensors, weight, normalized_shape, eps, out_dtype)
+    if plainly and weight is not None and not return_rstd and not is_dynamo_compiling():
+        found = _straight(normalized_shape, input, weight, bias, eps, out_dtype)
         if found is not None:
             return found
+        if out_dtype in _TYPES:
+            found = calls.everyday_weighted(_weighted, tensors, weight, normalized_shape, eps, out_dtype)
+            if found is not None:
+                return found
     if out is not None:
         raise RuntimeError("rms_norm: out= is for the plain norm alone; drop it, or the further keywords")
     _check_memory("rms_norm", memory)
@@ -76,11 +82,15 @@ def add_rms_norm(
     """``rmsnorm.add_rms_norm``, the same."""
     tensors = input, residual, weight, bias
     plainly = memory is None and partial == 1.0 and not offset and casting_mode == "torch"
-    if plainly and weight is not None and not return_rstd and out_dtype in _TYPES:
+    if plainly and weight is not None and not return_rstd and not is_dynamo_compiling():
         more = bool(round_sum), out_dtype
-        found = calls.everyday_weighted(_add_weighted, tensors, weight, normalized_shape, eps, *more)
+        found = _add_straight(normalized_shape, input, residual, weight, bias, eps, *more)
         if found is not None:
             return found
+        if out_dtype in _TYPES:
+            found = calls.everyday_weighted(_add_weighted, tensors, weight, normalized_shape, eps, *more)
+            if found is not None:
+                return found
     _check_memory("add_rms_norm", memory)
     counted = _counted("add_rms_norm", normalized_shape, partial)
     _check_dtype("add_rms_norm", out_dtype)

@@ -61,6 +61,8 @@ def add_rms_norm_(
             and _as_objects(1, None, eps, offset, round_first, input, None, None, input, residual, weight)
         ):
             return input, residual
+        if not is_compiling() and _straight(None, input, residual, weight, eps, offset, round_first, bool(round_sum)):
+            return input, residual
         ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
         if ordinary and not _autograd.needed(input, weight, residual):
             shape = input.shape[-1:] if weight is None else weight.shape
@@ -122,5 +124,6 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
 
 _operator = _form.define("add_rms_norm_", _SCHEMA, _ops.add_rms_norm_by_copies, lambda *arguments: None)
 _run: Any = _operator._op
+_straight = _handed.straight("add_rms_norm_", _SCHEMA, dims="o")
 _weighted, _written, _as_objects = everyday_ops.add_rms_norm_, _ops.increment_versions, _handed.norm
 _ROUND_FIRST = functional.ROUND_FIRST

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from .. import _everyday, functional
-from . import calls, general
+from .. import _everyday, _handed, functional
+from . import calls, general, general_ops
+
+_GENERAL = general_ops.GENERAL
+_straight = _handed.straight(_GENERAL.form.name, _GENERAL.schemas[""], eps="f")  # below 0 it is a floor
 
 
 def l2_norm(
@@ -54,10 +58,15 @@ def l2_norm(
     more = -1, False, True, out_dtype
     tensors = input, weight, None
     try:
+        if eps >= 0 and not is_dynamo_compiling():
+            least = _of(eps, eps_inside)
+            found = _straight(normalized_shape, *tensors, least, offset, functional.ROUND_FIRST[casting_mode], *more)
+            if found is not None:
+                return found[0]
         if type(input) is Tensor and eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
             options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
-            if (found := calls.everyday(general._served, tensors, options)) is not None:
-                return found[0]
+            if _everyday.ordinary(input, tensors):
+                return general._served.everyday(*tensors, *options)[0]
     except (KeyError, AttributeError, TypeError, RuntimeError):
         pass
     if eps is None:

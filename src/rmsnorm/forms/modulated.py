@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _everyday, functional
@@ -24,6 +25,7 @@ def _centre(input: Tensor, dims: int, eps: float) -> tuple[Tensor, None, None]:
 
 _served = Served(modulated_ops.MODULATED_NORM, calls.plain_norm, centre=_centre)
 _added = Served(modulated_ops.GATED_ADD)
+_straight, _added_straight, ROUND_FIRST = _served.straight, _added.straight, functional.ROUND_FIRST  # found sooner here
 
 
 def modulated_norm(
@@ -80,12 +82,17 @@ def modulated_norm(
     everyday = type(input) is Tensor and not has_torch_function_variadic(input, scale, shift, gate)
     if everyday and weight is None and layer is not None and (residual is not None or gate is None):
         try:
+            if not is_dynamo_compiling():
+                given = input, residual, gate, scale, shift, None, eps, offset, ROUND_FIRST[casting_mode], layer
+                found = _straight(normalized_shape, *given)
+                if found is not None:
+                    return found[0] if residual is None else found
             dims = 1 if type(normalized_shape) is int else len(normalized_shape)  # type: ignore[arg-type]
             along = input, residual, *(calls.along(m, input, dims) for m in (gate, scale, shift)), None
             found = calls.everyday_norm(_served, along, normalized_shape, eps, offset, casting_mode, layer)
             if found is not None:
                 return found[0] if residual is None else found
-        except (AttributeError, TypeError, IndexError):
+        except (AttributeError, TypeError, IndexError, KeyError):
             pass
     _arguments.check_one_of(name, "statistic", statistic, STATISTICS)
     if layer and weight is not None:
@@ -146,8 +153,12 @@ def gated_add(
     name, tensors = "gated_add", (input, residual, gate)
     if type(input) is Tensor and not has_torch_function_variadic(input, gate):
         try:
+            if not is_dynamo_compiling():
+                found = _added_straight(None, input, residual, gate, ROUND_FIRST[casting_mode])
+                if found is not None:
+                    return found
             along = input, residual, calls.along(gate, input, 1)
-            found = calls.everyday(_added, along, (functional.ROUND_FIRST[casting_mode],))
+            found = calls.everyday(_added, along, (ROUND_FIRST[casting_mode],))
             if found is not None:
                 return found
         except (AttributeError, TypeError, IndexError, KeyError):

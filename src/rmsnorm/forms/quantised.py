@@ -65,6 +65,14 @@ def quantised_rms_norm(
 
     Source: the rules are torchao's, https://github.com/pytorch/ao.
     """
+    tensors = input, residual, gate, weight
+    try:
+        more = norm_before_gate, ACTIVATIONS[activation], TYPES[dtype]
+        results = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
+        if results is not None:
+            return results[:2] if residual is None else results
+    except (KeyError, TypeError):
+        pass
     if dtype not in TYPES:
         raise ValueError(f"quantised_rms_norm: dtype must be torch.int8 or torch.float8_e4m3fn, but is {dtype}")
     _arguments.check_one_of("quantised_rms_norm", "activation", activation, ACTIVATIONS)
@@ -75,10 +83,6 @@ def quantised_rms_norm(
             f"quantised_rms_norm: input must be float32, bfloat16 or float16, but is {input.dtype}; convert it, e.g. "
             "input.float()"
         )
-    tensors, more = (input, residual, gate, weight), (norm_before_gate, ACTIVATIONS[activation], TYPES[dtype])
-    results = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
-    if results is not None:
-        return results[:2] if residual is None else results
     results = calls.call(
         _served,
         quantised_rms_norm,

@@ -29,7 +29,10 @@ class Served:
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         self.weight = len(self.form.rows)  # the place of the first: a norm has one
-        self.kind = _handed.KINDS.get(self.form.name)  # of those that pass the dispatcher by
+        # Past the dispatcher; a form that has no number there has its kernel called.
+        self.kind = _handed.KINDS.get(self.form.name)
+        shared = {label.rstrip("?"): "S" if label.endswith("?") else "s" for label in self.form.shared}
+        self.straight = _handed.straight(self.form.name, made.schemas.get("", ""), **shared)
         self.tensors = self.form.tensors  # read here: dynamo doesn't trace the lock of a cached property of Python 3.11
         # The same, for who doesn't compile: OpOverload.__call__ adds 0.5 µs to what it calls.
         self.plain: Callable[..., Any] = made.plain._op
