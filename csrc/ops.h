@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, OptionalTensor grad_su
                                              bool need_input, bool need_weight);
 
 // The kernel of an operator as torch calls it: the arguments on a stack, then the results.
-using Kernel = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
+using Boxed = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
 // Registers one that Python calls past torch's dispatcher, too.
-void serve(torch::stable::detail::StableLibrary& library, const char* name, Kernel kernel);
+void serve(torch::stable::detail::StableLibrary& library, const char* name, Boxed kernel);
 
 // Calls an operator that is written in Python, of ours, with its arguments on the stack, and leaves the results there.
 // What is raised there is raised here, by its name and its words (_native.telling).

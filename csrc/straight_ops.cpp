@@ -21,7 +21,7 @@ constexpr int kMostArguments = 16, kMostTensors = 8;
 //   e     eps, or None for the default of the first one's type      f, i, b, y   a float, int, bool, dtype or None
 struct Row {
   const char* name;
-  Kernel kernel;
+  Boxed kernel;
   const char* takes;
   int64_t results;
 };
@@ -188,7 +188,7 @@ Method method = {"straight", straight, kFastCall, nullptr};
 
 }  // namespace
 
-void serve(torch::stable::detail::StableLibrary& library, const char* name, Kernel kernel) {
+void serve(torch::stable::detail::StableLibrary& library, const char* name, Boxed kernel) {
   library.impl(name, kernel);
   known.at(count_known++) = {name, kernel, nullptr, 0};
 }
