@@ -109,7 +109,7 @@ inline bool is_even(const Target& target, const Forward& f) {
                    : f.input == Type::bf16 ? target.even_bf16 && !f.round_first && f.output == f.input
                                            : false;
   return has && f.gain_type == f.input && f.gain.count == 1 && !f.add && !f.add_after && !f.twice && !f.layer &&
-         !f.general && f.gate == Gate::none && f.turn == Turn::none && f.modulate == Modulate::none &&
+         !f.general && f.gate == Gate::none && f.turn == Turn::none && f.modulate == Modulate::none && f.columns > 0 &&
          has_short_rows(f) && !fills_first_cache(f);
 }
 

@@ -58,7 +58,9 @@ struct Straight {
 
   // Whether it is of torch's own classes, and has memory on the CPU; the kernel checks the rest.
   bool is_understood() {
-    if (count < 2 || (is_there(given[0]) && !(dims = sizes_of(given[0], sizes)))) return false;
+    // The class first: sizes of a tensor that is traced may be symbols, and whoever reads those makes them constants.
+    if (count < 2 || !is_a(given[1], python.tensor)) return false;
+    if (is_there(given[0]) && !(dims = sizes_of(given[0], sizes))) return false;
     intptr_t next = 1;
     for (const char* letter = row.takes; *letter; ++letter, ++values) {
       StableIValue& value = stack[values];

@@ -124,8 +124,9 @@ def everyday_norm(
                 found = _handed.norm(served.kind, normalized_shape, eps, *options, None, None, next_eps, *tensors)
             if found is not None:
                 return found
-        dims = dims_of(tensors[0], normalized_shape, tensors[served.weight], eps)
-        if dims and ordinary(tensors[0], tensors):
+        # Who traces is found out before sizes are asked for, which would be guards on them.
+        ordinarily = ordinary(tensors[0], tensors)
+        if ordinarily and (dims := dims_of(tensors[0], normalized_shape, tensors[served.weight], eps)):
             way = served.everyday if is_grad_enabled() else served.plain
             return way(*tensors, dims, eps, offset, ROUND_FIRST[casting_mode], *more)
     except (RuntimeError, KeyError, AttributeError, TypeError):
@@ -143,7 +144,7 @@ def everyday_weighted(
 ) -> Any:
     """The same by an operator of few arguments, which records nothing."""
     try:
-        everyday = dims_of(tensors[0], normalized_shape, weight, eps) and ordinary(tensors[0], tensors)
+        everyday = ordinary(tensors[0], tensors) and dims_of(tensors[0], normalized_shape, weight, eps)
         if everyday and not (is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
             return way(*tensors, eps, *more)
     except (RuntimeError, AttributeError, TypeError):
