@@ -32,7 +32,8 @@ RMSNORM_INLINE void modulated_rows(const Backward& b, const BackwardRows& rows, 
     grad_sum[k] = (const T*)rows.grad_sum[first + k], grad_input[k] = (T*)rows.grad_input[first + k];
   }
   const bool need_input = b.need_input, need_weight = b.need_weight, add = b.add, ask = rows.ask && add;
-  const bool stream = rows.stream;
+  bool stream = rows.stream && need_input;
+  for (int k = 0; k < Rows; ++k) stream = stream && can_stream(grad_input[k]);
   const auto gain_of = [&](auto span) __attribute__((always_inline)) {
     return modulation_of<T>(b.modulation, scale, span) + splat<T>(1);
   };
