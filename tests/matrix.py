@@ -47,6 +47,8 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_backward.py",
     "tests/test_module.py",
     "tests/test_handed.py",
+    "tests/test_handed_forms.py",
+    "tests/test_handed_recorded.py",
     "tests/test_eager.py",
     "tests/test_errors.py",
     "tests/test_library.py",
