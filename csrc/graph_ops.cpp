@@ -86,8 +86,8 @@ void run(const Call& c) {
     char *rstd = at(c.rstd, begin * value), *next_rstd = at(c.next_rstd, begin * value);
     return f.twice ? Statistics{next_rstd, rstd, nullptr} : Statistics{rstd, nullptr, nullptr};
   };
-  if (c.output && is_large(c.rows * out_row)) ask_for_huge_pages(c.output, c.rows * out_row);
-  if (c.sum && is_large(c.rows * row)) ask_for_huge_pages(c.sum, c.rows * row);
+  make_ready(c.output, c.rows * out_row);
+  make_ready(c.sum, c.rows * row);
   const int64_t most = std::max<int64_t>(block_rows(f.input, c.columns), kLocal / std::max<int64_t>(out_row, 1));
   const int64_t block = std::min(most, c.rows);
   parallel(c.rows, grain_rows(c.columns), [&](int64_t begin, int64_t end) {
@@ -124,8 +124,7 @@ void run(const Gradients& c) {
   b.columns = c.columns, b.input = type, b.eps = c.eps, b.gain = gain.rows;
   b.need_input = c.grad_input, b.need_weight = c.grad_weight, b.add = c.grad_sum && c.grad_input;
   b.round_add = c.round_sum;
-  for (char* data : {c.grad_input, c.grad_residual})
-    if (data && is_large(c.rows * row)) ask_for_huge_pages(data, c.rows * row);
+  for (char* data : {c.grad_input, c.grad_residual}) make_ready(data, c.rows * row);
   const auto to = [&](int64_t weight, char* data) { return GradWeight(data, static_cast<Type>(weight), c.columns); };
   const auto given = [](const char* data) { return const_cast<char*>(data); };
   if (!sandwich) {

@@ -53,6 +53,22 @@ inline void check_dims(int64_t dims) {
   require(dims <= kMaxDims, "rmsnorm: only tensors with up to ", kMaxDims, " dimensions are supported");
 }
 
+template <class Function>
+void parallel(int64_t count, int64_t grain, const Function& function) {
+  if (count == 0) return;  // a cursor needs a row to stand on
+  if (count <= grain) function(0, count);
+  else torch::stable::parallel_for(0, count, grain, function);
+}
+
+// Makes what a large output will be written to ready, if it is fresh: pages by all threads, each near its own rows.
+inline void make_ready(void* data, int64_t bytes) {
+  if (!data || !is_large(bytes) || !ask_for_huge_pages(data, bytes)) return;
+  parallel((bytes + kHugePage - 1) / kHugePage, 1, [&](int64_t first, int64_t last) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    make_pages(begin + first * kHugePage, begin + std::min(last * kHugePage, bytes));
+  });
+}
+
 // Of any of torch's types, by its number and the bytes of an element; `order` has the dimensions from the outermost to
 // the innermost in memory, if that isn't the order of the sizes. The caller owns it.
 inline AtenTensorHandle new_empty(const int64_t* sizes, int64_t dims, int32_t code, int64_t size,
@@ -71,7 +87,7 @@ inline AtenTensorHandle new_empty(const int64_t* sizes, int64_t dims, int32_t co
   if (is_large(bytes)) {
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-    ask_for_huge_pages(data, bytes);
+    make_ready(data, bytes);
   }
   return handle;
 }
@@ -285,13 +301,6 @@ inline Forward gated(bool silu, bool gate_first, bool round_first, const Optiona
 
 // The least work worth a thread: rows of so many columns each.
 inline int64_t grain_rows(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)); }
-
-template <class Function>
-void parallel(int64_t count, int64_t grain, const Function& function) {
-  if (count == 0) return;  // a cursor needs a row to stand on
-  if (count <= grain) function(0, count);
-  else torch::stable::parallel_for(0, count, grain, function);
-}
 
 // One value per row.
 inline Tensor empty_statistic(const Tensor& input, int64_t dims, Type type) {
