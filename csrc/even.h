@@ -18,10 +18,13 @@ class EvenRows {
         step_out_(rows.next_output),
         gain_((const T*)rows.gain[0]) {}
 
-  // Each row goes past the caches while one of the block after next is summed. So memory is read and written at once,
-  // and a block's roots and divisions are found behind the back of the one before it.
-  RMSNORM_INLINE void stream() {
-    const int64_t block = block_of(8192), two = 2 * block;
+  // Each row is stored while one of the block after next is summed. So memory, or a last cache that is far, is read and
+  // written at once, and a block's roots and divisions are found behind the back of the one before it. A far cache
+  // wants blocks of a page (should_weave() in memory.h; 8 KiB 1.04 to 1.06 of that), memory those of two (of one 1.03
+  // to 1.1).
+  template <bool Past>
+  RMSNORM_INLINE void weave() {
+    const int64_t block = block_of(Past ? 8192 : 4096), two = 2 * block;
     for (int64_t r = 0; r < two && r < count_; ++r) sum_apart(found_[r >= block], r % block, input(r));
     find(found_[0], 0, block);
     const char* x = input(0);
@@ -41,7 +44,8 @@ class EvenRows {
         typename Norm::Sums sum;
         for_whole_columns<T, Norm::Sums::kUnroll>(0, columns_, [&](auto span, auto u) __attribute__((always_inline)) {
           sum.add_square(u.value, span.load_wide_from((const T*)later));
-          store_line((T*)y + span.j, part(span));
+          if constexpr (Past) store_line((T*)y + span.j, part(span));
+          else span.store_to((T*)y, part(span));
         });
         sum.end_block();
         found.set(i, sum);
@@ -49,7 +53,7 @@ class EvenRows {
     }
   }
 
-  // Into a cache, a block of rows is summed, then stored, as everywhere.
+  // Into a cache that is near, a block of rows is summed, then stored, as everywhere.
   RMSNORM_INLINE void keep() {
     const int64_t block = block_of(16384);
     Block& found = found_[0];
@@ -125,7 +129,9 @@ class EvenRows {
 template <class Form>
 void forward_even(const Forward& f, const ForwardRows& rows) {
   EvenRows<Form> even(f, rows);
-  if constexpr (std::is_same_v<typename Form::Norm::Element, float>)
-    if (rows.stream) return even.stream();
+  if constexpr (std::is_same_v<typename Form::Norm::Element, float>) {
+    if (rows.stream) return even.template weave<true>();
+    if (rows.woven) return even.template weave<false>();
+  }
   even.keep();
 }

@@ -121,6 +121,7 @@ struct ForwardRows {
   bool keep_gain;    // a row, its output and its gain fit in L1, if only just
   bool ask;          // rows to come are asked for into L2, as L1 has no room for them
   bool even;         // all rows lie as far apart as the first two, and `count`, which may be any, goes by that (even.h)
+  bool woven;        // with it, in a cache: rows are stored in the loop that sums others, as past the caches
   int64_t next;      // bytes from a row of the input to the next, where they are evenly spaced: to ask for rows to come
   int64_t next_output, next_residual;  // the same, of the others
 };

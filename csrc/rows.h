@@ -120,6 +120,7 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
   rows.even = operands.dims == 1 && is_even(target, f);
   rows.stream = !(rows.even && f.input == Type::f32 && share_a_cache(bytes, share)) && should_stream(f, bytes, share);
   if (rows.stream) rows.even &= is_even_past_caches(f, data[kOutput], operands.stride[kOutput][0]);
+  rows.woven = rows.even && should_weave(f, share);
   rows.add_again = should_add_again(f, bytes);
   // An output of wider elements meets other columns: add of 512x4096 bf16 to fp32 takes 1.08 to 1.10 backwards.
   const bool plain = f.input == Type::f32 && read == size_of(f.input) && !rows.stream;

@@ -356,6 +356,34 @@ def test_rows_that_lie_evenly_have_the_bits_of_others(native_target, everything_
             assert same_bits(y, wanted), (count, least)
 
 
+@pytest.mark.parametrize("columns", [32, 128, 576])
+def test_short_rows_in_a_cache_beyond_the_second_have_the_bits_of_others(
+    native_target, everything_is_large, threads, columns
+):
+    """Where that is large, they are stored in the loop that sums others, by two threads as by one."""
+    second = (_native.cache_bytes() or [0, 2**20])[1]
+    rows = 4 * second // (8 * columns) // 2 * 2 + 342  # a thread of two has twice the second cache
+    x, w = sample(rows, columns, torch.float32), sample(1, columns, torch.float32)[0]
+    x[::7] *= 2.0**100
+    x[1::11] *= 2.0**-140
+    x[-1, -1], x[-3, 0] = float("inf"), float("nan")
+    apart = torch.zeros(2, rows // 2 + 1, columns)[:, :-1].copy_(x.view(2, -1, columns))  # no single distance
+
+    def results(x):
+        given = x.detach().requires_grad_()
+        y = rms_norm(given, columns, w, EPS)
+        y.backward(torch.ones_like(y))  # by 1/rms as it was kept
+        yield from (y, given.grad, rms_norm(x, columns, w, 0.0))
+
+    everything_is_large(2**60)
+    threads(1)
+    expected = [y.reshape(rows, columns) for y in results(apart)]
+    for count in (1, 2):
+        threads(count)
+        for y, wanted in zip(results(x), expected, strict=True):
+            assert same_bits(y, wanted), count
+
+
 def test_a_large_output_is_taken_for_one(native_target, everything_is_large):
     assert 8 * 2**20 <= _native.large_bytes() <= 32 * 2**20
     everything_is_large()
