@@ -156,3 +156,44 @@ def test_modulated(ranks, dim):
         if i < 5:
             assert same_bits(answer[i], two.detach())
         torch.testing.assert_close(answer[i], two.detach())
+
+
+def grouped(columns: int, size: int, count: int, before: bool) -> tuple[list[Tensor], list[Any]] | None:
+    """On a rank: the gated norm of groups, none of which lies on two ranks; a weight split as the columns are."""
+    here, tensors = mesh(count), of_groups(columns)
+    placed = [[Shard(1)], [Shard(1)], [Shard(0)]]
+    args = [
+        distribute_tensor(t, here, p, src_data_rank=None).requires_grad_() for t, p in zip(tensors, placed, strict=True)
+    ]
+    y = in_groups(*args, size=size, before=before)
+    if here.get_coordinate() is None:
+        return None
+    each = torch.autograd.grad(y, args, distribute_tensor(tensors[0], here, [Shard(1)], src_data_rank=None))
+    return [whole(t.detach()) for t in (y, *each)], [y.placements, *(t.placements for t in each)]
+
+
+def of_groups(columns: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator) for size in ((5, columns), (5, columns), (columns,))]
+
+
+def in_groups(*tensors: Tensor, size: int, before: bool) -> Any:
+    x, gate, weight = tensors
+    named: dict[str, Any] = {"group_size": size, "norm_before_gate": before}
+    return rmsnorm.gated_rms_norm(x, gate, x.shape[1:], weight, 1e-5, **named)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["norm first", "gate first"])
+@pytest.mark.parametrize(("columns", "size", "count"), [(64, 16, 2), (64, 16, 4), (48, 16, 3), (6, 2, 4)])
+def test_groups(ranks, columns, size, count, before):
+    """Columns cut between groups, as tensor parallelism cuts Mamba-2's: nothing is to be put together, and the result
+    has the columns of the whole, not those of a rank."""
+    tensors = of_groups(columns)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = in_groups(*leaves, size=size, before=before)
+    wanted = [y, *torch.autograd.grad(y, leaves, tensors[0])]
+    answers = [answer for answer in ranks.run(grouped, columns, size, count, before) if answer]
+    assert len(answers) == count
+    for found, placed in answers:
+        assert placed == [(Shard(1),), (Shard(1),), (Shard(1),), (Shard(0),)]
+        assert all(same_bits(one, two.detach()) for one, two in zip(found, wanted, strict=True))

@@ -146,6 +146,7 @@ def normalise(
     ]
     tensors += [t if t is None else parts.of_weight(name, n, t, whole.dim(), placements) for n, t in weights.items()]
     split = [i for i, p in enumerate(placements) if isinstance(p, Shard) and p.dim >= whole.dim() - dims]
+    cuts = bool(split)  # also between groups, where no row is to be put together
     if split and group_size is not None:
         _check_groups(name, whole, placements, group_size)
         split = []
@@ -161,7 +162,7 @@ def normalise(
 
     def placed(tensor: Tensor) -> DTensor:
         # Shape and strides are given, as torch would multiply this rank's by the number of ranks.
-        last = _tail(whole if split or tensor.dim() < whole.dim() else tensor, dims)
+        last = _tail(whole if cuts or tensor.dim() < whole.dim() else tensor, dims)
         shape = torch.Size((*whole.shape[: whole.dim() - dims], *last))
         strides = tuple(prod(shape[i + 1 :]) for i in range(whole.dim()))
         return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=strides)
