@@ -107,6 +107,22 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
   norm.set_means(value_of(sum), (double)b.columns);
 }
 
+// Whether there is a loop that stores two rows while it sums the next two, and the loop (backward_pairs.h).
+template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
+constexpr bool kPairs = false;
+template <class T, bool Add>
+void backward_pairs(const Backward& b, const BackwardRows& rows, int64_t begin, int64_t end, bool stream);
+template <class T>
+int64_t rows_in_pairs(const BackwardRows& rows, int64_t r);
+#if defined(RMSNORM_AVX512)
+template <bool Add>
+constexpr bool kPairs<RmsBackward<float>, float, true, true, true, Add> = true;
+#endif
+#if defined(RMSNORM_AVX512BF16)
+template <>
+constexpr bool kPairs<RmsBackward<bf16>, bf16, true, true, true, false> = true;
+#endif
+
 // Both passes over `Rows` rows, which share what is loaded and stored per column: the gain and the weight's gradient
 // (at 4096 columns of fp32 they are as large as L1).
 template <int Rows, bool Stream, class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
@@ -184,6 +200,13 @@ void backward(const Backward& b, const BackwardRows& rows) {
   bool stream = may_stream && rows.stream;
   for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
   for (int64_t r = 0; r < rows.count;) {
+    if constexpr (kPairs<Norm, G, HasGain, NeedInput, NeedWeight, Add>) {
+      const int64_t paired = rows.pairs && rows.shared_weight ? rows_in_pairs<T>(rows, r) : 0;
+      if (paired) {
+        backward_pairs<T, Add>(b, rows, r, r + paired, stream), r += paired;
+        continue;
+      }
+    }
     if (!is_safe<T>(rows, r)) {
       backward_alone<Norm, G, HasGain, NeedInput, NeedWeight, Add>(b, rows, r), r += 1;
     } else if (kTogether == 2 && (!rows.shared_weight || r + 1 == rows.count || !is_safe<T>(rows, r + 1))) {
@@ -205,7 +228,7 @@ void turned_backward(const Backward& b, const BackwardRows& rows) {
   ForwardRows turn;
   turn.next = rows.next[1];
   BackwardRows part;  // 2 KiB: not set to 0 for 32 rows that take less
-  part.shared_weight = true, part.stream = rows.stream, part.back = rows.back;
+  part.shared_weight = true, part.stream = rows.stream, part.back = rows.back, part.pairs = rows.pairs;
   part.ask = false, part.next[1] = 0;  // what is turned back is in L1
   part.next[0] = rows.next[0], part.gain[0] = rows.gain[0], part.grad_weight[0] = rows.grad_weight[0];
   for (int64_t r = 0; r < block; ++r) {

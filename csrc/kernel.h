@@ -170,6 +170,7 @@ struct BackwardRows {
   bool stream, back;   // as in forward
   bool ask;            // rows to come are asked for: so many further on as there are here, of modulated forms, or the
                        // next two, where a gradient is added
+  bool pairs;          // two rows are stored while the next two are summed, where there is a loop for it
   int64_t next[2];     // as in forward, of input and grad
   void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };

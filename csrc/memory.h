@@ -86,6 +86,11 @@ inline int64_t second_cache_bytes() {
   return bytes;
 }
 
+// Whether gradients of two rows are stored while the next two are summed (backward_pairs.h), be they stored from their
+// end otherwise or not. It was measured with 2 MiB of L2 alone, where a loop of two more streams always gains; a Zen 4,
+// whose stores stop loads (should_walk_back()), and a Zen 5 have half of that.
+inline bool has_room_for_pairs() { return second_cache_bytes() >= int64_t{2} << 20; }
+
 // Whether L1 has no room for the rows to come beside those at hand and what is written or multiplied with them. With 48
 // KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
 inline bool fills_first_cache(const Forward& f) {

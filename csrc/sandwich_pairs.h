@@ -9,25 +9,6 @@
 
 #if defined(RMSNORM_AVX512)
 
-// Calls act(k) for both rows of a pair; each k is a constant, or what there are two of would be in memory.
-template <class Act>
-RMSNORM_INLINE void for_two(const Act& act) {
-  act(Index<0>{}), act(Index<1>{});
-}
-
-template <class T>
-struct PairSums {
-  static constexpr int kUnroll = Sum<T>::kUnroll;
-  static constexpr int64_t kBlock = Sum<T>::kBlock;
-  Sum<T> one, two;
-  template <class K>
-  RMSNORM_INLINE Sum<T>& operator[](K) {
-    if constexpr (K::value == 0) return one;
-    else return two;
-  }
-  RMSNORM_INLINE void end_block() { one.end_block(), two.end_block(); }
-};
-
 // A vector that is as it was stored: to store it again isn't to round again.
 template <class T, class Span>
 RMSNORM_INLINE auto stored_as([[maybe_unused]] Span span, const Vector<T>& x) {

@@ -96,6 +96,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "backward.h"
 
+#include "backward_pairs.h"
+
 #include "sandwich_pairs.h"
 
 #include "sandwich_rows.h"
