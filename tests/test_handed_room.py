@@ -1,0 +1,74 @@
+"""Proves what comes of a call past the dispatcher (src/rmsnorm/_handed.py) when its results get no room, or another."""
+
+import sys
+
+import pytest
+import torch
+
+from rmsnorm import _handed, _native, _ops
+
+pytestmark = pytest.mark.skipif(not _native.cpu_targets() or not _handed._functions, reason="nothing is handed over")
+X = torch.linspace(-2.0, 3.0, 12).view(3, 4)
+EMPTY = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _handed._empty)
+GIVEN = 4, 1e-6, 0.0, False, None, None, None
+
+
+@pytest.fixture
+def norm_with(monkeypatch):
+    """The function, of a torch that makes tensors by another one."""
+
+    def made(empty):
+        objects = tuple(empty if one is EMPTY else one for one in _handed._OBJECTS)
+        assert empty in objects
+        monkeypatch.setattr(_handed, "_OBJECTS", objects)
+        return _handed._made()[0]
+
+    yield made
+    monkeypatch.undo()
+    assert _handed._made()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_no_room(norm_with, failing):
+    """Of an output, or of the sum beside it: Python's error, and the first one is no longer there."""
+    made, asked = [], []
+
+    def empty(*given):
+        asked.append(given)
+        if len(asked) == failing:
+            raise MemoryError
+        made.append(EMPTY(*given))
+        return made[-1]
+
+    norm = norm_with(empty)
+    before = sys.getrefcount(X)
+    with pytest.raises(MemoryError):
+        norm(1, *GIVEN, X, X, None)
+    assert [sys.getrefcount(one) for one in made] == [3] * (failing - 1)  # of the list, the loop, and the argument
+    assert sys.getrefcount(X) == before
+    output, sum = norm(1, *GIVEN, X, X, None)
+    assert torch.equal(sum, X + X)
+    assert torch.equal(output, _ops.rms_norm(X + X, None, 1, 1e-6, 0.0, False))
+
+
+OTHERS = {
+    "transposed": lambda sizes: torch.full(sizes[::-1], 7.0).t(),
+    "another size": lambda sizes: torch.full((sizes[0], sizes[1] - 1), 7.0),
+    "another type": lambda sizes: torch.full(sizes, 7.0, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("other", OTHERS)
+def test_room_that_is_not_what_was_asked_for(norm_with, other, failing):
+    """It isn't written to, and the operator is asked."""
+    made = []
+
+    def empty(sizes, strides, dtype):
+        made.append(OTHERS[other](sizes) if len(made) == failing - 1 else EMPTY(sizes, strides, dtype))
+        return made[-1]
+
+    norm = norm_with(empty)
+    assert norm(1, *GIVEN, X, X, None) is None
+    assert len(made) == 2
+    assert (made[failing - 1] == 7).all()
