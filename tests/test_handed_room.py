@@ -1,10 +1,12 @@
 """Proves what comes of a call past the dispatcher (src/rmsnorm/_handed.py) when its results get no room, or another."""
 
+import ctypes
 import sys
 
 import pytest
 import torch
 
+import rmsnorm
 from rmsnorm import _handed, _native, _ops
 
 pytestmark = pytest.mark.skipif(not _native.cpu_targets() or not _handed._functions, reason="nothing is handed over")
@@ -72,3 +74,42 @@ def test_room_that_is_not_what_was_asked_for(norm_with, other, failing):
     assert norm(1, *GIVEN, X, X, None) is None
     assert len(made) == 2
     assert (made[failing - 1] == 7).all()
+
+
+def test_no_room_for_an_output_alone(norm_with):
+    def empty(*given):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        norm_with(empty)(0, *GIVEN, X, None, None)
+
+
+CALLS = {
+    "handed": lambda x, row: rmsnorm.rms_norm(x, 4096, row, 1e-6),
+    "straight": lambda x, row: rmsnorm.rms_norm(x, 4096, row, 1e-6, bias=row),
+}
+
+
+@pytest.mark.parametrize(("rows", "times"), [(8, 0), (9, 1)])
+@pytest.mark.parametrize("way", CALLS)
+def test_from_a_size_on_other_threads_run(monkeypatch, way, rows, times):
+    """The lock is let go of for more than 32768 elements, and taken again."""
+    seen, hand, names = [], _handed._hand, _handed._FUNCTIONS.split()
+    let_go = ctypes.PYFUNCTYPE(ctypes.c_void_p)(lambda: seen.append("let go") or 7)
+    take = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(lambda state: seen.append(f"take {state}"))
+
+    def handed(table, given):
+        given = [*given]
+        for name, function in (("PyEval_SaveThread", let_go), ("PyEval_RestoreThread", take)):
+            given[names.index(name)] = ctypes.cast(function, ctypes.c_void_p).value
+        return hand(table, given)
+
+    x, row = torch.ones(rows, 4096), torch.ones(4096)
+    with monkeypatch.context() as patch:
+        patch.setattr(_handed, "_hand", handed)
+        assert _handed._made()
+    try:
+        CALLS[way](x, row)
+    finally:
+        _handed._made()
+    assert seen == ["let go", "take 7"] * times
