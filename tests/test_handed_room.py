@@ -8,6 +8,7 @@ import torch
 
 import rmsnorm
 from rmsnorm import _handed, _native, _ops
+from rmsnorm.forms import modulated_ops
 
 pytestmark = pytest.mark.skipif(not _native.cpu_targets() or not _handed._functions, reason="nothing is handed over")
 X = torch.linspace(-2.0, 3.0, 12).view(3, 4)
@@ -113,3 +114,11 @@ def test_from_a_size_on_other_threads_run(monkeypatch, way, rows, times):
     finally:
         _handed._made()
     assert seen == ["let go", "take 7"] * times
+
+
+def test_arguments_too_many_or_few():
+    kernel = _handed.straight("gated_add", modulated_ops.GATED_ADD.schemas[""], gate="s")
+    given = None, X, X, X, False
+    assert torch.equal(kernel(*given), X + X * X)
+    for wrong in (given[:-1], (*given, None), given[:1], ()):
+        assert kernel(*wrong) is None
