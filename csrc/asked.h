@@ -11,12 +11,17 @@ constexpr int64_t kSmall = 32768;
 
 inline bool is_there(Object object) { return object != python.none; }
 
+// Whether nobody hears of operators. Profilers do, and what has callbacks of its own (the execution trace's observer):
+// torch's C++ knows of all, what Python knows is whether torch.profiler runs.
+inline bool is_unheard() {
+  return python.place ? !python.observed() : has(python.profiler, python.is_profiling, python.no);
+}
+
 // Whether nothing of torch's watches: no mode, profiler, tracer or transform. Any tensor of torch's own class will do.
 inline bool is_unwatched(Object tensor) {
-  return has(python.profiler, python.is_profiling, python.no) &&
-         has(python.forward_ad, python.level, python.minus_one) && answers(python.is_overridden, tensor, python.no) &&
-         answers(python.modes, python.zero) && answers(python.is_transformed, python.no) &&
-         answers(python.tracer, python.none);
+  return is_unheard() && has(python.forward_ad, python.level, python.minus_one) &&
+         answers(python.is_overridden, tensor, python.no) && answers(python.modes, python.zero) &&
+         answers(python.is_transformed, python.no) && answers(python.tracer, python.none);
 }
 
 // Of a tensor, or None, C++ is asked where it can be: of Python, a question takes 65 ns, in which it lets go of its

@@ -143,7 +143,8 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
       if (grad) std::memset(grad->data_ptr(), 0, grad->numel() * grad->element_size());
     return;
   }
-  const auto room = [&] { return Lines(modulated_scratch(any)); };
+  const int64_t bytes = modulated_scratch(m);
+  const auto room = [&] { return bytes ? Lines(bytes) : Lines(); };
   if (!m.norm.need_weight && !m.add.need_weight) {
     parallel(rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();

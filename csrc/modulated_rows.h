@@ -106,9 +106,10 @@ inline int64_t modulation_bytes(const Backward& b) { return padded(b.columns) * 
 // tenth.
 inline int64_t modulated_backward_block(const Backward& b) { return modulated_block(b.input, b.columns / 2); }
 
-// Room for the sum's gradient where nobody asked for it, or it goes past the caches.
-inline int64_t modulated_scratch(const Backward& b) {
-  return modulated_backward_block(b) * b.columns * size_of(b.input);
+// Room for the gradient of a sum that is normed, where nobody asked for it, or it goes past the caches.
+inline int64_t modulated_scratch(const ModulatedBackward& m) {
+  const Backward& b = m.norm;
+  return m.normed && m.added ? modulated_backward_block(b) * b.columns * size_of(b.input) : 0;
 }
 
 // Rows of one chunk, all of which share their modulations if `partial` is there: zeros, kModulations ·

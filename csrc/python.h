@@ -54,17 +54,18 @@ struct Python {
   void (*release)(Object);
   void* (*let_go)();    // of the interpreter's lock
   void (*take)(void*);  // it again
-  Object none, yes, no, integer, zero, minus_one, few;
+  Object none, yes, no, integer, floating, zero, minus_one, few;
   Object tensor, parameter, types[4];  // torch's own: two classes, and dtypes in the order of Type
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.
   Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
   Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
   Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
-  // Of torch's own in C++, or null, all of them: the object of an at::Tensor, and what is asked of one; and of its
-  // c10::TensorImpl.
+  // Of torch's own in C++, or null, all of them: the object of an at::Tensor, and what is asked of one; of its
+  // c10::TensorImpl; and whether anybody has asked to hear of operators.
   Object (*show)(const void*);
   bool (*negated)(const void*), (*made_in_inference)(const void*), (*requires_gradient)(const void*);
+  bool (*observed)();
   intptr_t place;  // of the at::Tensor in an object, in bytes
 };
 inline Python python;
@@ -116,8 +117,16 @@ inline bool failed() {
   return raised;
 }
 
-// A number, or what Python makes one of.
+// Whether that very object is what a function answers, or an attribute is; not if there is an error.
+inline bool is(const Owned& answer, Object expected) {
+  if (!answer.object) python.clear();
+  return answer.object == expected;
+}
+inline bool is_a(Object object, Object type) { return is(Owned(python.type(object)), type); }
+
+// A float or an int. What else Python makes a number of may be a tensor whose gradient would be lost.
 inline bool number(Object object, double& value) {
+  if (!is_a(object, python.floating) && !is_a(object, python.integer)) return false;
   value = python.as_double(object);
   return value != -1.0 || !failed();
 }
@@ -127,17 +136,11 @@ inline bool integer(Object object, int64_t& value) {
   return value != -1 || !failed();
 }
 
-// Whether that very object is what a function answers, or an attribute is; not if there is an error.
-inline bool is(const Owned& answer, Object expected) {
-  if (!answer.object) python.clear();
-  return answer.object == expected;
-}
 inline bool answers(Object function, Object expected) { return is(Owned(python.call(function, nullptr)), expected); }
 inline bool answers(Object function, Object argument, Object expected) {
   return is(Owned(python.call(function, argument, nullptr)), expected);
 }
 inline bool has(Object object, Object name, Object expected) { return is(Owned(python.get(object, name)), expected); }
-inline bool is_a(Object object, Object type) { return is(Owned(python.type(object)), type); }
 
 // The sizes of the normalised dimensions, an integer or a sequence of some; how many, or 0.
 inline int sizes_of(Object shape, int64_t* sizes) {

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from watching import Watch, bits
+from watching import Trace, Watch, bits
 
 import rmsnorm
 from rmsnorm import _called, _handed, _native, _ops, reference
@@ -114,7 +114,7 @@ def test_eps(handed, dtype, eps):
     default = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
     want = _ops.rms_norm(x, weight, 1, default if eps is None else float(eps), 0.0, False)
     assert torch.equal(rmsnorm.rms_norm(x, 4, weight, eps), want)
-    assert handed == [True]
+    assert handed == [not isinstance(eps, torch.Tensor)]  # which may have a gradient, as is asked the long way
 
 
 def test_modes_see_the_operator(handed):
@@ -139,6 +139,15 @@ def test_profilers_see_the_operator(handed, profile):
         rmsnorm.rms_norm(X, 4, WEIGHT)
     events = seen.events() if hasattr(seen, "events") else seen.function_events
     assert any("rmsnorm::rms_norm" in event.name for event in events)
+    assert not any(handed)
+
+
+def test_observers_see_the_operator(handed):
+    """Without a profiler: what has asked torch's C++ to hear of operators."""
+    with Trace() as trace:
+        rmsnorm.rms_norm(X, 4, WEIGHT)
+        rmsnorm.layer_norm(X, 4, WEIGHT)
+    assert {"rmsnorm::rms_norm_weighted", "rmsnorm::layer_norm"} <= {*trace.seen}
     assert not any(handed)
 
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from torch.autograd import forward_ad
-from watching import Functions, Sub, Watch, bits
+from watching import Functions, Sub, Trace, Watch, bits
 
 import rmsnorm
 from rmsnorm import _handed
@@ -181,6 +181,7 @@ WATCHERS = {
     "modes of functions": Functions,
     "profiler": torch.profiler.profile,
     "older profiler": torch.autograd.profiler.profile,
+    "execution trace": Trace,
     "forward mode": forward_ad.dual_level,
 }
 
@@ -200,6 +201,8 @@ def test_who_watches(straight, name, watcher):
         assert any(seen.startswith("rmsnorm") for seen in watch.seen if seen)  # and called it again, within itself
     else:
         assert not any(straight)
+    if watcher == "execution trace":
+        assert any(seen.startswith("rmsnorm::") for seen in watch.seen)
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=1e-5, atol=1e-5)  # forward mode has the definition
 
@@ -351,7 +354,7 @@ def test_on_a_torch_that_lacks_what_is_inside(monkeypatch):
     x, weight = tensors()["x"], torch.nn.Parameter(torch.ones(8))
     with monkeypatch.context() as patch:
         patch.setattr(_handed, "_INSIDE", (*_handed._INSIDE[:-1], "no_such_function"))
-        assert _handed._inside() == [0] * 5
+        assert _handed._inside() == [0] * (len(_handed._INSIDE) + 1)
         norm = _handed._made()[0]
         kernel = _handed.straight("gated_rms_norm", "(Tensor input) -> Tensor")
         assert kernel(8, x) is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
-from watching import Functions, Sub, Watch
+from watching import Functions, Sub, Trace, Watch
 
 import rmsnorm
 
@@ -38,6 +38,7 @@ WATCHED = {
     "dispatch": lambda x, w: within(Watch(), x, w),
     "functions": lambda x, w: within(Functions(), x, w),
     "profiler": lambda x, w: within(torch.profiler.profile(), x, w),
+    "execution trace": lambda x, w: within(Trace(), x, w),
     "forward mode": lambda x, w: within(forward_ad.dual_level(), x, w),
     "negated input": lambda x, w: rmsnorm.rms_norm(torch._neg_view(x), 4, w),
     "negated weight": lambda x, w: rmsnorm.rms_norm(x, 4, torch._neg_view(w)),

@@ -106,3 +106,28 @@ def test_out_beside_other_views_and_devices(weight):
     for dims in (5, (5,)):
         with pytest.raises(RuntimeError, match=r"^rms_norm: out must have shape .* and device meta, but has"):
             rms_norm(X.to("meta"), dims, None if weight is None else weight.to("meta"), out=out)
+
+
+INTO = {
+    "made within": lambda x: rms_norm(x, 5, torch.ones(5), out=torch.empty_like(x)),
+    "given, and used": lambda x: [out := torch.empty_like(x), rms_norm(x, 5, out=out), out][-1],
+    "a negative eps": lambda x: rms_norm(x, 5, None, -1e-6, out=torch.empty_like(x)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's, of its own forward mode
+@pytest.mark.parametrize("way", INTO)
+def test_out_under_transforms(way):
+    """Which have no rule for an operator that writes: the result is copied. It was refused for requiring grad."""
+    x = torch.linspace(-3, 2, 30).view(2, 3, 5)
+    want = INTO[way](x)
+    torch.testing.assert_close(torch.func.functionalize(INTO[way])(x), want)
+    torch.testing.assert_close(torch.func.vmap(INTO[way])(x), want)
+    torch.testing.assert_close(torch.func.jvp(INTO[way], (x,), (x,))[1], torch.zeros_like(x), rtol=0, atol=1e-3)
+    below = torch.func.grad(lambda x: torch.func.vmap(INTO[way])(x).pow(3).sum())(x)
+    torch.testing.assert_close(below, torch.func.grad(lambda x: rms_norm(x, 5).pow(3).sum())(x), rtol=1e-3, atol=1e-3)
+    for given in (x, x.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="one of the arguments requires grad"):
+            torch.func.grad(lambda x: INTO[way](x).sum())(given)
+    with pytest.raises(RuntimeError, match="out must have shape"):
+        torch.func.functionalize(lambda x: rms_norm(x, 5, out=torch.empty(5)))(x)

@@ -20,7 +20,7 @@ OPTIONAL = (
 MAY_IMPORT = {
     "reference": set(),
     "_native": set(),
-    "_form": {"_native", "reference"},
+    "_form": {"_arguments", "_native", "reference"},
     "_ops": {"_form", "_native", "reference"},
     "_vmap": {"_form", "_ops", "reference"},
     "_recorded": {"_form"},
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "_nodes": set(),
     "_turned": {"_nodes"},
     "_called": {"_native"},
-    "_template": {"_called"},
+    "_template": {"_called", "_native"},
     "_around": {"_called"},
     "_objects": set(),
     "_direct": {"_around", "_called", "_objects"},
@@ -43,10 +43,11 @@ MAY_IMPORT = {
     "_graphs": {"_called", "_direct", "_few", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
-    "_serve": {"_arguments", "_autograd", "_foreign", "_ops", "forms/lean", "reference"},
+    "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
+    "_writable": {"_arguments", "_autograd", "_ops", "reference"},
     "_handed": {"_native", "_ops"},
     "_eager": {"_arguments", "_autograd", "_handed", "_ops", "forms/lean"},
-    "functional": {"_arguments", "_eager", "_everyday", "_handed", "_ops", "_serve", "reference"},
+    "functional": {"_arguments", "_eager", "_everyday", "_handed", "_ops", "_serve", "_writable", "reference"},
     "_everyday": {
         "_arguments",
         "_autograd",
@@ -91,6 +92,7 @@ MAY_IMPORT = {
         "functional",
     },
     "forms/in_place": {
+        "_writable",
         *(
             "forms/everyday_ops",
             "_arguments",

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import SymInt, Tensor, dtype
+from torch import SymFloat, SymInt, Tensor
 
 from . import reference
 
@@ -34,14 +34,51 @@ def check_tensors(name: str, **tensors: object) -> None:
         raise TypeError(f"{name}: {label} must be {wanted}, but is {described(value)}; {_instead(label, value)}")
 
 
-def check_numbers(name: str, **numbers: object) -> None:
-    """Raises TypeError for the first argument that is no real number; as in torch, a tensor of one element is."""
-    for label, value in numbers.items():
-        if value is None or isinstance(value, (int, float)):
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements have places by sizes and strides, or it is nested as torch's newer ones are."""
+    plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+    return plain or tensor.layout is torch.jagged
+
+
+def check_dense(name: str, **tensors: Tensor | None) -> None:
+    """Raises NotImplementedError for the first that isn't; torch's own words would be of whatever is asked first."""
+    for label, tensor in tensors.items():
+        if tensor is None or is_dense(tensor):
             continue
-        if (isinstance(value, Tensor) and value.numel() != 1) or not hasattr(type(value), "__float__"):
-            example = "0.5" if label == "partial" else "1e-6"
-            raise TypeError(f"{name}: {label} must be a float, but is {_came(value)}; pass a number, e.g. {example}")
+        came, instead = f"of layout {tensor.layout}", f"{label}.to_dense()"
+        if tensor.is_quantized:
+            came, instead = "quantised", f"{label}.dequantize()"
+        elif tensor.is_nested:
+            came, instead = (
+                "an older nested tensor",
+                f"torch.nested.as_nested_tensor({label}.unbind(), layout=torch.jagged)",
+            )
+        raise NotImplementedError(f"{name}: {label} must be dense, but is {came}; convert it, e.g. {instead}")
+
+
+def as_number(name: str, label: str, value: Any) -> Any:
+    """``value`` as a float; None, and what torch has for one (a tensor of one element, a symbol), as it is.
+
+    TypeError for what is no real number, or, as in torch, has a gradient that nobody would find; OverflowError for one
+    beyond all floats.
+    """
+    if value is None or isinstance(value, (float, SymInt, SymFloat)):
+        return value
+    came, instead = _came(value), f"pass a number, e.g. {'0.5' if label == 'partial' else '1e-6'}"
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.requires_grad:
+            return value
+        if value.numel() == 1:
+            came, instead = "a tensor that requires grad, and has none here", f"pass {label}.item()"
+    elif hasattr(type(value), "__float__"):
+        try:
+            return float(value)
+        except TypeError:  # an array of several
+            pass
+        except OverflowError:
+            words = f"{name}: {label} must be a float, but is {came} beyond all of them; {instead}"
+            raise OverflowError(words) from None
+    raise TypeError(f"{name}: {label} must be a float, but is {came}; {instead}")
 
 
 def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -108,6 +145,7 @@ def resolve(
     """
     if not isinstance(input, Tensor) or not (weight is None or isinstance(weight, Tensor)):
         check_tensors(name, input=input, weight=weight)
+    check_dense(name, **{"input": input, label: weight})
     shape = as_shape(name, normalized_shape)
     dims = len(shape)
     if not dims or input.shape[-dims:] != shape:
@@ -134,7 +172,7 @@ def resolve(
     if eps is None:
         eps = EPS_DOUBLE if dtype is torch.float64 or dtype is torch.complex128 else EPS
     elif type(eps) is not float:
-        check_numbers(name, eps=eps)
+        eps = as_number(name, "eps", eps)
     return dims, eps, round_first, native
 
 
@@ -166,40 +204,6 @@ def check_real(name: str, **tensors: Tensor) -> None:
             )
 
 
-def check_out(out: Tensor, input: Tensor, dtype: dtype, expanded: bool, recorded: bool) -> None:
-    """Raises RuntimeError for an ``out`` that the result can't be written to."""
-    if out.shape != input.shape or out.dtype is not dtype or out.device != input.device:
-        raise RuntimeError(
-            f"rms_norm: out must have shape {list(input.shape)}, dtype {dtype} and device {input.device}, but has "
-            f"shape {list(out.shape)}, dtype {out.dtype} and device {out.device}; it is never resized or converted"
-        )
-    if expanded:
-        raise RuntimeError(
-            f"rms_norm: several elements of out (shape {list(out.shape)}, strides {list(out.stride())}) are a single "
-            "memory location; it was expanded: pass a tensor of its own, e.g. torch.empty_like(input)"
-        )
-    if not torch.compiler.is_compiling() and (out.is_neg() or out.is_conj()):
-        raise RuntimeError(
-            f"rms_norm: out is a {'negated' if out.is_neg() else 'conjugate'} view, whose memory holds other values "
-            "than it shows; pass a tensor of its own, e.g. torch.empty_like(input), and copy from it"
-        )
-    check_may_change("rms_norm", "out", out)
-    if recorded:
-        raise RuntimeError(
-            "rms_norm: out= does not support automatic differentiation, but one of the arguments requires grad; "
-            "drop out=, or call it under torch.no_grad()"
-        )
-
-
-def check_may_change(name: str, label: str, tensor: Tensor) -> None:
-    """Raises RuntimeError where torch's operators do: a backward that kept the tensor could not know of the change."""
-    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name}: {label} was made under torch.inference_mode(), and may be written to there alone; pass "
-            f"{label}.clone(), or call it under torch.inference_mode()"
-        )
-
-
 def given(**options: tuple[Any, Any]) -> dict[str, Any]:
     """Those that aren't their defaults: who overrides torch's functions knows torch's arguments."""
     return {name: value for name, (value, default) in options.items() if value is not default and value != default}
@@ -217,14 +221,6 @@ def check_one_of(name: str, label: str, value: object, known: Iterable[str]) -> 
         raise ValueError(f"{name}: unknown {label} {value!r}; choose one of {choices}")
 
 
-def not_scriptable(module: object) -> NotImplementedError:
-    """For ``torch.jit.script``, which reads source that isn't TorchScript."""
-    return NotImplementedError(
-        f"{type(module).__name__}: torch.jit.script can't compile it, as TorchScript has no operator with its meaning; "
-        "record the model with torch.jit.trace(model, example_inputs), or torch.export.export(model, example_inputs)"
-    )
-
-
 def described(value: object) -> str:
     """A value by its type, as a sentence needs it: ``a list``, ``None``, ``the class RMSNorm``."""
     if value is None:
@@ -232,7 +228,9 @@ def described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     cls = type(value)
-    return f"a {cls.__name__}" if cls.__module__ == "builtins" else f"a {cls.__module__}.{cls.__qualname__}"
+    if cls.__module__ != "builtins":
+        return f"a {cls.__module__}.{cls.__qualname__}"
+    return f"{'an' if cls.__name__[0] in 'aeiou' else 'a'} {cls.__name__}"
 
 
 def _came(value: object) -> str:

@@ -26,8 +26,12 @@ def needed(input: Tensor, weight: Tensor | None, other: Tensor | None = None) ->
     A tangent can't be seen cheaply, nor whether a tensor below a batch of ``vmap`` requires grad: inside forward mode
     and torch.func's transforms the answer is yes.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or learns(input, weight, other)
+
+
+def learns(input: Tensor, weight: Tensor | None, other: Tensor | None = None) -> bool:
+    """Whether one of them is seen to require grad, and gradients are recorded."""
     required = input.requires_grad or (weight is not None and weight.requires_grad)
     return (required or (other is not None and other.requires_grad)) and torch.is_grad_enabled()
 

@@ -140,8 +140,6 @@ inline void ask(const T* from, int64_t count) {
 }  // namespace rmsnorm
 """
 """C++ that asks for elements to come into L2."""
-LOCAL = 65536
-"""Bytes of rows that are normed before the rest is done with them, as ``csrc/graph_ops.cpp`` has it."""
 
 
 def ready() -> bool:

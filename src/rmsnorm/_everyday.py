@@ -26,6 +26,8 @@ _Call = Callable[..., Any]
 # OpOverload.__call__ adds 0.5 µs to what it calls; names of a module's own are found sooner than attributes.
 _native, _operator = _ops.native, _ops.rms_norm
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+NUMBERS = frozenset({float, int})
+"""What is taken for a number at once: what else is one may be a tensor whose gradient would be lost."""
 transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _add: _Call = _ops.add_rms_norm._op
@@ -125,7 +127,7 @@ def overridden(
 
 def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> int:
     """How many dimensions a call that is :func:`ordinary` normalises; 0 if more has to be asked first."""
-    if eps is None or eps < 0:  # to the operators that is a floor
+    if type(eps) not in NUMBERS or eps < 0:  # type: ignore[operator] # to the operators that is a floor
         return 0
     shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)  # a torch.Size, a list
     return len(shape) if shape == (input.shape[-len(shape) :] if weight is None else weight.shape) else 0
@@ -156,7 +158,7 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in _PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
         recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
-        if not (dims := dims_of(input, normalized_shape, weight, eps)):
+        if type(offset) not in NUMBERS or not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
         if recorded:
             if memory is not None:  # what else may be kept is decided the long way

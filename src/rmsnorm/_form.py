@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _arguments, _native
 
 library = torch.library.Library("rmsnorm", "DEF")
 
@@ -143,8 +143,8 @@ class Form:
         if self.gradients:
             options = [option for option, known in zip(options, self.known, strict=True) if known]
             read = [_declared(name) for name in (self.saved or self.rows) + self.kept]
-            needs = [f"bool need_{name.rstrip('?')}" for name in self.learnt]
-            read += [*(f"Tensor? {w}" for w in self.weights), *options, *needs]
+            read += [*(f"Tensor? {w}" for w in self.weights), *options]
+            read += [f"bool need_{name.rstrip('?')}" for name in self.learnt]
             found = _returned([f"Tensor grad_{name.rstrip('?')}" for name in self.learnt])
             schemas["_backward"] = f"({self.grads}, {', '.join(read)}) -> {found}"
         return {"_backward": schemas["_backward"]} if self.same else schemas
@@ -203,8 +203,8 @@ def register(form: Form) -> Operators:
         return results[0] if count == 1 else tuple(results[:count])
 
     def forward(*arguments: Any) -> Any:
-        arguments = form.filled(arguments)
-        _native.warn_if_missing(arguments[0])
+        _native.warn_if_missing((arguments := form.filled(arguments))[0])
+        _arguments.check_dense(form.name, **dict(zip(form.rows + form.weights, arguments, strict=False)))
         form.check(*arguments)
         assert form.define is not None
         return form.define(*arguments)

@@ -76,10 +76,10 @@ _FUNCTIONS = (
 )
 _INSIDE = (
     *("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_ZN2at6native6is_negERKNS_6TensorE"),
-    *("_ZN2at6native12is_inferenceERKNS_6TensorE", "_ZNK3c1010TensorImpl13requires_gradEv"),
+    *("_ZN2at6native12is_inferenceERKNS_6TensorE", "_ZNK3c1010TensorImpl13requires_gradEv", "_ZN2at12hasCallbacksEv"),
 )
 _OBJECTS = (
-    *(None, True, False, int, 0, -1, FEW),
+    *(None, True, False, int, float, 0, -1, FEW),
     *(Tensor, torch.nn.Parameter, torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty), _ops.increment_versions),
     *(torch._C.TensorBase.is_neg, has_torch_function_variadic, torch.is_grad_enabled),

@@ -66,7 +66,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "install": (_TEXT, ctypes.c_bool),
     "failed": (None, _TEXT, _TEXT),
     "set_large_bytes": (None, _INT),
-    "large_bytes": (_INT,),
+    **dict.fromkeys(("large_bytes", "local_bytes"), (_INT,)),
     "cache_bytes": (_INT, ctypes.c_int),
     "contract": (None, _TEXT, _INT),
     "handed": (_POINTER, _POINTER, ctypes.POINTER(_POINTER), _INT),

@@ -1,11 +1,11 @@
 """The only file that decides what computes a checked call of the plain norm or of add + norm, when no short way was
-found, and whether a result may be written where it is wanted."""
+found."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import _arguments, _autograd, _foreign, _ops, reference
+from . import _autograd, _foreign, _ops, reference
 from .forms import lean
 
 
@@ -61,10 +61,3 @@ def add_rms_norm(
     if memory is not None and (both := lean.add_rms_norm(input, residual, weight, *options)):
         return both
     return _autograd.add_rms_norm(input, residual, weight, *options)[:2]
-
-
-def check_out(out: Tensor, input: Tensor, weight: Tensor | None, round_first: bool) -> None:
-    """Raises for what is no tensor, or none that the result can be written to."""
-    _arguments.check_tensors("rms_norm", out=out)
-    dtype = reference.result_dtype(input, weight, round_first)
-    _arguments.check_out(out, input, dtype, _ops.is_expanded(out), _autograd.needed(input, weight, out))

@@ -21,7 +21,7 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
-from . import _called
+from . import _called, _native
 
 _ours = torch.ops.rmsnorm
 _LOCAL = "rows_done"
@@ -81,7 +81,8 @@ class RowsTemplate(CppTemplate):
             code = _rest(kernel, y, epilogue_nodes, bool(kept))
             if y.get_dtype().itemsize == 2:
                 code = _split(code)
-            if not V.graph.sizevars.statically_known_leq(y.get_numel() * y.get_dtype().itemsize, _called.LOCAL):
+            size, most = y.get_numel() * y.get_dtype().itemsize, _native.ask("local_bytes")
+            if not V.graph.sizevars.statically_known_leq(size, most):
                 code = _asking(code, *(values[name] for name in ("rows", "columns", "input")))
             before = (
                 f"auto rest = [&](const int64_t {_BEGIN}, const int64_t {_END}, const {type}* {_LOCAL}) {{\n{code}\n}};"

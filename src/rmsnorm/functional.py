@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _arguments, _eager, _everyday, _handed, _ops, _serve, reference
+from . import _arguments, _eager, _everyday, _handed, _ops, _serve, _writable, reference
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROUND_FIRST, _EPS, _EPS_DOUBLE = _arguments.ROUND_FIRST, _arguments.EPS, _arguments.EPS_DOUBLE
 MEMORY, _NATIVE_TYPES = _arguments.MEMORY, _arguments.NATIVE_TYPES
 # Found sooner here; and OpOverload.__call__ adds 0.5 µs to what it calls.
-_native, _transforms_active = _ops.native, _everyday.transforms_active
+_native, _transforms_active, _NUMBERS = _ops.native, _everyday.transforms_active, _everyday.NUMBERS
 _written, _resolve, _as_shape = _ops.increment_versions, _arguments.resolve, _arguments.as_shape
 _as_objects, _in_graph, _record = _handed.norm, _everyday.in_graph, _eager.record
 _operator, _weighted, _rounded, _into, _weighted_into = (
@@ -116,13 +116,14 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             and not has_torch_function_variadic(input, weight)
             and not _transforms_active()
             and forward_ad._current_level < 0
+            and type(offset) in _NUMBERS
         ):
             recorded = is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
             if shape == (input.shape[-len(shape) :] if weight is None else weight.shape):
                 if eps is None:
                     eps = _EPS_DOUBLE if input.dtype is torch.float64 else _EPS
-                elif eps < 0.0:  # not 0: Python has an instruction for two floats
+                elif type(eps) not in _NUMBERS or eps < 0.0:  # not 0: Python has an instruction for two floats
                     raise RuntimeError  # to the operators that is a floor
                 if recorded:
                     return _record(input, weight, len(shape), eps, offset, first, out, memory)
@@ -154,21 +155,20 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         return _everyday.overridden(rms_norm, (input, weight, out), given, options, weight=weight, eps=eps)
     dims, eps, round_first, native = _resolve("rms_norm", input, normalized_shape, weight, eps, casting_mode, memory)
     if type(offset) is not float:
-        _arguments.check_numbers("rms_norm", offset=offset)
-    if eps < 0:  # added, as in torch; to the operators it would be a floor
-        output = reference.rms_norm(input, weight, dims, 0.0, offset, round_first, reference.plus(eps))[0]
-        if out is None:
-            return output
-        _serve.check_out(out, input, weight, round_first)
-        return out.copy_(output)
-    if ranks := _everyday.distributed(input, weight, out):
+        offset = _arguments.as_number("rms_norm", "offset", offset)
+    if not eps < 0 and (ranks := _everyday.distributed(input, weight, out)):
         return ranks.rms_norm(partial(rms_norm, memory=memory), input, weight, out, dims, eps, offset, casting_mode)
     if out is not None:
-        _serve.check_out(out, input, weight, round_first)
+        _writable.check_out(out, input, weight, round_first)
+    if eps < 0:  # added, as in torch; to the operators it would be a floor
+        output = reference.rms_norm(input, weight, dims, 0.0, offset, round_first, reference.plus(eps))[0]
+        return output if out is None else out.copy_(output)
+    if out is not None and not _transforms_active() and forward_ad._current_level < 0:
         _ops.rms_norm_out(input, weight, dims, eps, offset, round_first, out)
         _ops.written(out)
         return out
-    return _serve.rms_norm(input, weight, dims, eps, offset, round_first, native, memory)
+    output = _serve.rms_norm(input, weight, dims, eps, offset, round_first, native, memory)
+    return output if out is None else out.copy_(output)
 
 
 def add_rms_norm(  # noqa: PLR0911 - as above
@@ -222,12 +222,9 @@ def add_rms_norm(  # noqa: PLR0911 - as above
     if has_torch_function_variadic(weight) and _arguments.are_objects(weight):  # the sum is none of its business
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, **named), sum
-    try:
-        differs = residual.shape != input.shape or residual.device != input.device
-    except AttributeError:
-        differs = True
-    if differs:
-        _arguments.check_tensors("add_rms_norm", input=input, residual=residual)
+    _arguments.check_tensors("add_rms_norm", input=input, residual=residual)
+    _arguments.check_dense("add_rms_norm", input=input, residual=residual)
+    if residual.shape != input.shape or residual.device != input.device:
         raise RuntimeError(
             f"add_rms_norm: residual must have the shape and device of input, {tuple(input.shape)} on {input.device}, "
             f"but is {tuple(residual.shape)} on {residual.device}; expand it first if broadcasting is meant"
@@ -236,7 +233,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         "add_rms_norm", input, normalized_shape, weight, eps, casting_mode, memory
     )
     if type(offset) is not float:
-        _arguments.check_numbers("add_rms_norm", offset=offset)
+        offset = _arguments.as_number("add_rms_norm", "offset", offset)
     if not eps < 0 and (ranks := _everyday.distributed(input, residual, weight)):
         norm = partial(add_rms_norm, memory=memory)
         return ranks.add_rms_norm(norm, input, residual, weight, dims, eps, offset, casting_mode)

@@ -63,7 +63,8 @@ class RMSNorm(torch.nn.RMSNorm):
         if memory is not None:
             _arguments.check_one_of("RMSNorm", "memory", memory, functional.MEMORY)
             self.memory = memory
-        _arguments.check_numbers(type(self).__name__, eps=eps, offset=offset)
+        for label, value in (("eps", eps), ("offset", offset)):
+            _arguments.as_number(type(self).__name__, label, value)
         self.offset = offset
         self.casting_mode = casting_mode
         super().__init__(
@@ -107,7 +108,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in its place: torch's layer with the same weight, if it means the same."""
         if type(self) is not RMSNorm or self.offset or self.casting_mode != "torch":
-            raise _arguments.not_scriptable(self)
+            raise _not_scriptable(self)
         twin = torch.nn.RMSNorm.__new__(torch.nn.RMSNorm)
         vars(twin).update(vars(self))
         return twin
@@ -151,3 +152,11 @@ def _either(*arguments: Any) -> Any:
     if isinstance(arguments[0], torch.fx.Proxy):
         return torch.fx.Proxy.__torch_function__(_either, (), arguments)
     return _norm(*arguments)
+
+
+def _not_scriptable(module: object) -> NotImplementedError:
+    """For ``torch.jit.script``, which reads source that isn't TorchScript."""
+    return NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script can't compile it, as TorchScript has no operator with its meaning; "
+        "record the model with torch.jit.trace(model, example_inputs), or torch.export.export(model, example_inputs)"
+    )

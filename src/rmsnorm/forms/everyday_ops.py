@@ -46,8 +46,6 @@ for _name, _schema in _SCHEMAS.items():
     _form.library.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
 
 # OpOverload.__call__ adds 0.5 µs to what it calls.
-rms_norm: Any = _ops.general_rms_norm_weighted.default._op
-add_rms_norm: Any = _ops.general_add_rms_norm_weighted.default._op
 add_rms_norm_: Any = _ops.add_rms_norm_weighted_.default._op
 # The kernels of the first two, past the dispatcher.
 straight, add_straight = (_handed.straight(_name, _SCHEMAS[_name], weight="W") for _name in [*_SCHEMAS][:2])

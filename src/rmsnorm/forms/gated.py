@@ -89,7 +89,7 @@ def gated_rms_norm(
     _arguments.check_one_of("gated_rms_norm", "activation", activation, ACTIVATIONS)
     silu = ACTIVATIONS[activation]
     if type(offset) is not float:
-        _arguments.check_numbers("gated_rms_norm", offset=offset)
+        offset = _arguments.as_number("gated_rms_norm", "offset", offset)
     _check(input, gate, dims, group_size)
     if not eps < 0 and (ranks := _everyday.distributed(input, gate, weight)):
         gating = (activation, silu, norm_before_gate, group_size)
@@ -179,6 +179,7 @@ class GatedRMSNorm(module.RMSNorm):
 def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:
     if not (gate is None or isinstance(gate, Tensor)):
         _arguments.check_tensors("gated_rms_norm", gate=gate)
+    _arguments.check_dense("gated_rms_norm", gate=gate)
     if input.is_complex() or (gate is not None and not gate.is_floating_point()):
         raise RuntimeError(
             f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "

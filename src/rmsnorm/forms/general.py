@@ -16,8 +16,7 @@ from . import calls, everyday_ops, general_ops
 from .served import Served
 
 _served, _served_add = Served(general_ops.GENERAL), Served(general_ops.GENERAL_ADD)
-_weighted, _add_weighted = everyday_ops.rms_norm, everyday_ops.add_rms_norm
-_straight, _add_straight = everyday_ops.straight, everyday_ops.add_straight
+_straight, _add_straight, NUMBERS = everyday_ops.straight, everyday_ops.add_straight, calls.NUMBERS
 _TYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,15 +37,11 @@ def rms_norm(
 ) -> Any:
     """``rmsnorm.rms_norm``, called with at least one of the last four."""
     tensors = input, weight, bias
-    plainly = out is None and memory is None and partial == 1.0 and not offset and casting_mode == "torch"
-    if plainly and weight is not None and not return_rstd and not is_dynamo_compiling():
+    plainly = out is None and memory is None and partial == 1.0 and offset == 0.0 and casting_mode == "torch"
+    if plainly and weight is not None and not return_rstd and type(offset) in NUMBERS and not is_dynamo_compiling():
         found = _straight(normalized_shape, input, weight, bias, eps, out_dtype)
         if found is not None:
             return found
-        if out_dtype in _TYPES:
-            found = calls.everyday_weighted(_weighted, tensors, weight, normalized_shape, eps, out_dtype)
-            if found is not None:
-                return found
     if out is not None:
         raise RuntimeError("rms_norm: out= is for the plain norm alone; drop it, or the further keywords")
     _check_memory("rms_norm", memory)
@@ -81,16 +76,11 @@ def add_rms_norm(
 ) -> Any:
     """``rmsnorm.add_rms_norm``, the same."""
     tensors = input, residual, weight, bias
-    plainly = memory is None and partial == 1.0 and not offset and casting_mode == "torch"
-    if plainly and weight is not None and not return_rstd and not is_dynamo_compiling():
-        more = bool(round_sum), out_dtype
-        found = _add_straight(normalized_shape, input, residual, weight, bias, eps, *more)
+    plainly = memory is None and partial == 1.0 and offset == 0.0 and casting_mode == "torch"
+    if plainly and weight is not None and not return_rstd and type(offset) in NUMBERS and not is_dynamo_compiling():
+        found = _add_straight(normalized_shape, input, residual, weight, bias, eps, bool(round_sum), out_dtype)
         if found is not None:
             return found
-        if out_dtype in _TYPES:
-            found = calls.everyday_weighted(_add_weighted, tensors, weight, normalized_shape, eps, *more)
-            if found is not None:
-                return found
     _check_memory("add_rms_norm", memory)
     counted = _counted("add_rms_norm", normalized_shape, partial)
     _check_dtype("add_rms_norm", out_dtype)
@@ -149,7 +139,7 @@ def _named(offset: float, mode: str, partial: float, out_dtype: Any, return_rstd
 def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -> int:
     """How many elements of a row count; -1 for all."""
     if partial is not None and type(partial) is not float:
-        _arguments.check_numbers(name, partial=partial)
+        partial = _arguments.as_number(name, "partial", partial)
     if partial is None or not 0 < partial <= 1:
         raise ValueError(f"{name}: partial must be above 0 and at most 1, a part of the columns, but is {partial}")
     if partial == 1:

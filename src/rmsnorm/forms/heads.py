@@ -78,7 +78,7 @@ def heads_rms_norm_rope(
     """
     tensors = query, key, cos, sin, query_weight, key_weight
     try:
-        if eps is not None and eps >= 0:
+        if type(eps) in _everyday.NUMBERS and type(offset) in _everyday.NUMBERS and eps >= 0:  # type: ignore[operator]
             options = eps, offset, functional.ROUND_FIRST[casting_mode], interleaved
             if both := calls.everyday(_normed, tensors, options):
                 return both
@@ -90,7 +90,7 @@ def heads_rms_norm_rope(
         return handle_torch_function(heads_rms_norm_rope, tensors, *tensors, eps, **given)
     name = "heads_rms_norm_rope"
     native, least, round_first = _checked(_resolve, name, tensors, eps, casting_mode)
-    _arguments.check_numbers(name, offset=offset)
+    offset = _arguments.as_number(name, "offset", offset)
     if least < 0:
         raise ValueError(f"{name}: eps must be 0 or more, but is {eps}")
     if _everyday.distributed(*tensors):
@@ -177,6 +177,7 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
     """Raises for tensors that don't fit; returns whether a kernel has their types."""
     named = {"query": query, "key": key, "cos": cos, "sin": sin}
     _arguments.check_tensors(name, **named)
+    _arguments.check_dense(name, **named)
     for label, tensor in named.items():
         _arguments.check_real(name, **{label: tensor})
         if tensor.dim() < _DIMS[label]:
@@ -217,6 +218,7 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
 
 def _check_weight(name: str, label: str, weight: Any, size: tuple[int, ...]) -> None:
     _arguments.check_tensors(name, **{label: weight})
+    _arguments.check_dense(name, **{label: weight})
     if weight.shape != size:
         raise RuntimeError(
             f"{name}: {label} must have the size of a head, {list(size)}, but has shape {list(weight.shape)}; a norm "

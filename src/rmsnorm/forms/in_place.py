@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _arguments, _autograd, _everyday, _foreign, _form, _handed, _ops, functional, reference
+from .. import (
+    _arguments,
+    _autograd,
+    _everyday,
+    _foreign,
+    _form,
+    _handed,
+    _ops,
+    _writable,
+    functional,
+    reference,
+)
 from . import calls, everyday_ops
 
 _SCHEMA = (
@@ -63,8 +74,9 @@ def add_rms_norm_(
             return input, residual
         if not is_compiling() and _straight(None, input, residual, weight, eps, offset, round_first, bool(round_sum)):
             return input, residual
-        ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor and eps >= 0
-        if ordinary and not _autograd.needed(input, weight, residual):
+        ordinary = _everyday.ordinary(input, (input, residual, weight)) and type(residual) is Tensor
+        numbers = type(eps) in _everyday.NUMBERS and type(offset) in _everyday.NUMBERS and eps >= 0
+        if ordinary and numbers and not _autograd.needed(input, weight, residual):
             shape = input.shape[-1:] if weight is None else weight.shape
             dims = len(shape)
             frozen = input.is_inference() or residual.is_inference()
@@ -84,10 +96,11 @@ def add_rms_norm_(
         )
         return handle_torch_function(add_rms_norm_, tensors, *tensors, eps, **given)
     _arguments.check_tensors(name, input=input, weight=weight)
+    _arguments.check_dense(name, input=input, weight=weight)
     shape = input.shape[-1:] if weight is None else weight.shape
     dims, eps, round_first, native = functional._resolve(name, input, shape, weight, eps, casting_mode)
     if type(offset) is not float:
-        _arguments.check_numbers(name, offset=offset)
+        offset = _arguments.as_number(name, "offset", offset)
     calls.check_alike(name, "input", input, input)
     calls.check_alike(name, "residual", residual, input)
     _check(input, residual, weight, eps)
@@ -109,7 +122,7 @@ def _check(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -
             "or call rmsnorm.add_rms_norm"
         )
     for label, tensor in (("input", input), ("residual", residual)):
-        _arguments.check_may_change("add_rms_norm_", label, tensor)
+        _writable.check_may_change("add_rms_norm_", label, tensor)
         if not is_compiling() and tensor.is_neg():
             raise RuntimeError(
                 f"add_rms_norm_: {label} is a negated view, whose memory holds other values than it shows; pass a "

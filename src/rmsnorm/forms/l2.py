@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from .. import _everyday, _handed, functional
+from .. import _handed, functional
 from . import calls, general, general_ops
 
 _GENERAL = general_ops.GENERAL
@@ -59,15 +59,13 @@ def l2_norm(
     tensors = input, weight, None
     try:
         if eps >= 0 and not is_dynamo_compiling():
-            least = _of(eps, eps_inside)
-            found = _straight(normalized_shape, *tensors, least, offset, functional.ROUND_FIRST[casting_mode], *more)
+            options = _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
+            found = _straight(normalized_shape, *tensors, *options)
+            if found is None:
+                found = calls.by_operator(general._served, tensors, normalized_shape, eps, *options)
             if found is not None:
                 return found[0]
-        if type(input) is Tensor and eps >= 0 and (dims := _everyday.dims_of(input, normalized_shape, None, eps)):
-            options = dims, _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
-            if _everyday.ordinary(input, tensors):
-                return general._served.everyday(*tensors, *options)[0]
-    except (KeyError, AttributeError, TypeError, RuntimeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError):
         pass
     if eps is None:
         raise TypeError("l2_norm: eps must be a float, but is None; pass a number, e.g. 1e-12")

@@ -64,7 +64,8 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
             y = _handed.norm(_served.kind, shape, eps, 0.0, False, None, None, None, input, None, weight, bias)
             if y is not None:
                 return y
-        if _everyday.ordinary(input, (input, weight, bias)) and input.shape[-len(shape) :] == shape:
+        everyday = type(eps) in _everyday.NUMBERS and _everyday.ordinary(input, (input, weight, bias))
+        if everyday and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -80,7 +81,9 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
             return _everyday.overridden(layer_norm, tensors, (input, shape, weight, bias, eps), {})
         return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)
-    _arguments.check_numbers(_NAME, eps=eps)
+    eps = _arguments.as_number(_NAME, "eps", eps)
+    if not input.is_nested:  # torch's layer_norm has a way for those
+        _arguments.check_dense(_NAME, input=input, weight=weight, bias=bias)
     if ranks := _everyday.distributed(input, weight, bias):
         return ranks.layer_norm(layer_norm, input, shape, weight, bias, eps)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

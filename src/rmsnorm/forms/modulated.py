@@ -92,7 +92,7 @@ def modulated_norm(
             found = calls.everyday_norm(_served, along, normalized_shape, eps, offset, casting_mode, layer)
             if found is not None:
                 return found[0] if residual is None else found
-        except (AttributeError, TypeError, IndexError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError):
             pass
     _arguments.check_one_of(name, "statistic", statistic, STATISTICS)
     if layer and weight is not None:
@@ -161,7 +161,7 @@ def gated_add(
             found = calls.everyday(_added, along, (ROUND_FIRST[casting_mode],))
             if found is not None:
                 return found
-        except (AttributeError, TypeError, IndexError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError):
             pass
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         named = _arguments.given(casting_mode=(casting_mode, "torch"))
@@ -169,6 +169,7 @@ def gated_add(
     _arguments.check_tensors(name, input=input, residual=residual)
     if gate is None:
         raise TypeError(f"{name}: gate must be a torch.Tensor, but is None; without one it is input + residual")
+    _arguments.check_dense(name, input=input)
     _, _, round_first, native = functional._resolve(name, input, input.shape[-1:], None, 0.0, casting_mode)
     rows = calls.check_rows(name, {"input": input, "residual": residual, "gate": gate}, 1, ("gate",))
     if ranks := _everyday.distributed(*rows.values()):

@@ -191,7 +191,7 @@ def sandwich_rms_norm(
     Source: Zhang & Sennrich 2019, arXiv 1910.07467; Gemma 2, arXiv 2408.00118, section 2.
     """
     if next_eps is not None and not (type(next_eps) is float and next_eps >= 0):
-        _arguments.check_numbers("sandwich_rms_norm", next_eps=next_eps)
+        next_eps = _arguments.as_number("sandwich_rms_norm", "next_eps", next_eps)
         if next_eps < 0:
             raise ValueError(f"sandwich_rms_norm: next_eps must be 0 or more, but is {next_eps}")
     tensors = input, residual, weight, next_weight
