@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -39,6 +40,30 @@ settings.register_profile(
 )
 settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=_slow)
 settings.load_profile("test")
+
+
+def _shared(item):
+    """What a test's group shares: all that the test is given, but for the CPU target. None where there is no target."""
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    targets = [given[name] for name in ("target", "native_target") if name in given]
+    return item.nodeid.replace(targets[0], "", 1) if targets else None
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+def pytest_collection_modifyitems(config, items):
+    """The CPU targets of a test follow one another, in one process: they share its truth (remembered.py). Other tests
+    are handed out eight at a time: when one ends, xdist looks through all groups that it has given."""
+    groups, counts, numbers = {}, Counter(), Counter()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        groups.setdefault((function, _shared(item) or counts[function] // 8), []).append(item)
+        counts[function] += 1
+    for (function, _), group in groups.items():
+        numbers[function] += 1
+        for item in group:
+            if config.pluginmanager.hasplugin("xdist") and item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(f"{function.split('/')[-1]}.{numbers[function]}"))
+    items[:] = [item for group in groups.values() for item in group]
 
 
 @pytest.fixture(autouse=True)

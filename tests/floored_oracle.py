@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from oracle import Bounds, Truth, exact, gain, sample, ulp
+from remembered import key, remembered
 
 from rmsnorm.forms.floored import floored_rms_norm
 
@@ -24,11 +25,13 @@ class FlooredTruth(Truth):
     def __init__(self, x: torch.Tensor, floor: float) -> None:
         wide = exact(x)
         self.dtype = x.dtype
+        self.key = "FlooredTruth", key(x), key(floor)
         square = np.mean(wide * wide, axis=-1, keepdims=True)
         self.moves = square >= floor  # as clamp_min has it
         self.r = 1 / np.sqrt(np.maximum(square, wide.dtype.type(floor)))
         self.normalised = wide * self.r
 
+    @remembered
     def backward(self, grad, weight, offset):
         """The bounds of the other rule, without its projection where the floor holds; beyond the largest number of the
         type the gradient is infinite, as 1e12 times anything is in fp16."""

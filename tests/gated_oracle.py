@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from oracle import Bounds, exact, gain, ulp
+from remembered import remembered
 from torch import Tensor
 
 # How far the arithmetic between two roundings may be off, relative: 16 units of fp32, for half types 0.004 ulp.
@@ -51,6 +52,7 @@ class Form:
         mean = np.mean(groups * groups, axis=-1, keepdims=True)
         return (groups / np.sqrt(mean + groups.dtype.type(self.eps))).reshape(z.shape)
 
+    @remembered
     def bounds(self, x: Tensor, gate: Tensor, weight: Tensor | None, ulps: float) -> Bounds:
         """Where the output may be: within ``ulps`` of the truth, where nothing is rounded on the way."""
         wide = exact(x)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from oracle import HALVES, Bounds, Truth, exact
+from remembered import remembered
 from torch import Tensor
 
 
@@ -40,6 +41,7 @@ class Form:
         away = 1 if self.interleaved else turned // 2
         return np.where(first, j + away, j - away), np.where(first, -1.0, 1.0)
 
+    @remembered
     def bounds(self, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, ulps: float | None) -> Bounds:
         """Where the output may be; ``ulps`` are those of the norm, None where there is none."""
         dtype, kind = x.dtype, torch.promote_types(x.dtype, cos.dtype)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -103,6 +104,20 @@ LEFT: dict[str, tuple[Function, dict[str, int]]] = {
 }
 
 
+def crossed(*axes: Iterable[Any], rare: Sequence[Any] = ()) -> list[Any]:
+    """The cells of a table, those of a chessboard's white squares each day, the others and the ``rare`` values of the
+    last axis in the heavy tests. Of three axes each value meets each of another. What a pass looks for knows no size,
+    and that every size has the operators' bits in every type is proven without compiling."""
+    *outer, last = map(list, axes)
+    cells = []
+    for places in product(*(range(len(axis)) for axis in (*outer, [*last, *rare]))):
+        values = [axis[i] for axis, i in zip((*outer, [*last, *rare]), places, strict=True)]
+        heavy = places[-1] >= len(last) or sum(places) % 2
+        name = "-".join(getattr(value, "__name__", str(value)) for value in values)
+        cells.append(pytest.param(*values, id=name, marks=[pytest.mark.heavy] if heavy else []))
+    return cells
+
+
 def ours(graph: torch.fx.Graph) -> Counter[str]:
     """How often each of our operators is in it."""
     names = (str(node.target) for node in graph.nodes if getattr(node.target, "namespace", "") == "rmsnorm")
@@ -139,9 +154,10 @@ def drawn(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.clone().requires_grad_() for t in (*tensors, gains(columns, dtype=dtype) * 0.5)]
 
 
-@pytest.mark.parametrize("columns", [127, 1027, *(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 3, 576))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", JOINED | INFERRED | LEFT)
+@pytest.mark.parametrize(
+    ("name", "dtype", "columns"),
+    crossed(JOINED | INFERRED | LEFT, (torch.float32, torch.bfloat16), (127, 1027), rare=(1, 3, 576)),
+)
 def test_joined_graphs_have_the_bits_of_eager_mode(name, dtype, columns):
     function, expected, *recorded = (JOINED | INFERRED | LEFT)[name]
     torch.compiler.reset()
@@ -198,21 +214,20 @@ def test_the_gradient_of_a_residual_stream_is_added_as_eager_mode_adds_it(functi
     assert found.args[1] is not None
 
 
-@pytest.mark.parametrize("columns", [127, 1027])
-@pytest.mark.parametrize(
-    ("dtype", "low", "joined"),
-    [
-        (torch.float32, torch.bfloat16, True),
-        (torch.float32, torch.float16, True),
-        (torch.bfloat16, torch.float32, True),
-        (torch.float16, torch.float32, True),
-        (torch.float32, torch.float64, False),
-        (torch.bfloat16, torch.float16, False),
-    ],
-)
-@pytest.mark.parametrize("mode", OPTIONS)
-def test_a_cast_is_done_where_the_sum_is_normed(mode, dtype, low, joined, columns):
+CASTS = {
+    (torch.float32, torch.bfloat16): True,
+    (torch.float32, torch.float16): True,
+    (torch.bfloat16, torch.float32): True,
+    (torch.float16, torch.float32): True,
+    (torch.float32, torch.float64): False,
+    (torch.bfloat16, torch.float16): False,
+}
+
+
+@pytest.mark.parametrize(("mode", "types", "columns"), crossed(OPTIONS, CASTS, (127, 1027)))
+def test_a_cast_is_done_where_the_sum_is_normed(mode, types, columns):
     """Rows whose squares overflow or vanish are rounded twice, too."""
+    (dtype, low), joined = types, CASTS[types]
 
     def function(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
         return norm(s := x + r, w, mode).to(low), s

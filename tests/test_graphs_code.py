@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import EPS, same_bits
-from test_graphs import drawn, norm, results
+from test_graphs import crossed, drawn, norm, results
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -85,8 +85,9 @@ def code_of(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     return found, "\n".join(line for line in lines if not line.lstrip().startswith("#"))
 
 
-@pytest.mark.parametrize("columns", [127, 576, *(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 1027, 4096))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "columns"), crossed((torch.float32, torch.bfloat16), (127, 576), rare=(1, 1027, 4096))
+)
 def test_what_follows_a_norm_is_done_in_its_loop_with_the_same_bits(dtype, columns):
     torch.compiler.reset()
     leaves = drawn(
@@ -183,9 +184,9 @@ def uneven(rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
     return leaves
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(40, 127), (6, 576), pytest.param(70, 1027, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("dtype", _nodes.TYPES[:3], ids=str)
-def test_a_step_beside_a_norm_is_done_in_its_kernel_with_the_same_bits(dtype, rows, columns):
+@pytest.mark.parametrize(("dtype", "shape"), crossed(_nodes.TYPES[:3], ((40, 127), (6, 576)), rare=((70, 1027),)))
+def test_a_step_beside_a_norm_is_done_in_its_kernel_with_the_same_bits(dtype, shape):
+    rows, columns = shape
     torch.compiler.reset()
     leaves = uneven(rows, columns, dtype)
     mine, code = code_of(inferred, torch.compile(beside, fullgraph=True, dynamic=False), leaves)
@@ -205,12 +206,14 @@ def sandwich(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
     return norm(s, v, "gemma", 1e-3), s
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 576), (40, 127), pytest.param(70, 1027, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("dtype", _nodes.TYPES, ids=str)
-@pytest.mark.parametrize("function", [add_norm, sandwich])
-def test_gradients_have_the_bits_of_eager_mode(function, dtype, rows, columns):
+@pytest.mark.parametrize(
+    ("function", "dtype", "shape"),
+    crossed((add_norm, sandwich), _nodes.TYPES, ((1, 576), (40, 127)), rare=((70, 1027),)),
+)
+def test_gradients_have_the_bits_of_eager_mode(function, dtype, shape):
     """Of up to 32 rows, whose weights' gradients are a single sum, and of more. What arrives at the sum is added in the
     kernel: there is none of Inductor's, neither forward, with gradients and without, nor backward."""
+    rows, columns = shape
     torch.compiler.reset()
     leaves = uneven(rows, columns, dtype)
     mine, code = code_of(results, torch.compile(function, fullgraph=True, dynamic=False), leaves, rows, columns)

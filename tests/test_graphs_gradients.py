@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import same_bits
-from test_graphs import drawn, norm, results, rewritten
+from test_graphs import crossed, drawn, norm, results, rewritten
 from test_graphs_code import code_of, uneven, wider
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
@@ -40,6 +40,8 @@ def all_of_them(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Any:
     return r * norm(s := x * 24.0, w), s
 
 
+FUNCTIONS = cast, product, scale, all_of_them
+SHAPES = (1, 576), (70, 127), (70, 4096)
 # Which of the steps are done there: what arrives is multiplied, twice, and what leaves is.
 AROUND: dict[str, tuple[Callable[..., Any], tuple[bool, bool, bool]]] = {
     "cast": (cast, (False, False, False)),
@@ -94,14 +96,15 @@ def test_float64_has_no_steps_around_its_kernel():
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
 @pytest.mark.skipif(not _ops.native, reason="of kernels that aren't there")
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(1, 576), (70, 127), pytest.param(70, 4096, marks=pytest.mark.heavy)], ids=str
+    ("function", "dtype", "shape"),
+    [
+        *crossed(FUNCTIONS, (torch.float32, torch.bfloat16), SHAPES[:2], rare=SHAPES[2:]),
+        *crossed(FUNCTIONS, (torch.float16,), (), rare=SHAPES),
+    ],
 )
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)], ids=str
-)
-@pytest.mark.parametrize("function", [cast, product, scale, all_of_them])
-def test_backward_is_one_kernel_with_the_bits_of_eager_mode(function, dtype, rows, columns):
+def test_backward_is_one_kernel_with_the_bits_of_eager_mode(function, dtype, shape):
     """Of rows that are one block, and of many, the last of them shorter; with columns behind the last whole vector."""
+    rows, columns = shape
     torch.compiler.reset()
     leaves = uneven(rows, columns, dtype)
     mine, code = code_of(results, torch.compile(function, fullgraph=True, dynamic=False), leaves, rows, columns)

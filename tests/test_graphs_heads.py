@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import EPS, gains, incoming, same_bits, sample
-from test_graphs import OPTIONS, Kept, joining
+from test_graphs import OPTIONS, Kept, crossed, joining
 from torch import Tensor
 
 from rmsnorm import rms_norm
@@ -197,9 +197,9 @@ def results(function: Function, leaves: list[Tensor]) -> list[Tensor]:
     return [*inferred, *(one.detach() for one in outputs), *(one for one in found if one is not None)]
 
 
-@pytest.mark.parametrize("size", [6, 64, *(pytest.param(n, marks=pytest.mark.heavy) for n in (2, 80, 128))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TURNED | LEFT)
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"), crossed(TURNED | LEFT, (torch.float32, torch.bfloat16), (6, 64), rare=(2, 80, 128))
+)
 def test_turned_heads_have_the_bits_of_eager_mode(name, dtype, size):
     if size == 2 and name == "some of the columns":
         pytest.skip("half of 2 columns are no pair")

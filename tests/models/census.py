@@ -38,8 +38,8 @@ CENTRED = re.compile(r"\bmean = |\bu = |masked|\.var\(")
 
 
 @functools.cache
-def classes() -> tuple[type[nn.Module], ...]:
-    """Called RMSNorm, or short and with a mean square under a root in forward, not centred."""
+def names() -> tuple[tuple[str, str], ...]:
+    """Module and class. Called RMSNorm, or short and with a mean square under a root in forward, not centred."""
     found = []
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         for match in CLASS.finditer(file.read_text()):
@@ -47,9 +47,16 @@ def classes() -> tuple[type[nn.Module], ...]:
             named = re.search(r"RMS_?Norm", name, re.IGNORECASE)
             formula = len(source) < 2600 and ROOT.search(source) and MEAN_SQUARE.search(source)
             if name not in LOOK_ALIKES and (named or (formula and not CENTRED.search(source))):
-                module = f"transformers.models.{file.parent.name}.{file.stem}"
-                found.append(getattr(importlib.import_module(module), name))
+                found.append((f"transformers.models.{file.parent.name}.{file.stem}", name))
     return tuple(found)
+
+
+def load(module: str, name: str) -> type[nn.Module]:
+    return getattr(importlib.import_module(module), name)
+
+
+def classes() -> tuple[type[nn.Module], ...]:
+    return tuple(load(*where) for where in names())
 
 
 # What the constructors of all classes take: the values that each parameter is tried with.
