@@ -76,7 +76,7 @@ def apart(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """To the type; halves by way of fp32, in which sums and products of theirs are what torch's are."""
-    narrow = torch.from_numpy(np.asarray(values, np.float64))
+    narrow = torch.from_numpy(np.array(values, np.float64))  # a copy: what is remembered can't be written to
     narrow = narrow.float().to(dtype) if dtype in HALVES else narrow.to(dtype)
     return narrow.double().numpy().astype(values.dtype)
 

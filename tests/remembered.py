@@ -25,7 +25,8 @@ def key(value: Any) -> Any:
     """What tells a value from others; of an object with a key of its own, that, and of numbers, their text: 1.0 and
     True, or 0.0 and -0.0, are not the same."""
     if isinstance(value, torch.Tensor):
-        flat = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        # A clone: contiguous() leaves one number as it is, with any stride, which can't be seen as bytes.
+        flat = value.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
         return value.dtype, tuple(value.shape), blake2b(flat, digest_size=16).digest()
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, blake2b(np.ascontiguousarray(value), digest_size=16).digest()
