@@ -80,11 +80,12 @@ inline int64_t first_cache_bytes() {
   return bytes;
 }
 
-// The second.
-inline int64_t second_cache_bytes() {
-  static const int64_t bytes = cache_bytes(2, int64_t{256} << 10, int64_t{4} << 20);
+// The second. Tests set it, so that what one machine does is tested on all.
+inline std::atomic<int64_t>& second_cache() {
+  static std::atomic<int64_t> bytes{cache_bytes(2, int64_t{256} << 10, int64_t{4} << 20)};
   return bytes;
 }
+inline int64_t second_cache_bytes() { return second_cache().load(std::memory_order_relaxed); }
 
 // Whether gradients of two rows are stored while the next two are summed (backward_pairs.h), be they stored from their
 // end otherwise or not. It was measured with 2 MiB of L2 alone, where a loop of two more streams always gains; a Zen 4,

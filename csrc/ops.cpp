@@ -151,6 +151,6 @@ extern "C" __attribute__((visibility("default"))) int64_t rmsnorm_cache_bytes(in
   return level == 2 ? rmsnorm::second_cache_bytes() : rmsnorm::large_bytes().load();
 }
 
-extern "C" __attribute__((visibility("default"))) void rmsnorm_set_large_bytes(int64_t bytes) {
-  rmsnorm::large_bytes() = bytes;
+extern "C" __attribute__((visibility("default"))) void rmsnorm_set_cache_bytes(int level, int64_t bytes) {
+  (level == 2 ? rmsnorm::second_cache() : rmsnorm::large_bytes()) = bytes;
 }

@@ -182,8 +182,17 @@ def target(request, restored_target, monkeypatch):
 def everything_is_large():
     """A call that makes every tensor, or those of so many bytes, larger than the caches, as those above 24 MiB are."""
     before = _native.large_bytes()
-    yield lambda least=1: _native.set_large_bytes(least)
-    _native.set_large_bytes(before)
+    yield lambda least=1: _native.set_cache_bytes(3, least)
+    _native.set_cache_bytes(3, before)
+
+
+@pytest.fixture
+def second_cache():
+    """A call that makes a core's second cache as large as that: some loops are those of a machine that has 2 MiB."""
+    before = (_native.cache_bytes() or [0, 0])[1]
+    yield lambda size: _native.set_cache_bytes(2, size)
+    if before:
+        _native.set_cache_bytes(2, before)
 
 
 @pytest.fixture(autouse=True)

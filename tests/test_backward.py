@@ -215,8 +215,9 @@ def test_rows_and_threads_change_no_bit(native_target, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_gradients_have_the_bits_of_small_ones(native_target, everything_is_large, dtype):
-    """dx streamed two rows at a time, the odd row that isn't, rows at alignments that can't be, and rescued ones."""
+def test_large_gradients_have_the_bits_of_small_ones(native_target, everything_is_large, second_cache, dtype):
+    """dx streamed two rows at a time, the odd row that isn't, rows at alignments that can't be, and rescued ones; and
+    with a large second cache two rows stored while others are summed."""
 
     def results():
         for columns, rows in product(COLUMNS, (0, 1, 3, 70)):
@@ -228,10 +229,14 @@ def test_large_gradients_have_the_bits_of_small_ones(native_target, everything_i
                 options = weight, 1, EPS, 0.0, True, weight is not None
                 yield from torch.ops.rmsnorm.rms_norm_backward(grad, grad * 3, x, rstd, *options)  # a sum's, too
 
-    small = list(results())
-    everything_is_large()
-    for expected, y in zip(small, results(), strict=True):
-        assert same_bits(y, expected)
+    everything_is_large(2**60)
+    second_cache(2**20)
+    wanted = list(results())
+    for second, least in ((2**20, 1), (2**21, 2**60), (2**21, 1)):
+        second_cache(second)
+        everything_is_large(least)
+        for expected, y in zip(wanted, results(), strict=True):
+            assert same_bits(y, expected), (second, least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

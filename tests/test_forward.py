@@ -358,10 +358,10 @@ def test_rows_that_lie_evenly_have_the_bits_of_others(native_target, everything_
 
 @pytest.mark.parametrize("columns", [32, 128, 576])
 def test_short_rows_in_a_cache_beyond_the_second_have_the_bits_of_others(
-    native_target, everything_is_large, threads, columns
+    native_target, everything_is_large, second_cache, threads, columns
 ):
     """Where that is large, they are stored in the loop that sums others, by two threads as by one."""
-    second = (_native.cache_bytes() or [0, 2**20])[1]
+    second_cache(second := 2 * 2**20)
     rows = 4 * second // (8 * columns) // 2 * 2 + 342  # a thread of two has twice the second cache
     x, w = sample(rows, columns, torch.float32), sample(1, columns, torch.float32)[0]
     x[::7] *= 2.0**100

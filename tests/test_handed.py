@@ -260,12 +260,12 @@ def test_what_is_odd_comes_out_as_the_long_way(hand_to, given):
 def test_what_is_large_is_the_operators(handed):
     """Which asks for huge pages."""
     before = _native.large_bytes()
-    _native.set_large_bytes(X.nbytes)
+    _native.set_cache_bytes(3, X.nbytes)
     try:
         rmsnorm.rms_norm(X, 4, WEIGHT)
         rmsnorm.rms_norm(X[:2], 4, WEIGHT)
     finally:
-        _native.set_large_bytes(before)
+        _native.set_cache_bytes(3, before)
     assert handed == [False, True]
 
 

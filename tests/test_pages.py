@@ -40,7 +40,7 @@ x, g = torch.randn(1024, 1024), torch.randn(1024, 1024)
 w, kept = torch.ones(1024, requires_grad=True), torch.empty(1024, 1024)
 given = x.clone().requires_grad_()
 recorded = rmsnorm.rms_norm(given, 1024, w)
-_native.set_large_bytes(x.nbytes)
+_native.set_cache_bytes(3, x.nbytes)
 
 def made(outputs):
     ranges = sorted((asked[0][k], asked[0][k] + asked[1][k]) for k in range(count.value))

@@ -65,7 +65,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "set_cpu_target": (ctypes.c_bool, _TEXT),
     "install": (_TEXT, ctypes.c_bool),
     "failed": (None, _TEXT, _TEXT),
-    "set_large_bytes": (None, _INT),
+    "set_cache_bytes": (None, ctypes.c_int, _INT),
     **dict.fromkeys(("large_bytes", "local_bytes"), (_INT,)),
     "cache_bytes": (_INT, ctypes.c_int),
     "contract": (None, _TEXT, _INT),
@@ -139,9 +139,9 @@ def cache_bytes() -> list[int]:
     return [_library.rmsnorm_cache_bytes(level) for level in (1, 2, 3)] if _library else []
 
 
-def set_large_bytes(count: int) -> None:
-    """Sets it, in every thread. For the tests: from 1 on every output is large."""
-    _library.rmsnorm_set_large_bytes(count)
+def set_cache_bytes(level: int, count: int) -> None:
+    """Sets the second or the last, in every thread. For the tests: with a last of 1 every output is large."""
+    _library.rmsnorm_set_cache_bytes(level, count)
 
 
 def publish(name: str) -> bool:
