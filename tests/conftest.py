@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config, items):
     groups, counts, numbers = {}, Counter(), Counter()
     for item in items:
         function = item.nodeid.partition("[")[0]
-        groups.setdefault((function, _shared(item) or counts[function] // 8), []).append(item)
+        each = 1 if item.get_closest_marker("heavy") else 8  # eight of those, and one process waits
+        groups.setdefault((function, _shared(item) or (each, counts[function] // each)), []).append(item)
         counts[function] += 1
     for (function, _), group in groups.items():
         numbers[function] += 1
