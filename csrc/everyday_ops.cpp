@@ -4,7 +4,7 @@
 #include <span>
 #include <utility>
 
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

@@ -1,5 +1,5 @@
 // The only file with the gated norm's operators.
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

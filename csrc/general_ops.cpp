@@ -1,5 +1,5 @@
 // The only file with the operators of the norm in general, and of add + norm in place.
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

@@ -1,8 +1,8 @@
 // The only file that is called by code which Inductor has compiled: rows in plain pointers, past torch's dispatcher,
 // and, while they are in a cache, what that code does with them; their gradients; and heads that are turned.
 #include "called.h"
+#include "run.h"
 #include "sandwich_backward.h"
-#include "tensors.h"
 
 namespace rmsnorm {
 namespace {

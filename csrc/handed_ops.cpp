@@ -4,6 +4,7 @@
 // 0.95 and 0.89 of the operator's time by 1 and 2 threads of a Zen 5, 512x4096 0.97 and 0.93; what is larger than the
 // last cache is the operator's, which asks for huge pages.) What torch's dispatcher does besides is asked here: one
 // call from Python, where each question from there would be one.
+#include <cstring>
 #include <numeric>
 
 #include "asked.h"

@@ -2,7 +2,7 @@
 //
 // Rows are walked with the tokens outside and the heads inside: the heads of a token lie side by side where a
 // projection wrote them, and share its cosines and sines. So what is kept of a row is [*, tokens, heads, 1].
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

@@ -1,5 +1,5 @@
 // The only file with LayerNorm's operators: RMSNorm's kernels with the other statistic, and a bias.
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

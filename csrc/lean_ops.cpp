@@ -1,7 +1,8 @@
 // The only file with the gradients of a norm of which the output was kept, not the input.
+#include <cstring>
 #include <limits>
 
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

@@ -1,7 +1,7 @@
 // The only file with RMSNorm's operators.
 #include "ops.h"
 
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

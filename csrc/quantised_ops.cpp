@@ -1,6 +1,6 @@
 // The only file with the operators of quantised norms: the forward kernels of every form, whose rows are quantised
 // while they are in the first cache and never written.
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 namespace {

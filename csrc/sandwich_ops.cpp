@@ -1,6 +1,6 @@
 // The only file with the sandwich's operators: a norm whose output is added to the residual, and the norm of that sum.
+#include "run.h"
 #include "sandwich_backward.h"
-#include "tensors.h"
 
 namespace rmsnorm {
 namespace {

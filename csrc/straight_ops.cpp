@@ -2,6 +2,8 @@
 //
 // The everyday norms have calls with pointers of their own (handed_ops.cpp). What may be asked for beyond them has too
 // many shapes for that; but its kernels take at::Tensor, of which an object of Python's is no more than a case.
+#include <cstring>
+#include <limits>
 #include <optional>
 
 #include "asked.h"
