@@ -44,6 +44,7 @@ ROWS = [  # every torch once, every Python once with the torch that the wheel is
 ]
 CORE = [  # what a new torch, transformers or Python can break; the kernels' own tests don't depend on them
     "tests/test_forward.py",
+    "tests/test_forward_caches.py",
     "tests/test_backward.py",
     "tests/test_module.py",
     "tests/test_handed.py",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crossed import BOUNDS, CELLS
 from heads_oracle import Form, formula
 from oracle import (
     DTYPES,
@@ -37,7 +38,6 @@ from oracle import (
 from test_heads import angle_types, angles, heads
 from test_quantised import CODES, values
 from test_quantised import oracle as quantised_oracle
-from test_values import BOUNDS, CELLS
 from torch import Tensor
 
 from rmsnorm import (

@@ -18,6 +18,7 @@ import test_general as general
 import test_lean as lean
 import test_modulated as modulated
 import torch
+from crossed import BOUNDS, types
 from gated_oracle import Form
 from oracle import (
     DTYPES,
@@ -40,7 +41,6 @@ from test_general import Formula, counted
 from test_modulated import SHARED, fused, inputs, modulations, only, steps
 from test_quantised import CODES, values
 from test_quantised import oracle as quantised_oracle
-from test_values import BOUNDS, types
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
