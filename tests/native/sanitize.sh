@@ -2,6 +2,7 @@
 # `make sanitize`: the C++ kernels alone, without torch, where bugs show that equal results on one CPU hide.
 #
 #   AddressSanitizer, UBSan   compare_targets.cpp: three targets, every row at the end of its own allocation
+#                             scratch.cpp: what the modulated forms ask for, and what they then use of it
 #   ThreadSanitizer           threads.cpp: rows, chunks and columns split over threads as ops.cpp splits them
 #   AArch64, under qemu       compare_targets.cpp --digest: the baseline's bits are those that it has on x86-64
 #
@@ -46,11 +47,13 @@ $(kernels avx512bf16 asan_avx512bf16 "$cxx $kernel $asan $avx2" -DRMSNORM_EMULAT
 $(kernels baseline tsan_baseline "$cxx $kernel $tsan")
 $(kernels avx2 tsan_avx2 "$cxx $kernel $tsan $avx2")
 $(driver tests/native/compare_targets.cpp asan_driver "$cxx $asan")
+$(driver tests/native/scratch.cpp scratch "$cxx $asan")
 $(driver tests/native/compare_targets.cpp arm_driver "aarch64-linux-gnu-g++ -O2")
 $(driver tests/native/threads.cpp tsan_driver "$cxx $tsan")
 $(driver csrc/dispatch.cpp tsan_dispatch "$cxx $tsan")
 EOF
 $cxx -fsanitize=address,undefined "$where"/asan_*.o -o "$where/asan"
+$cxx -fsanitize=address,undefined "$where/scratch.o" -o "$where/scratch"
 $cxx -fsanitize=thread "$where"/tsan_*.o -o "$where/tsan"
 aarch64-linux-gnu-g++ -static "$where"/arm_*.o -o "$where/arm"
 
@@ -63,6 +66,7 @@ $fixed "$where/probe" >/dev/null 2>&1 || leaks=0
 [[ $leaks == 1 ]] || echo "LeakSanitizer can't run here: leaks are not looked for"
 export ASAN_OPTIONS=detect_leaks=$leaks UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
 two_at_a_time <<EOF
+$fixed $where/scratch
 $fixed $where/asan
 $fixed $where/tsan
 qemu-aarch64-static $where/arm --digest >$where/arm.txt
