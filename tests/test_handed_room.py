@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rmsnorm
-from rmsnorm import _handed, _native, _ops
+from rmsnorm import _form, _handed, _native, _ops
 from rmsnorm.forms import modulated_ops
 
 pytestmark = pytest.mark.skipif(not _native.cpu_targets() or not _handed._functions, reason="nothing is handed over")
@@ -122,3 +122,16 @@ def test_arguments_too_many_or_few():
     assert torch.equal(kernel(*given), X + X * X)
     for wrong in (given[:-1], (*given, None), given[:1], ()):
         assert kernel(*wrong) is None
+
+
+def test_a_kernel_that_refuses_leaves_operators_as_they_are():
+    """What has no kernel, here a weight of fp64, is met past the dispatcher: nothing is returned there, and an operator
+    that is called next has tensors for results that nobody asked for, not None."""
+    made = next(one for one in _form.registered if one.form.name == "quantised_rms_norm")
+    kernel = _handed.straight(made.form.name, made.schemas[""])
+    options = 1e-6, 0.0, False, False, False, False
+    assert kernel((4,), X, None, None, X[0].double(), *options) is None
+    found = made.plain(X, None, None, None, 1, *options)
+    assert all(isinstance(one, torch.Tensor) for one in found)
+    assert found[2].numel() == 0
+    assert kernel((4,), X, None, None, None, *options)[2] is None
