@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "_autograd": {"_ops", "_recorded", "_vmap", "reference"},
     "_extras": set(),
     "_onnx": {"reference"},
-    "_arguments": {"reference"},
+    "_shown": set(),
+    "_arguments": {"_shown", "reference"},
     "_nodes": set(),
     "_turned": {"_nodes"},
     "_called": {"_native"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "_gradients": {"_followed", "_nodes", "_turned_back"},
     "_few": {"_called", "_followed", "_handed", "_nodes"},
     "_neighbours": {"_called", "_followed", "_gradients", "_nodes", "_turned", "_turned_back"},
-    "_graphs": {"_called", "_direct", "_few", "_neighbours", "_template"},  # when torch.compile meets a norm
+    "_graphs": {"_called", "_shown", "_direct", "_few", "_neighbours", "_template"},  # when torch.compile meets a norm
     "_foreign": {"_form", "_graphs", "_onnx", "reference"},
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
@@ -66,11 +67,12 @@ MAY_IMPORT = {
     "forms/calls": {"_arguments", "_everyday", "_foreign", "_handed", "forms/served", "functional"},
     "forms/served": {"_autograd", "_foreign", "_form", "_handed", "_onnx", "_recorded"},
     "forms/gated": {
-        *("_arguments", "_everyday", "functional", "module", "reference"),
+        *("_arguments", "_everyday", "_shown", "functional", "module", "reference"),
         *("forms/calls", "forms/gated_ops", "forms/served"),
     },
     "forms/quantised": {
-        *("_arguments", "_form", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served", "reference"),
+        *("_arguments", "_form", "_shown", "forms/calls", "forms/gated", "forms/gated_ops", "forms/served"),
+        "reference",
     },
     "forms/heads_ops": {"_foreign", "_form", "reference"},
     "forms/heads": {
@@ -80,7 +82,8 @@ MAY_IMPORT = {
     "forms/general_ops": {"_form", "reference"},
     "forms/everyday_ops": {"_form", "_handed"},
     "forms/general": {
-        *("_arguments", "forms/calls", "forms/everyday_ops", "forms/general_ops", "forms/served", "functional"),
+        *("_arguments", "_shown", "forms/calls", "forms/everyday_ops", "forms/general_ops", "forms/served"),
+        "functional",
     },
     "forms/l2": {
         "_arguments",

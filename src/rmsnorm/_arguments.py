@@ -14,6 +14,7 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 
 from . import reference
+from ._shown import shown, sizes
 
 ROUND_FIRST = {"torch": False, "llama": True}
 """The casting modes, and whether each rounds the normalised value before the gain."""
@@ -113,17 +114,17 @@ def raise_shape(
     """Says which sizes don't fit: those of the input, or else the weight's."""
     # The first sentences are torch's own, word for word: code that matches them keeps working.
     if not shape:
-        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got {list(shape)}")
+        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but got []")
+    wanted = sizes(shape)
     if input.shape[-len(shape) :] != shape:
-        tail = ", ".join(map(str, shape))
         raise RuntimeError(
-            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [*, {tail}], but got input of "
+            f"{name}: Given normalized_shape={wanted}, expected input with shape [*, {wanted[1:]}, but got input of "
             f"size {list(input.shape)}; normalized_shape must be the sizes of the last dimensions of input"
         )
     assert weight is not None
     raise RuntimeError(
         f"{name}: Expected {label} to be of same shape as normalized_shape, but got {label} of shape "
-        f"{list(weight.shape)} and normalized_shape = {list(shape)}; reshape the {label} to {list(shape)}, or, for "
+        f"{list(weight.shape)} and normalized_shape = {wanted}; reshape the {label} to {wanted}, or, for "
         f"{label}s of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
     )
 
@@ -218,7 +219,7 @@ def check_one_of(name: str, label: str, value: object, known: Iterable[str]) -> 
     """Raises ValueError for a choice that doesn't exist."""
     if not isinstance(value, str) or value not in known:
         choices = ", ".join(map(repr, known))
-        raise ValueError(f"{name}: unknown {label} {value!r}; choose one of {choices}")
+        raise ValueError(f"{name}: unknown {label} {shown(value)}; choose one of {choices}")
 
 
 def described(value: object) -> str:

@@ -170,7 +170,7 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         if weight is None or offset:
             return _add(input, residual, weight, dims, eps, offset, round_first)
         return (_add_rounded if round_first else _add_weighted)(input, residual, weight, eps)  # 0.7 µs less
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
         return None
 
 

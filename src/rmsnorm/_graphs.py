@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import cache
 
+from ._shown import shown
+
 MODES = ("exact", "inductor")
 
 chosen = "exact"
@@ -39,7 +41,7 @@ def set_compile_mode(mode: str) -> None:
     """
     global chosen
     if mode not in MODES:
-        raise ValueError(f"set_compile_mode: unknown mode {mode!r}; choose one of {', '.join(map(repr, MODES))}")
+        raise ValueError(f"set_compile_mode: unknown mode {shown(mode)}; choose one of {', '.join(map(repr, MODES))}")
     chosen = mode
 
 

@@ -145,7 +145,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
                 if weight is not None and not offset:
                     return (_rounded if first else _weighted)(input, weight, eps)  # 0.7 µs less
                 return _operator(input, weight, len(shape), eps, offset, first)
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
         pass
     if has_torch_function_variadic(input, weight, out) and _arguments.are_objects(input, weight, out):
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), out=(out, None))

@@ -100,7 +100,7 @@ def everyday(served: Served, tensors: tuple[Any, ...], options: tuple[Any, ...])
                 return found
         if ordinary(tensors[0], tensors):
             return served.everyday(*tensors, *options)
-    except (RuntimeError, AttributeError, TypeError):
+    except (RuntimeError, AttributeError, TypeError, ValueError):
         pass
     return None
 
@@ -127,7 +127,7 @@ def everyday_norm(
         if found is not None:
             return found
         return by_operator(served, tensors, normalized_shape, eps, eps, *options, *more)
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
         return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, _everyday, functional, module, reference
+from .._shown import shown
 from . import calls, gated_ops
 from .served import Served
 
@@ -195,5 +196,5 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
     if group_size is not None and (numberless or dims != 1 or group_size < 1 or input.shape[-1] % group_size):
         raise RuntimeError(
             f"gated_rms_norm: group_size must divide the last dimension of input, {input.shape[-1]}, which must be the "
-            f"only normalised one, but is {group_size!r}, with normalized_shape = {list(input.shape[-dims:])}"
+            f"only normalised one, but is {shown(group_size)}, with normalized_shape = {list(input.shape[-dims:])}"
         )

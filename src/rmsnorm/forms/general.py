@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from .. import _arguments, functional
+from .._shown import shown
 from . import calls, everyday_ops, general_ops
 from .served import Served
 
@@ -152,7 +153,9 @@ def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -
 
 def _check_dtype(name: str, out_dtype: Any) -> None:
     if out_dtype not in _TYPES:
-        raise ValueError(f"{name}: out_dtype must be one of {', '.join(map(str, _TYPES[1:]))}, but is {out_dtype}")
+        raise ValueError(
+            f"{name}: out_dtype must be one of {', '.join(map(str, _TYPES[1:]))}, but is {shown(out_dtype)}"
+        )
 
 
 def _check_memory(name: str, memory: str | None) -> None:

@@ -82,7 +82,7 @@ def heads_rms_norm_rope(
             options = eps, offset, functional.ROUND_FIRST[casting_mode], interleaved
             if both := calls.everyday(_normed, tensors, options):
                 return both
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError, ValueError):
         pass
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))

@@ -87,7 +87,7 @@ def add_rms_norm_(
                     _run(input, residual, weight, dims, eps, offset, round_first, round_sum)
                 _written((input, residual))
                 return input, residual
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
         pass
     name, tensors = "add_rms_norm_", (input, residual, weight)
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):

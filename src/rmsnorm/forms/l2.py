@@ -65,7 +65,7 @@ def l2_norm(
                 found = calls.by_operator(general._served, tensors, normalized_shape, eps, *options)
             if found is not None:
                 return found[0]
-    except (RuntimeError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError):
         pass
     if eps is None:
         raise TypeError("l2_norm: eps must be a float, but is None; pass a number, e.g. 1e-12")

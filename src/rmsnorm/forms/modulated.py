@@ -92,7 +92,7 @@ def modulated_norm(
             found = calls.everyday_norm(_served, along, normalized_shape, eps, offset, casting_mode, layer)
             if found is not None:
                 return found[0] if residual is None else found
-        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError, ValueError):
             pass
     _arguments.check_one_of(name, "statistic", statistic, STATISTICS)
     if layer and weight is not None:
@@ -161,7 +161,7 @@ def gated_add(
             found = calls.everyday(_added, along, (ROUND_FIRST[casting_mode],))
             if found is not None:
                 return found
-        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError):
+        except (RuntimeError, AttributeError, TypeError, IndexError, KeyError, ValueError):
             pass
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         named = _arguments.given(casting_mode=(casting_mode, "torch"))

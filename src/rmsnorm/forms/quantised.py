@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, _form, reference
+from .._shown import shown
 from . import calls, gated_ops
 from .gated import ACTIVATIONS
 from .served import Served
@@ -73,8 +74,8 @@ def quantised_rms_norm(
             return results[:2] if residual is None else results
     except (KeyError, TypeError):
         pass
-    if dtype not in TYPES:
-        raise ValueError(f"quantised_rms_norm: dtype must be torch.int8 or torch.float8_e4m3fn, but is {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in TYPES:
+        raise ValueError(f"quantised_rms_norm: dtype must be torch.int8 or torch.float8_e4m3fn, but is {shown(dtype)}")
     _arguments.check_one_of("quantised_rms_norm", "activation", activation, ACTIVATIONS)
     if residual is not None and gate is not None:
         raise RuntimeError("quantised_rms_norm: there is a residual and a gate, but only one can be; add first")
