@@ -221,7 +221,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   rows.stream &= !changed;
   // From half of the last cache on: 512x4096 bf16 takes 0.93 to 1.0 of the time, 1024x4096 0.81 to 0.89 (a Zen 5).
   rows.ask = b.add && !made && !changed && is_large(8 * operands.rows * row_bytes);
-  rows.pairs = has_room_for_pairs();
+  rows.pairs = has_large_second_cache();
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(most, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
