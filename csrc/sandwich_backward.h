@@ -29,7 +29,7 @@ inline int64_t sandwich_scratch(const Backward& b) { return sandwich_block(b) * 
 // nobody asked for it.
 inline void sandwich_backward_rows(const Target& target, const SandwichBackward& s,
                                    const Operands<kSandwichOperands>& operands, const std::array<char*, 2>& partial,
-                                   const std::array<double*, 2>& total, char* scratch, int64_t begin, int64_t end) {
+                                   const std::array<Total, 2>& total, char* scratch, int64_t begin, int64_t end) {
   const BackwardKernel kernel[2] = {target.backward(s.norm[0]), target.backward(s.norm[1])};
   const int64_t columns = s.norm[0].columns, bytes = size_of(s.norm[0].input), block = sandwich_block(s.norm[0]);
   const auto& data = operands.data;
@@ -67,8 +67,8 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {
       if (!found) kernel[k](s.norm[k], rows[k]);
-      if (total[k] && (done % kFlush == 0 || begin + done == end))
-        target.flush(type, partial[k], total[k], columns, done <= kFlush);
+      if (total[k].data && (done % kFlush == 0 || begin + done == end))
+        target.flush(type, partial[k], total[k].data, columns, done <= kFlush && !total[k].adds);
     }
   }
   if (rows[0].stream) finish_streaming();
@@ -83,9 +83,9 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
   const int64_t rows = operands.rows, each = weights ? chunk_rows(s.norm[0], rows) : 1;
   const int64_t chunks = (rows + each - 1) / each;
   const bool few = rows <= kFlush;
-  std::unique_ptr<double[]> totals[2];
+  Totals totals[2];
   for (int k = 0; k < 2; ++k)
-    if (grad_weights[k].data && !few) totals[k].reset(new double[chunks * columns]);
+    if (grad_weights[k].data && !few) totals[k] = Totals(s.norm[k], chunks, columns, each);
   parallel(chunks, std::max<int64_t>(1, grain_rows(columns) / each), [&](int64_t begin, int64_t end) {
     const Lines scratch(sandwich_scratch(s.norm[0]), operands.data[kTheX]);
     Lines partial[2];
@@ -93,9 +93,8 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
       if (grad_weights[k].data) partial[k] = Lines::zeros(padded_bytes);
     const auto run = [&](int64_t chunk, int64_t first, int64_t last) {
       sandwich_backward_rows(target, s, operands, {partial[0].get(), partial[1].get()},
-                             {totals[0] ? totals[0].get() + chunk * columns : nullptr,
-                              totals[1] ? totals[1].get() + chunk * columns : nullptr},
-                             scratch.get(), first, last);
+                             {totals[0].of(chunk, begin, end), totals[1].of(chunk, begin, end)}, scratch.get(), first,
+                             last);
     };
     if (!weights) return run(0, begin, end);
     for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, chunk * each, std::min(rows, (chunk + 1) * each));
@@ -104,7 +103,7 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
         target.finish_one(s.norm[k].input, partial[k].get(), columns, grad_weights[k].type, grad_weights[k].data);
   });
   for (int k = 0; k < 2; ++k)
-    if (!few || rows == 0) finish_weight(target, totals[k].get(), chunks, columns, grad_weights[k]);
+    if (!few || rows == 0) finish_weight(target, totals[k], 0, columns, grad_weights[k]);
 }
 
 }  // namespace rmsnorm
