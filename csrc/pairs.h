@@ -25,9 +25,9 @@ struct PairSums {
 // Where in a row to ask, in bytes: for what is to come of it, and near its end for the row two further on, `next` bytes
 // each; of two tensors, as most lie alike. Into L1: a line that is in L2 first waits twice for one of the few places
 // for what L1 misses, and all that the loops read comes from there.
-template <class T, int64_t Ahead = 1536, class Span>
-RMSNORM_INLINE int64_t asked(int64_t columns, int64_t next, Span span) {
-  const int64_t bytes = columns * (int64_t)sizeof(T), at = span.j * (int64_t)sizeof(T) + Ahead;
+template <class T, class Span>
+RMSNORM_INLINE int64_t asked(int64_t columns, int64_t next, int64_t ahead, Span span) {
+  const int64_t bytes = columns * (int64_t)sizeof(T), at = span.j * (int64_t)sizeof(T) + ahead;
   return at < bytes ? at : at + 2 * next - bytes;
 }
 RMSNORM_INLINE void ask_for(const void* row, int64_t at) { __builtin_prefetch((const char*)row + at, 0, 3); }

@@ -96,8 +96,8 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
       parallel(threads, chunks, [&](int64_t begin, int64_t end) {
         const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));
         for (int64_t chunk = begin; chunk < end; ++chunk)
-          backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, partial.get(),
-                        totals.of(chunk, begin, end), chunk * each, std::min(rows, (chunk + 1) * each));
+          backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, partial.get(), totals.of(chunk, begin, end),
+                        chunk * each, std::min(rows, (chunk + 1) * each));
       });
       parallel(threads, p.columns, [&](int64_t begin, int64_t end) {
         target.finish(totals.data(), totals.count(), p.columns, begin, end, p.type, grad_weight.data());
