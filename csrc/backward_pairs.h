@@ -10,25 +10,6 @@
 
 #if defined(RMSNORM_AVX512)
 
-// Calls act(k) for both rows of a pair; each k is a constant, or what there are two of would be in memory.
-template <class Act>
-RMSNORM_INLINE void for_two(const Act& act) {
-  act(Index<0>{}), act(Index<1>{});
-}
-
-template <class T>
-struct PairSums {
-  static constexpr int kUnroll = Sum<T>::kUnroll;
-  static constexpr int64_t kBlock = Sum<T>::kBlock;
-  Sum<T> one, two;
-  template <class K>
-  RMSNORM_INLINE Sum<T>& operator[](K) {
-    if constexpr (K::value == 0) return one;
-    else return two;
-  }
-  RMSNORM_INLINE void end_block() { one.end_block(), two.end_block(); }
-};
-
 // Rows of which the next two are summed, at least: the last two are summed twice.
 constexpr int64_t kLeastPiped = 8;
 

@@ -175,6 +175,15 @@ struct BackwardRows {
   void* scratch;       // turned_rows() · padded(columns) of wide(input); only if the gradient is turned
 };
 
+// What the sandwich's gradients do ahead of a batch: they ask for columns, and sum the next batch's first two rows
+// while they store this one's last two. So those have pointers behind this one's, of the second norm.
+struct SandwichAhead {
+  int64_t asks;    // bytes from a column to the one that is asked for
+  bool more;       // there are two such rows
+  bool found;      // whether that was done, for this batch by the last, and, behind it, for the next: then these are
+  double sums[2];  // their sums of h·x̂
+};
+
 using ForwardKernel = void (*)(const Forward&, const ForwardRows&);
 using BackwardKernel = void (*)(const Backward&, const BackwardRows&);
 
@@ -184,7 +193,7 @@ struct Kernels {
   BackwardKernel (*backward)(const Backward&);
   // Both backward kernels of a sandwich, first that of x, then that of the sum, with all gradients of fp32 or bf16,
   // over an even number of rows. False where a row isn't safe: nothing is done then. Or null.
-  bool (*sandwich)(Type type, const Backward* norms, const BackwardRows* rows);
+  bool (*sandwich)(Type type, const Backward* norms, const BackwardRows* rows, SandwichAhead& ahead);
 };
 
 // One instance per CPU target, all compiled from target.cpp.

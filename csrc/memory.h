@@ -87,10 +87,13 @@ inline std::atomic<int64_t>& second_cache() {
 }
 inline int64_t second_cache_bytes() { return second_cache().load(std::memory_order_relaxed); }
 
-// Whether gradients of two rows are stored while the next two are summed (backward_pairs.h), be they stored from their
-// end otherwise or not. It was measured with 2 MiB of L2 alone, where a loop of two more streams always gains; a Zen 4,
-// whose stores stop loads (should_walk_back()), and a Zen 5 have half of that.
-inline bool has_room_for_pairs() { return second_cache_bytes() >= int64_t{2} << 20; }
+// Whether loops that store rows while they sum others pay in a cache: where L2 has 2 MiB, which says that the last
+// cache is far. There a core has so many lines on their way at most, so many bytes a second, be they read or written
+// (an Emerald Rapids: 28 GB/s), and loops that only read, then only write, leave places empty. Gradients of two rows
+// are so stored while the next two are summed (backward_pairs.h), be they stored from their end otherwise or not. A Zen
+// 4, whose stores stop loads (should_walk_back()), and a Zen 5 have half of that L2, and backward wasn't measured
+// there.
+inline bool has_large_second_cache() { return second_cache_bytes() >= int64_t{2} << 20; }
 
 // Whether L1 has no room for the rows to come beside those at hand and what is written or multiplied with them. With 48
 // KiB of L1, rows of up to 16 KiB go on as they were measured on a Zen 5.
@@ -129,14 +132,11 @@ inline bool is_even_past_caches(const Forward& f, const char* output, int64_t ne
          (reinterpret_cast<uintptr_t>(output) | static_cast<uintptr_t>(next_output)) % 64 == 0;
 }
 
-// Whether even.h stores rows that stay in a cache in the loop that sums others: beyond an L2 of 2 MiB, which says that
-// the last cache is far. There a core has so many lines on their way at most, so many bytes a second, be they read or
-// written (an Emerald Rapids: 28 GB/s), and loops that only read, then only write, leave places empty. 32768x128 by 2
-// threads 0.91 of the time, 2048x576 0.96, 1536x1024 0.95; where L2 holds two thirds, 512x576, 1.02. A Zen 5, whose L2
-// has 1 MiB, takes 1.09 to 1.14 so in its last cache, in blocks of 8 KiB.
+// Whether even.h stores rows that stay in a cache in the loop that sums others, beyond L2. 32768x128 by 2 threads 0.91
+// of the time, 2048x576 0.96, 1536x1024 0.95; where L2 holds two thirds, 512x576, 1.02. A Zen 5, whose L2 has 1 MiB,
+// takes 1.09 to 1.14 so in its last cache, in blocks of 8 KiB.
 inline bool should_weave(const Forward& f, int64_t share) {
-  constexpr int64_t large = int64_t{2} << 20;
-  return f.input == Type::f32 && f.columns % 32 == 0 && second_cache_bytes() >= large &&
+  return f.input == Type::f32 && f.columns % 32 == 0 && has_large_second_cache() &&
          2 * share > 3 * second_cache_bytes();
 }
 
@@ -207,8 +207,8 @@ inline bool ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int
 #endif
 }
 
-// What a thread makes of a fresh output's pages at least.
-constexpr int64_t kHugePage = int64_t{2} << 20;
+// Bytes of a fresh output whose pages a thread makes at a time, at least: as much as one huge page, where it has those.
+constexpr int64_t kMadeAtOnce = int64_t{2} << 20;
 
 // Makes the pages that begin between two addresses, by one call of the system that changes no content. Where a page is
 // made by the first store to it, the lines that the system has just zeroed are still in L2, and stores past the caches

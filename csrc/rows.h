@@ -9,6 +9,7 @@
 
 #include "kernel.h"
 #include "memory.h"
+#include "totals.h"
 
 namespace rmsnorm {
 
@@ -150,22 +151,10 @@ inline void forward_rows(const Target& target, const Forward& f, const Operands<
 
 enum BackwardOperand { kX, kGrad, kGradInput, kGradSum, kXGate, kGradGate, kBackwardOperands };
 
-// Backward works on chunks of rows, each with its own total of the weight's gradient, so that the result depends on
-// the number of rows and not on the threads. At least 32 rows, or the totals cost more than the rows; at most 128
-// chunks, or the totals outgrow the cache (128 · 4096 columns · 8 bytes = 4 MiB). A weight of several rows counts as
-// many of the tensor's as one, and so does its flush.
-inline int64_t chunk_rows(const Backward& b, int64_t rows) {
-  return std::max(kLeastChunk, (rows / b.gain.count + kMostChunks - 1) / kMostChunks) * b.gain.count;
-}
-
 // Bytes that gradients need that are turned back first.
 inline int64_t scratch_bytes(const Backward& b) {
   return b.turn.turn == Turn::none ? 0 : turned_rows(b.input, b.columns) * padded(b.columns) * size_of(wide(b.input));
 }
-
-// Rows of the weight's gradient, with the bias's behind them.
-inline int64_t grad_rows(const Backward& b) { return b.layer || b.need_bias ? 2 : b.gain.count; }
-inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
 // What a graph's own code does around the kernel, while rows [begin, end) are in a cache.
 struct Around {
@@ -199,13 +188,13 @@ inline int64_t scratch_bytes(const Backward& b, int64_t rows, const Around* arou
 // wide(input)[grad_rows][padded(columns)]; `total` is double[grad_rows][columns], or null, as both may be: then there
 // are no more rows than kFlush.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
-                          const char* rstd, const double* mean, char* scratch, char* partial, double* total,
+                          const char* rstd, const double* mean, char* scratch, char* partial, Total total,
                           int64_t begin, int64_t end, const Around* around = nullptr) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows = {};
   const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
-  const int64_t flush = kFlush * b.gain.count;
+  const int64_t flush = flush_rows(b);
   rows.shared_weight = b.gain.count == 1;
   rows.scratch = scratch;
   rows.stream = streams_rows(b, operands.rows);
@@ -221,7 +210,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   rows.stream &= !changed;
   // From half of the last cache on: 512x4096 bf16 takes 0.93 to 1.0 of the time, 1024x4096 0.81 to 0.89 (a Zen 5).
   rows.ask = b.add && !made && !changed && is_large(8 * operands.rows * row_bytes);
-  rows.pairs = has_room_for_pairs();
+  rows.pairs = has_large_second_cache();
   for (int64_t row = begin; row < end; row += rows.count) {
     rows.count = std::min(most, end - row);
     rows.rstd = rstd + row * size_of(wide(b.input));
@@ -240,9 +229,10 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     kernel(b, rows);
     if (changed) around->after(around->after_context, row, row + rows.count, rows.grad_input[0]);
     const int64_t done = row + rows.count - begin;
-    if (total && (done % flush == 0 || begin + done == end))
+    if (total.data && (done % flush == 0 || begin + done == end))
       for (int64_t k = 0; k < grad_rows(b); ++k)
-        target.flush(b.input, partial + k * grad_stride(b), total + k * b.columns, b.columns, done <= flush);
+        target.flush(b.input, partial + k * grad_stride(b), total.data + k * b.columns, b.columns,
+                     done <= flush && !total.adds);
   }
   if (rows.stream) finish_streaming();
 }

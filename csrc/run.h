@@ -105,12 +105,13 @@ struct GradWeight {
   }
 };
 
-// The gradient of a weight, of `chunks` totals of so many columns each.
-inline void finish_weight(const Target& target, const double* totals, int64_t chunks, int64_t columns,
+// The gradient of a weight, of totals of `columns` doubles, in which its own begin with the one `from`.
+inline void finish_weight(const Target& target, const Totals& totals, int64_t from, int64_t columns,
                           const GradWeight& to) {
   if (!to.data) return;
-  parallel(to.count, grain_rows(chunks),
-           [&](int64_t begin, int64_t end) { target.finish(totals, chunks, columns, begin, end, to.type, to.data); });
+  parallel(to.count, grain_rows(totals.count()), [&](int64_t begin, int64_t end) {
+    target.finish(totals.data() + from, totals.count(), columns, begin, end, to.type, to.data);
+  });
 }
 
 // Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:
@@ -123,7 +124,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
   if (!b.need_weight && !b.need_bias) {
     parallel(operands.rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
-      backward_rows(target, b, operands, rstd, means, scratch.get(), nullptr, nullptr, begin, end, around);
+      backward_rows(target, b, operands, rstd, means, scratch.get(), nullptr, {}, begin, end, around);
     });
     return;
   }
@@ -136,20 +137,20 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
     const Lines own = there ? Lines() : Lines::zeros(grad_stride(b));
     char* const partial = there ? to.data : own.get();
     if (there) std::fill_n(partial, grad_stride(b), 0);
-    backward_rows(target, b, operands, rstd, means, scratch.get(), partial, nullptr, 0, rows, around);
+    backward_rows(target, b, operands, rstd, means, scratch.get(), partial, {}, 0, rows, around);
     target.finish_one(b.input, partial, b.columns, to.type, to.data);
     return;
   }
   const int64_t columns = grad_rows(b) * b.columns;
-  const std::unique_ptr<double[]> totals(new double[chunks * columns]);  // set by the first flush of a chunk
+  Totals totals(b, chunks, columns, each);  // set by the first flush of a chunk
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
     const Lines partial = Lines::zeros(grad_rows(b) * grad_stride(b));
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.get() + chunk * columns,
+      backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.of(chunk, begin, end),
                     chunk * each, std::min(rows, (chunk + 1) * each), around);
   });
-  for (int k = 0; k < 2; ++k) finish_weight(target, totals.get() + k * b.columns, chunks, columns, grad_weights[k]);
+  for (int k = 0; k < 2; ++k) finish_weight(target, totals, k * b.columns, columns, grad_weights[k]);
 }
 
 // The same of tensors.

@@ -53,7 +53,7 @@ struct SandwichRows {
     PairSums<T> sums;
     sum_columns<T>(sums, f.columns, [&](auto span, int u) __attribute__((always_inline)) {
       const V g = span.load_raw(gain);
-      const int64_t at = asked<T, kAhead>(f.columns, rows.next_residual, span);
+      const int64_t at = asked<T>(f.columns, rows.next_residual, kAhead, span);
       V s[2];
       for_two([&](auto k) __attribute__((always_inline)) {
         ask_for(residual[k.value], at);
@@ -86,7 +86,7 @@ struct SandwichRows {
     PairSums<T> sums;
     sum_columns<T>(sums, f.columns, [&](auto span, int u) __attribute__((always_inline)) {
       const V g = span.load_raw(next_gain);
-      const int64_t at = asked<T, kAhead>(f.columns, rows.next, span);
+      const int64_t at = asked<T>(f.columns, rows.next, kAhead, span);
       V s[2], y[2];
       for_two([&](auto k) __attribute__((always_inline)) {
         ask_for(x[k.value], at);

@@ -74,6 +74,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "stream.h"
 
+#include "pairs.h"
+
 #include "gated.h"
 
 #include "heads.h"

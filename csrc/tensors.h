@@ -67,9 +67,9 @@ void parallel(int64_t count, int64_t grain, const Function& function) {
 // Makes what a large output will be written to ready, if it is fresh: pages by all threads, each near its own rows.
 inline void make_ready(void* data, int64_t bytes) {
   if (!data || !is_large(bytes) || !ask_for_huge_pages(data, bytes)) return;
-  parallel((bytes + kHugePage - 1) / kHugePage, 1, [&](int64_t first, int64_t last) {
+  parallel((bytes + kMadeAtOnce - 1) / kMadeAtOnce, 1, [&](int64_t first, int64_t last) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    make_pages(begin + first * kHugePage, begin + std::min(last * kHugePage, bytes));
+    make_pages(begin + first * kMadeAtOnce, begin + std::min(last * kMadeAtOnce, bytes));
   });
 }
 

@@ -196,8 +196,10 @@ def test_special_values_stay_in_their_row(target):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_threads_change_no_bit(native_target, dtype, threads):
-    """y and dx of a row: alone, in any batch, at any place. All that kernels write: 1, 2, 3 and 5 threads."""
-    for (rows, columns), layout in product(((130, 1027), (2049, 129)), ("contiguous", "sliced", "transposed")):
+    """y and dx of a row: alone, in any batch, at any place. All that kernels write: 1, 2, 3 and 5 threads, with chunks
+    that are flushed once and, of 33 rows, twice."""
+    sizes = ((130, 1027), (2049, 129), (4130, 33))
+    for (rows, columns), layout in product(sizes, ("contiguous", "sliced", "transposed")):
         x, grad, weight = sample(rows, columns, dtype), incoming(rows, columns, dtype), gains(columns, dtype=dtype)
         x, expected = lay_out(x, layout), []
         for count in (1, 2, 3, 5):

@@ -224,8 +224,10 @@ def test_large_tensors(native_target, everything_is_large, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_a_pair_is_not_safe(native_target, dtype):
-    """Of long rows, which a kernel may take two together: the first, the second, and the last of an odd number."""
-    for rows, r, k in product((8, 9), (2, 3, -1), (0, 1)):
+    """Of long rows, which a kernel may take two together: the first, the second, the last of an odd number, and those
+    that are summed while the two before them, of another call of the kernel, are stored."""
+    places = [*product((8, 9), (2, 3, -1)), *product((40,), (16, 17, 20, 33))]
+    for (rows, r), k in product(places, (0, 1)):
         tensors = (*pair(rows, 2050, dtype), *weight_pairs(2050, dtype)[1])
         tensors[k][r] *= 1e30
         for mode in MODES:
@@ -235,13 +237,15 @@ def test_a_row_of_a_pair_is_not_safe(native_target, dtype):
                 assert same_bits(got, wanted)
 
 
-def test_several_threads(native_target, threads):
-    tensors = (*pair(300, 576, torch.float32), *weight_pairs(576, torch.float32)[1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(300, 576), (4130, 34)])  # chunks of 32 rows, and of 33
+def test_several_threads(native_target, threads, dtype, rows, columns):
+    tensors = (*pair(rows, columns, dtype), *weight_pairs(columns, dtype)[1])
     results = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         threads(count)
         results.append([*both(*tensors), half(*tensors[:3]), *gradients(both, tensors)])
-    assert all(map(same_bits, *results))
+        assert all(map(same_bits, results[0], results[-1]))
 
 
 def test_two_dtypes_and_wider_weights(target):

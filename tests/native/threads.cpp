@@ -92,19 +92,19 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
     backward.push(p.inner, {pitch, 0, pitch, pitch, 0, 0});
     if (need_weight) {
       const int64_t each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
-      const auto totals = std::make_unique<double[]>(chunks * p.columns);
+      Totals totals(b, chunks, p.columns, each);
       parallel(threads, chunks, [&](int64_t begin, int64_t end) {
         const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));
         for (int64_t chunk = begin; chunk < end; ++chunk)
-          backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, partial.get(),
-                        totals.get() + chunk * p.columns, chunk * each, std::min(rows, (chunk + 1) * each));
+          backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, partial.get(), totals.of(chunk, begin, end),
+                        chunk * each, std::min(rows, (chunk + 1) * each));
       });
       parallel(threads, p.columns, [&](int64_t begin, int64_t end) {
-        target.finish(totals.get(), chunks, p.columns, begin, end, p.type, grad_weight.data());
+        target.finish(totals.data(), totals.count(), p.columns, begin, end, p.type, grad_weight.data());
       });
     } else {
       parallel(threads, rows, [&](int64_t begin, int64_t end) {
-        backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, nullptr, nullptr, begin, end);
+        backward_rows(target, b, backward, rstd.data(), nullptr, nullptr, nullptr, {}, begin, end);
       });
     }
     written.insert(written.end(), {grad_input, grad_weight});
