@@ -12,10 +12,12 @@ from pool import mesh
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from trained import ROWS, Model, model, train, trained_alone, whole
+
+from rmsnorm.forms import lean
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process has the ranks
 
@@ -110,3 +112,19 @@ def test_checkpoint(ranks, tmp_path):
         assert found.keys() == saved.keys()
         for name, parameter in found.items():
             assert_close(parameter, saved[name], rtol=0, atol=0)
+
+
+def reason(ranks: int, at: int) -> str | None:
+    here = mesh(ranks)
+    if here.get_coordinate() is None:
+        return None
+    gains = torch.ones(8)
+    gains[at] = 0
+    return lean.why(distribute_tensor(gains, here, [Shard(0)]), 0.0, torch.float32, 8)
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_ranks_agree_on_what_a_norm_keeps(ranks, at):
+    """``patch(memory="lean")`` of a sharded model, whose gain of zero lies on one of them."""
+    said = f"its smallest gain is 0, of element {at}, and float32 needs at least 1.2e-38 for x̂ = y / gain"
+    assert ranks.run(reason, 2, at)[:2] == [said] * 2

@@ -141,12 +141,16 @@ def test_what_was_not_proven_runs_as_it_was(turns: list[str], monkeypatch) -> No
             turns.clear()
             return model(IDS).logits, list(turns)
 
-        heard: list[int] = []
-        handle = first.q_norm.register_forward_hook(lambda *_: heard.append(1) and None)
+        heard: list[str] = []
+        handles = [
+            getattr(first, name).register_forward_hook(lambda *_, name=name: heard.append(name))
+            for name in ("q_norm", "k_proj", "v_proj")
+        ]
         logits, called = run()
-        assert (heard, called) == ([1], ["rope", "heads_rms_norm_rope"])
+        assert (heard, called) == (["k_proj", "v_proj", "q_norm"], ["rope", "heads_rms_norm_rope"])
         torch.testing.assert_close(logits, plain)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         first.q_norm.variance_epsilon = 1e-2
         assert run()[1] == ["rope", "heads_rms_norm_rope"]
         first.q_norm.variance_epsilon = first.k_norm.variance_epsilon

@@ -80,6 +80,25 @@ def test_shards_that_begin_inside_of_their_storage(mesh) -> None:
 
 
 @distributed
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_sharded_gain_of_zero_keeps_the_input(mesh, monkeypatch, reached: bool) -> None:
+    """As where a model is sharded first and loaded then. FSDP2 may have offloaded it to where no backend reaches."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    def unreachable(_: object) -> None:
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    model = norms()
+    for norm in model:
+        norm.weight = nn.Parameter(distribute_tensor(torch.arange(64.0), mesh, [Shard(0)]))
+    if not reached:
+        monkeypatch.setattr(DTensor, "full_tensor", unreachable)
+    report = rmsnorm.patch(model, memory="lean")
+    reason = "input: its smallest gain is 0, of element 0, and float32 needs at least 1.2e-38 for x̂ = y / gain"
+    assert [entry.kept for entry in report.patched] == [reason] * 2
+
+
+@distributed
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_fsdp2_has_sharded_is_not_run(mesh) -> None:
     """That would leave plain parameters where it had DTensors, and an optimizer made then would train those."""

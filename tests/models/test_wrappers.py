@@ -76,6 +76,46 @@ def test_a_forward_that_is_set_later_is_obeyed(model: nn.Module) -> None:
     assert same_bits(model(ids()).logits, plain)
 
 
+class Rotation(nn.Module):
+    """What ``kernels`` makes of a function of transformers: a module, whose forward ``kernelize()`` exchanges."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rmsnorm.rope(q, k, cos, sin)
+
+
+apply_rotary = Rotation()
+
+
+class Turning(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary(q, k, cos, sin)
+        return q + k
+
+
+def test_a_rotation_that_is_exchanged_or_heard_is_obeyed() -> None:
+    """And such a one is not what is proven."""
+    heads = {name: torch.randn(1, 2, 3, 8) for name in ("q", "k")}
+    example = {**heads, "cos": torch.randn(1, 3, 8), "sin": torch.randn(1, 3, 8)}
+    model = Turning()
+    apply_rotary.forward = lambda q, k, cos, sin: (q * 2, k * 3)
+    try:
+        (entry,) = rmsnorm.patch(model, fuse=example).skipped
+        assert entry.reason == "rotary embedding not fused: apply_rotary was replaced, or somebody listens to it"
+        exchanged = model(**example)
+        del apply_rotary.forward
+        assert [entry.meaning for entry in rmsnorm.patch(model, fuse=example).fused] == ["rotary embedding"]
+        turned, heard = model(**example), []
+        handle = apply_rotary.register_forward_hook(lambda *_: heard.append(1))
+        assert same_bits(model(**example), turned)
+        assert heard == [1]
+        handle.remove()
+        apply_rotary.forward = lambda q, k, cos, sin: (q * 2, k * 3)
+        assert same_bits(model(**example), exchanged)
+        assert not same_bits(exchanged, turned)
+    finally:
+        vars(apply_rotary).pop("forward", None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_casts(model: nn.Module, dtype: torch.dtype) -> None:
     """In float64, which patch() does not prove, the norms run on their own forward."""

@@ -195,8 +195,19 @@ def limits(dtype: torch.dtype, columns: int) -> tuple[float, float]:
     return torch.finfo(dtype).tiny, min(torch.finfo(dtype).max / 2 / max(columns, 1) ** 0.5, 1 / wide.tiny)
 
 
+def _whole(weight: Any) -> Tensor:
+    """Of a DTensor all of it: ranks that see their own part alone don't agree, and wait for each other."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    try:
+        return weight.full_tensor()
+    except RuntimeError:  # FSDP2 has offloaded it to a CPU that no backend of the mesh reaches; each call looks again
+        return weight.to_local()
+
+
 def why(weight: Tensor, offset: float, dtype: torch.dtype, columns: int) -> str:
     """Why a norm has to keep its input, with the numbers; nothing if it needn't."""
+    weight = _whole(weight)
     # In float64, as the limits: fp64's are 0 and infinite in float32, of a narrower weight.
     gain = reference.gain(weight.detach(), weight, offset).double().abs()
     least, most = limits(dtype, columns)

@@ -21,7 +21,7 @@ from .. import _foreign
 from ..forms.heads import heads_rms_norm_rope, rope
 from . import classes, rewrite, wrappers
 from .binding import TYPES
-from .neighbours import ours
+from .neighbours import needs_no_call, ours
 from .numbers import under_autocast
 from .turns import Turn, turn_of
 
@@ -58,7 +58,7 @@ def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...
     known: list[Any] = []
 
     def turned(rotate: Any, *arguments: Any) -> Any:
-        return _turned(known[1] if rotate is known[0] else None, rotate, *arguments)
+        return _turned(known[1] if rotate is known[0] and _is_itself(rotate) else None, rotate, *arguments)
 
     calls[_TURN] = turned
     function, found = rewrite.remade(original, change, calls, "turned heads")
@@ -66,11 +66,18 @@ def _rewrite(original: rewrite.Forward) -> tuple[rewrite.Forward, tuple[str, ...
         raise ValueError("it turns heads more than once")
     innermost: Any = wrappers.links_of(original)[-1]
     rotate = innermost.__globals__.get(names[0])
+    if not _is_itself(rotate):
+        raise ValueError(f"{names[0]} was replaced, or somebody listens to it")
     turn = turn_of(rotate)
     if turn is None:
         raise ValueError(f"{names[0]} computes something else")
     known += rotate, turn
     return function, found
+
+
+def _is_itself(rotate: Any) -> bool:
+    """With ``kernels`` installed, transformers' function is a module, whose forward ``kernelize()`` exchanges."""
+    return not isinstance(rotate, nn.Module) or needs_no_call(rotate)
 
 
 def turns_heads(layer: nn.Module) -> bool:

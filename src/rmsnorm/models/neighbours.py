@@ -43,12 +43,18 @@ def unweighted(norm: Any, x: Tensor) -> Ours | None:
     return own
 
 
-def _passed_by(norm: Any, binding: Binding, x: Tensor) -> Ours | None:
-    if (
-        "forward" not in vars(norm)  # accelerate's offloading sets one, on the module itself
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+def needs_no_call(module: Any) -> bool:
+    """Whether a module's class says what it computes, and nobody listens to it."""
+    return (
+        "forward" not in vars(module)  # accelerate's offloading and kernelize() set one, on the module itself
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
         and not _has_any_global_hook()
-    ):
+    )
+
+
+def _passed_by(norm: Any, binding: Binding, x: Tensor) -> Ours | None:
+    if needs_no_call(norm):
         weight = weight_of(norm, binding)
         if serves(norm, binding, weight, x):
             return Ours(norm, binding, weight, x)
