@@ -125,7 +125,7 @@ def raise_shape(
     raise RuntimeError(
         f"{name}: Expected {label} to be of same shape as normalized_shape, but got {label} of shape "
         f"{list(weight.shape)} and normalized_shape = {wanted}; reshape the {label} to {wanted}, or, for "
-        f"{label}s of their own per head or group, to more of the last sizes of input, {list(input.shape)}"
+        f"one of its own per head or group, to more of the last sizes of input, {list(input.shape)}"
     )
 
 
@@ -207,7 +207,9 @@ def check_real(name: str, **tensors: Tensor) -> None:
 
 def given(**options: tuple[Any, Any]) -> dict[str, Any]:
     """Those that aren't their defaults: who overrides torch's functions knows torch's arguments."""
-    return {name: value for name, (value, default) in options.items() if value is not default and value != default}
+    asked = {name: value for name, (value, default) in options.items() if value is not default}
+    # What stands for a value in a graph that is being recorded can't be compared.
+    return {k: v for k, v in asked.items() if isinstance(v, torch.fx.Proxy) or v != options[k][1]}
 
 
 def are_objects(*values: object) -> bool:

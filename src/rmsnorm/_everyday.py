@@ -25,7 +25,7 @@ _Call = Callable[..., Any]
 
 # OpOverload.__call__ adds 0.5 µs to what it calls; names of a module's own are found sooner than attributes.
 _native, _operator = _ops.native, _ops.rms_norm
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 NUMBERS = frozenset({float, int})
 """What is taken for a number at once: what else is one may be a tensor whose gradient would be lost."""
 transforms_active = torch._C._are_functorch_transforms_active
@@ -82,7 +82,7 @@ def _usual_way(
     _graphs.prepare()
     usual = (
         kind is Tensor
-        and weight_kind in _PLAIN
+        and weight_kind in PLAIN
         and dtype in _TYPES
         and weight_dtype is dtype
         and casting_mode in ROUND_FIRST
@@ -125,6 +125,13 @@ def overridden(
     return handle_torch_function(public, tensors, *arguments, **named, **options)
 
 
+def unpacked(found: Any, count: int) -> Any:
+    """Of a graph's stand-in for several results each, which its caller may unpack; anything else as it is."""
+    if count > 1 and isinstance(found, torch.fx.Proxy):
+        return tuple(found[i] for i in range(count))  # type: ignore[index]
+    return found
+
+
 def dims_of(input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> int:
     """How many dimensions a call that is :func:`ordinary` normalises; 0 if more has to be asked first."""
     if type(eps) not in NUMBERS or eps < 0:  # type: ignore[operator] # to the operators that is a floor
@@ -155,7 +162,7 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         both = _as_objects(1, normalized_shape, eps, offset, round_first, None, memory, None, input, residual, weight)
         if both is not None:
             return both
-        if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in _PLAIN:
+        if not ordinary(input, tensors) or type(residual) is not Tensor or type(weight) not in PLAIN:
             return None  # a weight with a dispatch of its own would make the sum one of its kind
         recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
         if type(offset) not in NUMBERS or not (dims := dims_of(input, normalized_shape, weight, eps)):
@@ -179,7 +186,7 @@ def distributed(*tensors: Tensor | None) -> ModuleType | None:
 
     There is none before somebody has imported torch.distributed.tensor: that takes half a second, and isn't ours to do.
     """
-    if all(type(tensor) in _PLAIN for tensor in tensors):
+    if all(type(tensor) in PLAIN for tensor in tensors):
         return None
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if not any(isinstance(tensor, kind) for tensor in tensors):

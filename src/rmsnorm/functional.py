@@ -207,6 +207,8 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         >>> y, s = add_rms_norm(torch.tensor([0.1, 0.0, 0.1, 0.3]), torch.tensor([0.0, 0.1, 0.1, 0.0]), 4, eps=0.0)
         >>> s
         tensor([0.1000, 0.1000, 0.2000, 0.3000])
+
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     if more:
         given = offset, casting_mode, memory
@@ -218,7 +220,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
         options = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), memory=(memory, None))
         arguments = input, residual, normalized_shape
         both = handle_torch_function(add_rms_norm, (input, residual, weight), *arguments, weight, eps, **options)
-        return (both[0], both[1]) if isinstance(both, torch.fx.Proxy) else both  # a graph's caller may unpack it
+        return _everyday.unpacked(both, 2)
     if has_torch_function_variadic(weight) and _arguments.are_objects(weight):  # the sum is none of its business
         sum = input + residual
         return rms_norm(sum, normalized_shape, weight, eps, **named), sum

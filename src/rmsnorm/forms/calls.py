@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
@@ -64,10 +63,7 @@ def call(
         given |= {label: t for label in by_name if (t := (rows | weights)[label]) is not None}
         first, learnt = ([t for label, t in named.items() if label not in by_name] for named in (rows, weights))
         arguments = (*first, normalized_shape, *learnt, eps)
-        found = _everyday.overridden(public, tensors, arguments, given)
-        if count > 1 and isinstance(found, torch.fx.Proxy):  # a graph's caller may unpack it
-            return tuple(found[i] for i in range(count))  # type: ignore[index]
-        return found
+        return _everyday.unpacked(_everyday.overridden(public, tensors, arguments, given), count)
     dims, eps, round_first, native = functional._resolve(name, input, normalized_shape, None, eps, casting_mode)
     for label, weight in weights.items():
         if weight is not None:

@@ -91,7 +91,9 @@ def gated_rms_norm(
     silu = ACTIVATIONS[activation]
     if type(offset) is not float:
         offset = _arguments.as_number("gated_rms_norm", "offset", offset)
-    _check(input, gate, dims, group_size)
+    if isinstance(group_size, Tensor) and torch._C._get_tracing_state() is not None:  # to torch.jit.trace a size is one
+        group_size = int(group_size)
+    _check(input, gate, weight, dims, group_size)
     if not eps < 0 and (ranks := _everyday.distributed(input, gate, weight)):
         gating = (activation, silu, norm_before_gate, group_size)
         return ranks.gated_rms_norm(gated_rms_norm, input, gate, weight, dims, eps, offset, casting_mode, *gating)
@@ -177,7 +179,7 @@ class GatedRMSNorm(module.RMSNorm):
         return text if self.group_size is None else f"{text}, group_size={self.group_size}"
 
 
-def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None) -> None:
+def _check(input: Tensor, gate: Tensor | None, weight: Tensor | None, dims: int, group_size: int | None) -> None:
     if not (gate is None or isinstance(gate, Tensor)):
         _arguments.check_tensors("gated_rms_norm", gate=gate)
     _arguments.check_dense("gated_rms_norm", gate=gate)
@@ -186,7 +188,8 @@ def _check(input: Tensor, gate: Tensor | None, dims: int, group_size: int | None
             f"gated_rms_norm: input and gate must be of a real floating type, but are {input.dtype} and "
             f"{None if gate is None else gate.dtype}; convert them, e.g. gate.float()"
         )
-    _arguments.check_real("gated_rms_norm", **{"input": input} | ({} if gate is None else {"gate": gate}))
+    given = {label: t for label, t in (("input", input), ("gate", gate), ("weight", weight)) if t is not None}
+    _arguments.check_real("gated_rms_norm", **given)
     if gate is not None and (gate.shape != input.shape or gate.device != input.device):
         raise RuntimeError(
             f"gated_rms_norm: gate must have the shape and device of input, {tuple(input.shape)} on {input.device}, "

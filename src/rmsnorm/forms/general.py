@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, functional
 from .._shown import shown
@@ -46,7 +47,7 @@ def rms_norm(
     if out is not None:
         raise RuntimeError("rms_norm: out= is for the plain norm alone; drop it, or the further keywords")
     _check_memory("rms_norm", memory)
-    counted = _counted("rms_norm", normalized_shape, partial)
+    counted = _counted("rms_norm", normalized_shape, partial, tensors)
     _check_dtype("rms_norm", out_dtype)
     pick, more = slice(2) if return_rstd else 0, (counted, True, True, out_dtype)
     found = calls.everyday_norm(_served, tensors, normalized_shape, eps, offset, casting_mode, *more)
@@ -83,7 +84,7 @@ def add_rms_norm(
         if found is not None:
             return found
     _check_memory("add_rms_norm", memory)
-    counted = _counted("add_rms_norm", normalized_shape, partial)
+    counted = _counted("add_rms_norm", normalized_shape, partial, tensors)
     _check_dtype("add_rms_norm", out_dtype)
     pick, options = slice(3 if return_rstd else 2), (counted, bool(round_sum), out_dtype)
     found = calls.everyday_norm(_served_add, tensors, normalized_shape, eps, offset, casting_mode, *options)
@@ -99,7 +100,11 @@ def add_rms_norm(
 functional.further.update(rms_norm=rms_norm, add_rms_norm=add_rms_norm)
 
 
-def inverse_rms(input: Tensor, normalized_shape: int | Sequence[int], eps: float | None = None) -> Tensor:
+def inverse_rms(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],  # torch.jit.script stops here: record with torch.jit.trace instead
+    eps: float | None = None,
+) -> Tensor:
     r"""The factor of RMS normalisation alone, a number per row: ``1 / sqrt(mean(input²) + eps)``.
 
     The bits are those that :func:`rmsnorm.rms_norm` multiplies with, rounded to the type that is returned. A row is
@@ -137,8 +142,10 @@ def _named(offset: float, mode: str, partial: float, out_dtype: Any, return_rstd
     return named | {"partial": (partial, 1.0), "out_dtype": (out_dtype, None), "return_rstd": (return_rstd, False)}
 
 
-def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -> int:
-    """How many elements of a row count; -1 for all."""
+def _counted(name: str, normalized_shape: Any, partial: float, tensors: tuple[Any, ...]) -> int:
+    """How many elements of a row count; -1 for all, and where somebody else is asked, whose sizes may be no numbers."""
+    if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
+        return -1
     if partial is not None and type(partial) is not float:
         partial = _arguments.as_number(name, "partial", partial)
     if partial is None or not 0 < partial <= 1:
@@ -152,7 +159,7 @@ def _counted(name: str, normalized_shape: int | Sequence[int], partial: float) -
 
 
 def _check_dtype(name: str, out_dtype: Any) -> None:
-    if out_dtype not in _TYPES:
+    if not isinstance(out_dtype, torch.fx.Proxy) and out_dtype not in _TYPES:  # of a graph: x.dtype, say
         raise ValueError(
             f"{name}: out_dtype must be one of {', '.join(map(str, _TYPES[1:]))}, but is {shown(out_dtype)}"
         )

@@ -28,7 +28,10 @@ def size(input: Tensor, dims: int) -> int:
 
 
 def _sum(terms: Tensor, dims: int) -> Tensor:
-    return terms.sum(tuple(range(-dims, 0)), keepdim=True)
+    last = tuple(range(-dims, 0))
+    if terms.is_nested:  # of a jagged tensor torch has no derivative of the sum (2.13), but one of the mean
+        return terms.mean(last, keepdim=True) * size(terms, dims)
+    return terms.sum(last, keepdim=True)
 
 
 def _counted(terms: Tensor, dims: int, counted: int) -> Tensor:
@@ -36,7 +39,7 @@ def _counted(terms: Tensor, dims: int, counted: int) -> Tensor:
     if counted < 0:
         return terms
     places = torch.arange(size(terms, dims), device=terms.device).view(terms.shape[terms.dim() - dims :])
-    return torch.where(places < counted, terms, 0.0)
+    return terms.masked_fill(places >= counted, 0.0)  # torch.where takes no jagged tensor beside a dense one
 
 
 def _number(terms: Tensor, dims: int, counted: int) -> int:

@@ -87,7 +87,7 @@ def heads_rms_norm_rope(
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(offset=(offset, 0.0), casting_mode=(casting_mode, "torch"))
         given |= _arguments.given(interleaved=(interleaved, False))
-        return handle_torch_function(heads_rms_norm_rope, tensors, *tensors, eps, **given)
+        return _everyday.unpacked(handle_torch_function(heads_rms_norm_rope, tensors, *tensors, eps, **given), 2)
     name = "heads_rms_norm_rope"
     native, least, round_first = _checked(_resolve, name, tensors, eps, casting_mode)
     offset = _arguments.as_number(name, "offset", offset)
@@ -142,7 +142,7 @@ def rope(
         return both
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
         given = _arguments.given(interleaved=(interleaved, False))
-        return handle_torch_function(rope, tensors, *tensors, **given)
+        return _everyday.unpacked(handle_torch_function(rope, tensors, *tensors, **given), 2)
     native = _checked(_fits, "rope", *tensors)
     if _everyday.distributed(*tensors):
         from ..distributed import heads

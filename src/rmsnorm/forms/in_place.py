@@ -63,6 +63,8 @@ def add_rms_norm_(
         >>> _ = add_rms_norm_(x, residual, eps=0.0)
         >>> x, residual
         (tensor([0.8485, 1.1314]), tensor([3., 4.]))
+
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     try:  # the operator checks the rest; what it refuses is served, or worded, the long way
         round_first = _ROUND_FIRST[casting_mode]
@@ -94,7 +96,7 @@ def add_rms_norm_(
         given = _arguments.given(
             offset=(offset, 0.0), casting_mode=(casting_mode, "torch"), round_sum=(round_sum, True)
         )
-        return handle_torch_function(add_rms_norm_, tensors, *tensors, eps, **given)
+        return _everyday.unpacked(handle_torch_function(add_rms_norm_, tensors, *tensors, eps, **given), 2)
     _arguments.check_tensors(name, input=input, weight=weight)
     _arguments.check_dense(name, input=input, weight=weight)
     shape = input.shape[-1:] if weight is None else weight.shape
@@ -103,6 +105,8 @@ def add_rms_norm_(
         offset = _arguments.as_number(name, "offset", offset)
     calls.check_alike(name, "input", input, input)
     calls.check_alike(name, "residual", residual, input)
+    if weight is not None:
+        _arguments.check_real(name, weight=weight)
     _check(input, residual, weight, eps)
     options: dict[str, Any] = {"offset": offset, "casting_mode": casting_mode, "round_sum": bool(round_sum)}
     if not native or torch._C._are_functorch_transforms_active() or _foreign.wanted_by(*tensors):

@@ -59,7 +59,8 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
     Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450.
     """
     shape = normalized_shape if type(normalized_shape) is tuple else _arguments.as_shape(_NAME, normalized_shape)
-    try:  # the operator checks the rest; what it refuses is served, or worded, by torch
+    # The operator checks the rest; what it refuses is served, or worded, by torch.
+    try:  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
         if not is_dynamo_compiling():
             y = _handed.norm(_served.kind, shape, eps, 0.0, False, None, None, None, input, None, weight, bias)
             if y is not None:
@@ -77,7 +78,9 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
         pass
     tensors = input, weight, bias
     if has_torch_function_variadic(*tensors) and _arguments.are_objects(*tensors):
-        if not _are_torchs(*tensors):
+        # A mode (torch.set_default_device is one) lets a call through to the kernel; a class knows torch's own name.
+        plain = not is_dynamo_compiling() and all(type(t) in _everyday.PLAIN for t in tensors)
+        if plain or not _are_torchs(*tensors):
             return _everyday.overridden(layer_norm, tensors, (input, shape, weight, bias, eps), {})
         return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
     _arguments.check_tensors(_NAME, input=input, weight=weight, bias=bias)

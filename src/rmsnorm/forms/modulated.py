@@ -77,7 +77,7 @@ def modulated_norm(
 
     Source: Peebles & Xie 2022, arXiv 2212.09748 (adaLN-Zero); Perez et al. 2017, arXiv 1709.07871.
     """
-    name, layer = "modulated_norm", STATISTICS.get(statistic)
+    name, layer = "modulated_norm", STATISTICS.get(statistic) if isinstance(statistic, str) else None
     eps = _EPS if eps is None and layer else eps
     everyday = type(input) is Tensor and not has_torch_function_variadic(input, scale, shift, gate)
     if everyday and weight is None and layer is not None and (residual is not None or gate is None):

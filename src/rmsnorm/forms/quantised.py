@@ -23,7 +23,7 @@ def quantised_rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-    *,
+    *,  # torch.jit.script stops here, and shows this line: record with torch.jit.trace instead
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
@@ -84,7 +84,7 @@ def quantised_rms_norm(
             f"quantised_rms_norm: input must be float32, bfloat16 or float16, but is {input.dtype}; convert it, e.g. "
             "input.float()"
         )
-    results = calls.call(
+    return calls.call(
         _served,
         quantised_rms_norm,
         {"input": input, "residual": residual, "gate": gate},
@@ -100,8 +100,8 @@ def quantised_rms_norm(
         },
         more,
         by_name=("residual", "gate"),
+        pick=slice(2 if residual is None else 3),
     )
-    return results[:2] if residual is None and len(results) == 3 else results
 
 
 def quantise(y: Tensor, dims: int, e4m3: bool) -> tuple[Tensor, Tensor]:
