@@ -80,6 +80,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "heads.h"
 
+#include "plain.h"
+
 #include "forward.h"
 
 #include "even.h"
@@ -95,6 +97,8 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 #include "gated_backward.h"
 
 #include "general_backward.h"
+
+#include "backward_statistic.h"
 
 #include "backward.h"
 

@@ -14,7 +14,7 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 
 from . import reference
-from ._shown import shown, sizes
+from ._shown import described, shown, sizes
 
 ROUND_FIRST = {"torch": False, "llama": True}
 """The casting modes, and whether each rounds the normalised value before the gain."""
@@ -104,8 +104,9 @@ def as_shape(name: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...
 
 def _is_size(size: object) -> bool:
     """Whether an element of a shape may be one: no text, and of tensors (what torch.jit.trace has) whole numbers."""
-    fraction = isinstance(size, Tensor) and (size.ndim or size.is_floating_point() or size.is_complex())
-    return not (fraction or isinstance(size, (str, bytes)))
+    if isinstance(size, Tensor):
+        return not (size.ndim or size.is_floating_point() or size.is_complex())
+    return not isinstance(size, (str, bytes))
 
 
 def raise_shape(
@@ -222,18 +223,6 @@ def check_one_of(name: str, label: str, value: object, known: Iterable[str]) -> 
     if not isinstance(value, str) or value not in known:
         choices = ", ".join(map(repr, known))
         raise ValueError(f"{name}: unknown {label} {shown(value)}; choose one of {choices}")
-
-
-def described(value: object) -> str:
-    """A value by its type, as a sentence needs it: ``a list``, ``None``, ``the class RMSNorm``."""
-    if value is None:
-        return "None"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    cls = type(value)
-    if cls.__module__ != "builtins":
-        return f"a {cls.__module__}.{cls.__qualname__}"
-    return f"{'an' if cls.__name__[0] in 'aeiou' else 'a'} {cls.__name__}"
 
 
 def _came(value: object) -> str:

@@ -29,3 +29,15 @@ def sizes(shape: Sequence[int]) -> str:
         return str(list(shape))
     more = f", and {len(shape) - 8} more" if len(shape) > 8 else ""
     return f"[{', '.join(map(shown, shape[:8]))}{more}]"
+
+
+def described(value: object) -> str:
+    """A value by its type, as a sentence needs it: ``a list``, ``None``, ``the class RMSNorm``."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    cls = type(value)
+    if cls.__module__ != "builtins":
+        return f"a {cls.__module__}.{cls.__qualname__}"
+    return f"{'an' if cls.__name__[0] in 'aeiou' else 'a'} {cls.__name__}"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._arguments import MEMORY, check_one_of, described
+from .._arguments import MEMORY, check_one_of
+from .._shown import described
 from . import classes, lean
 from .binding import binding_of
 from .conditions import signature

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._arguments import check_one_of, described
+from .._arguments import check_one_of
+from .._shown import described
 from . import edits, folding, norms, proof, streams
 from .edits import Plan
 from .graph import Graph
