@@ -105,12 +105,15 @@ struct GradWeight {
   }
 };
 
-// The gradient of a weight, of totals of `columns` doubles, in which its own begin with the one `from`.
-inline void finish_weight(const Target& target, const Totals& totals, int64_t from, int64_t columns,
-                          const GradWeight& to) {
-  if (!to.data) return;
-  parallel(to.count, grain_rows(totals.count()), [&](int64_t begin, int64_t end) {
-    target.finish(totals.data() + from, totals.count(), columns, begin, end, to.type, to.data);
+// Of two weights, or of a weight and a bias: threads begin once for both. `stride` doubles are a chunk's; of both
+// weights as many chunks are left.
+inline void finish_weights(const Target& target, const std::array<const double*, 2>& totals, int64_t chunks,
+                           int64_t stride, const std::array<GradWeight, 2>& to) {
+  const auto count = [&](int k) { return to[k].data ? to[k].count : 0; };
+  parallel(std::max(count(0), count(1)), grain_rows(chunks), [&](int64_t begin, int64_t end) {
+    for (int k = 0; k < 2; ++k)
+      if (begin < count(k))
+        target.finish(totals[k], chunks, stride, begin, std::min(end, count(k)), to[k].type, to[k].data);
   });
 }
 
@@ -150,7 +153,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
       backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.of(chunk, begin, end),
                     chunk * each, std::min(rows, (chunk + 1) * each), around);
   });
-  for (int k = 0; k < 2; ++k) finish_weight(target, totals, k * b.columns, columns, grad_weights[k]);
+  finish_weights(target, {totals.data(), totals.data() + b.columns}, totals.count(), columns, grad_weights);
 }
 
 // The same of tensors.

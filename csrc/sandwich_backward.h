@@ -114,8 +114,9 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
       if (few && partial[k].get())
         target.finish_one(s.norm[k].input, partial[k].get(), columns, grad_weights[k].type, grad_weights[k].data);
   });
-  for (int k = 0; k < 2; ++k)
-    if (!few || rows == 0) finish_weight(target, totals[k], 0, columns, grad_weights[k]);
+  if (!few || rows == 0)
+    finish_weights(target, {totals[0].data(), totals[1].data()}, totals[grad_weights[0].data ? 0 : 1].count(), columns,
+                   grad_weights);
 }
 
 }  // namespace rmsnorm
