@@ -141,6 +141,21 @@ def test_errors(ranks, name):
         assert "\n" not in found
 
 
+def of_one_number() -> str | None:
+    try:
+        rmsnorm.layer_norm(placed(X, COLUMNS), (6,), placed(torch.ones(1), WHOLE))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_a_weight_of_layer_norm_that_would_broadcast(ranks):
+    """In torch's own words, which have lines about placements behind them."""
+    for found in ranks.run(of_one_number):
+        assert found is not None
+        assert found.startswith("Expected weight to be of same shape as normalized_shape, but got weight of shape")
+
+
 def of_partial_sums(placement: Any) -> tuple[Tensor, Tensor, Any] | None:
     """The norm of sums that have not been added up: each rank of two has half of ``x``."""
     here = mesh(2)
