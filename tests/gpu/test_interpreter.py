@@ -19,3 +19,15 @@ def test_the_interpreter_rounds_as_gpus_do():
     rounded = hardware._convert(x.numpy(), hardware.tl.float32, hardware.tl.bfloat16, None).view(np.uint16)
     back = torch.from_numpy(rounded.view(np.int16).copy()).view(torch.bfloat16)
     assert torch.equal(back.nan_to_num(5.0), x.bfloat16().nan_to_num(5.0))
+
+
+def test_a_launch_changes_the_language_once_for_all_functions_that_see_as_much_of_it():
+    patched, restored = [], []
+    once, ended = hardware._patch_once(lambda function: patched.append(function) or "scope", restored.append)
+    sees = [eval("lambda: 0", {"tl": hardware.tl, "other": i}) for i in (1, 2)]
+    more = eval("lambda: 0", {"tl": hardware.tl, "core": hardware.tl.core})
+    assert [once(function) for function in (*sees, more, more, sees[0])] == ["scope", None, "scope", None, None]
+    assert patched == [sees[0], more]
+    ended("scope")
+    assert restored == ["scope"]
+    assert once(sees[1]) == "scope"
