@@ -50,8 +50,22 @@ def _patch_once(patch, restore):
     return once, ended
 
 
+def _by_name(find):
+    """numpy's type of one of Triton's, whose function makes a table of all of them whenever it is asked."""
+    known = {}
+
+    def found(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = find(kind)
+        return known[name]
+
+    return found
+
+
 def correct_interpreter() -> None:
     interpreter.InterpreterBuilder.create_fma = _fused
     interpreter._convert_float = _convert
     scope = interpreter._LangPatchScope
     interpreter._patch_lang, scope.restore = _patch_once(interpreter._patch_lang, scope.restore)
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)

@@ -31,3 +31,14 @@ def test_a_launch_changes_the_language_once_for_all_functions_that_see_as_much_o
     ended("scope")
     assert restored == ["scope"]
     assert once(sees[1]) == "scope"
+
+
+def test_types_are_found_by_name():
+    tl, table = hardware.tl, interpreter._get_np_dtype
+    kinds = [tl.float32, tl.bfloat16, tl.float64, tl.int1, tl.int64, tl.uint8]
+    wanted = [np.float32, np.uint16, np.float64, bool, np.int64, np.uint8]
+    for _ in range(2):
+        assert [table(kind) for kind in kinds] == wanted
+        assert [table(tl.block_type(kind, [4])) for kind in kinds] == wanted
+        pointers = [tl.pointer_type(kind) for kind in kinds]
+        assert {table(kind) for kind in (*pointers, *(tl.block_type(one, [4]) for one in pointers))} == {np.dtype("u8")}
