@@ -103,8 +103,9 @@ docs: $(NATIVE) build/docs/venv/installed ## the pages and the reference as a st
 	build/docs/venv/bin/python docs/site/build.py build/site
 	RMSNORM_SITE=build/site $(BIN)/python -m pytest -q tests/test_site.py
 
+# What lay in build/lib from another day would be packed, too.
 wheel: $(NATIVE) ## build dist/rmsnorm-*-py3-none-*.whl, install it into an empty environment and smoke-test it
-	rm -rf dist build
+	rm -rf dist build/lib* build/bdist*
 	RMSNORM_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	PYTHON=$(PYTHON) tests/wheel_smoke.sh dist/rmsnorm-*-py3-none-*.whl
 

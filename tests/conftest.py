@@ -52,10 +52,13 @@ def _shared(item):
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config, items):
     """The CPU targets of a test follow one another, in one process: they share its truth (remembered.py). Other tests
-    are handed out eight at a time: when one ends, xdist looks through all groups that it has given."""
-    groups, counts, numbers = {}, Counter(), Counter()
+    are handed out eight at a time: when one ends, xdist looks through all groups that it has given. Heavy tests that
+    are one of a kind take a minute or two, those of tables a few seconds: these come last, so that processes end
+    together."""
+    groups, counts, numbers, heavy = {}, Counter(), Counter(), Counter()
     for item in items:
         function = item.nodeid.partition("[")[0]
+        heavy[function] += item.get_closest_marker("heavy") is not None
         each = 1 if item.get_closest_marker("heavy") else 8  # eight of those, and one process waits
         groups.setdefault((function, _shared(item) or (each, counts[function] // each)), []).append(item)
         counts[function] += 1
@@ -64,7 +67,15 @@ def pytest_collection_modifyitems(config, items):
         for item in group:
             if config.pluginmanager.hasplugin("xdist") and item.get_closest_marker("xdist_group") is None:
                 item.add_marker(pytest.mark.xdist_group(f"{function.split('/')[-1]}.{numbers[function]}"))
-    items[:] = [item for group in groups.values() for item in group]
+    items[:] = [item for key in sorted(groups, key=lambda key: heavy[key[0]]) for item in groups[key]]
+
+
+def pytest_collection_finish():
+    """For its logs dynamo times the guards of each graph, with caches emptied before: 24 ms of the 82 that a graph of
+    two operators takes. Nobody reads it here. Where no test imports dynamo, it isn't imported for this."""
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *given: 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -223,14 +223,14 @@ def nothing_compiled(patch: Any) -> Iterator[None]:
             "launch_cooperative_grid": False,
             "launch_pdl": False,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            (code := Path(folder, "kernel.cubin")).write_bytes(b"STANDIN" + bytes([len(image), *image]))
-            (facts := Path(folder, "kernel.json")).write_text(json.dumps(metadata))
-            files = {"kernel.cubin": str(code), "kernel.json": str(facts)}
-            return triton.compiler.CompiledKernel(source, files, "")
+        (code := Path(folder, "kernel.cubin")).write_bytes(b"STANDIN" + bytes([len(image), *image]))
+        (facts := Path(folder, "kernel.json")).write_text(json.dumps(metadata))
+        files = {"kernel.cubin": str(code), "kernel.json": str(facts)}
+        return triton.compiler.CompiledKernel(source, files, "")  # which reads them now
 
     patch.setattr(triton.compiler, "compile", compile)
-    yield
+    with tempfile.TemporaryDirectory() as folder:
+        yield
 
 
 class Told(NamedTuple):

@@ -3,8 +3,8 @@
 // at the very beginning too, so that one element read or written too far is seen.
 //
 // Link with any of the objects that target.cpp makes; the first one there, in the order below, is the reference.
-// With --digest it compares nothing and prints a hash of each tensor of the reference: two CPUs that can't run in one
-// process are compared by their digests (sanitize.sh).
+// With a file's name it writes a hash of each tensor of the reference there, and with --digest before the name it does
+// nothing else: two CPUs that can't run in one process are compared by their digests (sanitize.sh).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -69,39 +69,45 @@ const Bytes& make_rows(Type type, int64_t rows, int64_t columns, unsigned seed) 
   return bytes;
 }
 
-// An element's bits; any NaN is the same one, as its sign and payload are not promised.
-uint64_t bits_of(const char* element, Type type) {
-  const int64_t size = size_of(type);
-  uint64_t bits = 0;
-  std::memcpy(&bits, element, size);
-  const uint64_t infinity = type == Type::f64    ? 0x7ffull << 52
-                            : type == Type::f32  ? 0x7f800000
-                            : type == Type::bf16 ? 0x7f80
-                                                 : 0x7c00;
-  const uint64_t sign = 1ull << (8 * size - 1);
-  return (bits & ~sign) > infinity ? infinity + 1 : bits;
+// The bits of elements; any NaN is the same one, as its sign and payload are not promised.
+template <class Word>
+std::vector<Word> words_of(const Bytes& bytes, Word infinity) {
+  std::vector<Word> words(bytes.size() / sizeof(Word));
+  if (!words.empty()) std::memcpy(words.data(), bytes.data(), bytes.size());
+  const Word sign = (Word)((Word)1 << (8 * sizeof(Word) - 1));
+  for (Word& word : words)
+    if ((Word)(word & ~sign) > infinity) word = (Word)(infinity + 1);
+  return words;
+}
+
+template <class Function>
+auto with_words(Type type, const Function& function) {
+  if (type == Type::f64) return function((uint64_t)0x7ff << 52);
+  if (type == Type::f32) return function((uint32_t)0x7f800000);
+  return function((uint16_t)(type == Type::bf16 ? 0x7f80 : 0x7c00));
 }
 
 bool same(const Bytes& a, const Bytes& b, Type type) {
   if (a == b) return true;
-  const int64_t size = size_of(type);
-  for (size_t i = 0; i < a.size(); i += size) {
-    const uint64_t x = bits_of(&a[i], type), y = bits_of(&b[i], type);
-    if (x == y) continue;
-    std::printf("element %zu: %llx and %llx\n", i / size, (unsigned long long)x, (unsigned long long)y);
-    return false;
-  }
-  return true;
+  return with_words(type, [&](auto infinity) {
+    const auto left = words_of(a, infinity), right = words_of(b, infinity);
+    for (size_t i = 0; i < left.size(); ++i)
+      if (left[i] != right[i]) {
+        std::printf("element %zu: %llx and %llx\n", i, (unsigned long long)left[i], (unsigned long long)right[i]);
+        return false;
+      }
+    return true;
+  });
 }
 
-// FNV-1a, 64 bits.
+// A multiplication an element, as FNV-1a has one a byte: under qemu those took longer than the kernels. The shift
+// brings high bits down, where a multiplication doesn't: two signs that differ would else make up for each other.
 uint64_t digest_of(const Bytes& bytes, Type type) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (size_t i = 0; i < bytes.size(); i += size_of(type)) {
-    const uint64_t bits = bits_of(&bytes[i], type);
-    for (int shift = 0; shift < 8 * size_of(type); shift += 8) hash = (hash ^ (bits >> shift & 0xff)) * 0x100000001b3;
-  }
-  return hash;
+  return with_words(type, [&](auto infinity) {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const uint64_t bits : words_of(bytes, infinity)) hash = (hash ^ bits) * 0x9e3779b97f4a7c15, hash ^= hash >> 32;
+    return hash;
+  });
 }
 
 // Rows, each at the end of its own allocation: the first half as aligned as malloc makes them, with nothing of their
@@ -191,8 +197,9 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   std::vector<float> quantised(kRows * (c.columns + 1));
   for (int64_t r = 0; r < kRows && c.output != Type::f64; ++r) {
     target.quantise(c.output, output.at(r), c.columns, need_weight, codes.at(r), &quantised[kRows * c.columns + r]);
-    for (int64_t j = 0; j < c.columns; ++j)
-      quantised[r * c.columns + j] = static_cast<float>(static_cast<unsigned char>(codes.at(r)[j]));
+    const char* const code = codes.at(r);
+    float* const number = &quantised[r * c.columns];
+    for (int64_t j = 0; j < c.columns; ++j) number[j] = static_cast<float>(static_cast<unsigned char>(code[j]));
   }
   Bytes numbers(quantised.size() * sizeof(float));
   std::memcpy(numbers.data(), quantised.data(), numbers.size());
@@ -236,14 +243,17 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
   Bytes means(kRows * sizeof(double));
   std::memcpy(means.data(), mean.data(), means.size());
   Bytes own = dscale.gather();  // of modulations that rows don't share
-  for (char byte : dshift.gather()) own.push_back(byte);
+  const Bytes shifts = dshift.gather();
+  own.insert(own.end(), shifts.begin(), shifts.end());
   return {output.gather(), sum.gather(), rstd, dx.gather(), dw.gather(), means, dgate.gather(), numbers, own};
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool digest = argc > 1 && !std::strcmp(argv[1], "--digest");
+  const bool compares = argc < 2 || std::strcmp(argv[1], "--digest");
+  std::FILE* const digests = argc < 2 ? nullptr : std::fopen(argv[argc - 1], "w");
+  if (argc > 1 && !digests) return std::perror(argv[argc - 1]), 1;
   std::vector<const Target*> targets;
   for (const Target* target : {&target_baseline, &target_avx2, &target_avx512, &target_avx512bf16})
     if (target) targets.push_back(target);
@@ -291,9 +301,10 @@ int main(int argc, char** argv) {
             char name[99];
             std::snprintf(name, sizeof name, "type %d, form %d, add %d, needs %d, %lld columns", (int)input, form, add,
                           needs, (long long)columns);
-            for (int i = 0; digest && i < 9; ++i)
-              std::printf("%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i], name);
-            if (digest) continue;
+            for (int i = 0; digests && i < 9; ++i)
+              std::fprintf(digests, "%016llx %s, %s\n", (unsigned long long)digest_of(expected[i], types[i]), names[i],
+                           name);
+            if (!compares) continue;
             for (const Target* target : targets)
               for (bool back : {false, true}) {
                 if (target == targets[0] && !back) continue;
@@ -306,7 +317,8 @@ int main(int argc, char** argv) {
                   }
               }
           }
-  if (digest) return 0;
+  if (digests && std::fclose(digests)) return std::perror(argv[argc - 1]), 1;
+  if (!compares) return 0;
   std::printf("%ld tensors compared, all equal, targets:", compared);
   for (const Target* target : targets) std::printf(" %s", target->name);
   std::printf("\n");
