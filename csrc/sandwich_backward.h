@@ -7,7 +7,7 @@
 // So they have the bits of the two operators called one after the other, in chunks of the same rows.
 #pragma once
 
-#include "tensors.h"
+#include "run.h"
 
 namespace rmsnorm {
 

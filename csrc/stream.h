@@ -45,12 +45,14 @@ constexpr bool is_whole = false;
 template <class Row>
 constexpr bool is_whole<Full<Row>> = kStreams && (sizeof(Row) == 4 || (kBytes == 64 && std::is_same_v<Row, bf16>));
 
+#if defined(RMSNORM_AVX512)  // where alone there are loops of pairs
 // A vector that is as it was stored: to store it again isn't to round again.
 template <class T, class Span>
 RMSNORM_INLINE auto stored_as([[maybe_unused]] Span span, const Vector<T>& x) {
   if constexpr (kSplit<T> && std::is_same_v<Span, Full<T>>) return Rounded{x};
   else return x;
 }
+#endif
 
 // Past the caches, if asked for: where a second loop would be too much code.
 template <class T, class V, class Span>
