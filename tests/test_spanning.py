@@ -150,10 +150,8 @@ def test_compiled_equals_eager():
 @pytest.mark.parametrize("shape", [(2, 5), (3, 1), (1, 5), (5, 3), (4, 2, 3, 5), (2, 3, 5, 1)])
 def test_weights_that_do_not_fit(shape):
     """Nothing is broadcast: the spanned sizes are those of the input."""
-    message = (
-        f"weight of shape {list(shape)} and normalized_shape = [5]; reshape the weight to [5], or, for weights of "
-    )
-    message += "their own per head or group, to more of the last sizes of input, [2, 3, 5]"
+    message = f"weight of shape {list(shape)} and normalized_shape = [5]; reshape the weight to [5], or, for one of "
+    message += "its own per head or group, to more of the last sizes of input, [2, 3, 5]"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         rms_norm(torch.ones(2, 3, 5), 5, torch.ones(shape))
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import rmsnorm
 from rmsnorm.models.binding import binding_of
+from rmsnorm.models.neighbours import needs_no_call
 
 
 def ids() -> Tensor:
@@ -111,6 +112,10 @@ def test_a_rotation_that_is_exchanged_or_heard_is_obeyed() -> None:
         handle.remove()
         apply_rotary.forward = lambda q, k, cos, sin: (q * 2, k * 3)
         assert same_bits(model(**example), exchanged)
+        # Its own, as kernelize() sets it where it has no kernel; and another module's.
+        for forward, itself in ((Rotation.forward.__get__(apply_rotary), True), (Rotation().forward, False)):
+            apply_rotary.forward = forward
+            assert needs_no_call(apply_rotary) is itself
         assert not same_bits(exchanged, turned)
     finally:
         vars(apply_rotary).pop("forward", None)

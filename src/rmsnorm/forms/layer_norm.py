@@ -65,7 +65,7 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
             y = _handed.norm(_served.kind, shape, eps, 0.0, False, None, None, None, input, None, weight, bias)
             if y is not None:
                 return y
-        everyday = type(eps) in _everyday.NUMBERS and _everyday.ordinary(input, (input, weight, bias))
+        everyday = type(eps) in _everyday.NUMBERS and eps >= 0 and _everyday.ordinary(input, (input, weight, bias))
         if everyday and input.shape[-len(shape) :] == shape:
             if is_grad_enabled() and (
                 input.requires_grad

@@ -43,10 +43,17 @@ def unweighted(norm: Any, x: Tensor) -> Ours | None:
     return own
 
 
+def _is_bound(forward: Any, module: Any) -> bool:
+    """Whether a forward that was set on a module is its class's own: accelerate's offloading sets another one, and
+    ``kernelize()`` one where it has a kernel, and else the class's."""
+    own: bool = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return own
+
+
 def needs_no_call(module: Any) -> bool:
     """Whether a module's class says what it computes, and nobody listens to it."""
     return (
-        "forward" not in vars(module)  # accelerate's offloading and kernelize() set one, on the module itself
+        ("forward" not in vars(module) or _is_bound(vars(module)["forward"], module))
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not _has_any_global_hook()
