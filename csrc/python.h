@@ -54,7 +54,7 @@ struct Python {
   void (*release)(Object);
   void* (*let_go)();    // of the interpreter's lock
   void (*take)(void*);  // it again
-  Object none, yes, no, integer, floating, zero, minus_one, few;
+  Object none, yes, no, integer, floating, zero, minus_one, few, lean;
   Object tensor, parameter, types[4];  // torch's own: two classes, and dtypes in the order of Type
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.

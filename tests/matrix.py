@@ -52,6 +52,7 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_handed_recorded.py",
     "tests/test_eager.py",
     "tests/test_errors.py",
+    "tests/test_errors_options.py",
     "tests/test_library.py",
     "tests/test_out.py",
     "tests/test_install.py",

@@ -118,10 +118,7 @@ def record(
     if out is not None or _tracing_state() is not None:
         raise RuntimeError
     if memory is not None:
-        if (
-            memory not in _arguments.MEMORY
-            or (output := lean.everyday(input, weight, dims, eps, offset, round_first)) is None
-        ):
+        if (output := lean.everyday(input, weight, dims, eps, offset, round_first)) is None:
             raise RuntimeError  # what is kept is decided the long way
     elif weight is not None and not offset and input.is_cpu and input.numel() <= FEW:
         output = _few_recorded[round_first](input, weight, eps)

@@ -167,11 +167,11 @@ def add_rms_norm(  # noqa: PLR0911 - as in functional.py
         recorded = is_grad_enabled() and _autograd.needed(input, weight, residual)
         if type(offset) not in NUMBERS or not (dims := dims_of(input, normalized_shape, weight, eps)):
             return None
+        if memory is not None and memory not in _arguments.MEMORY:
+            return None
         if recorded:
             if memory is not None:  # what else may be kept is decided the long way
                 assert eps is not None  # dims_of() asked
-                if memory not in _arguments.MEMORY:
-                    return None
                 return lean.everyday_add(input, residual, weight, dims, eps, offset, round_first)
             return _autograd.add_rms_norm(input, residual, weight, dims, eps, offset, round_first)[:2]
         if weight is None or offset:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.overrides import has_torch_function_variadic
 
-from . import _native, _ops
+from . import _arguments, _native, _ops
 
 _Call = Callable[..., Any]
 KINDS = {"rms_norm": 0, "add_rms_norm": 1, "rms_norm_add": 2, "sandwich_rms_norm": 3, "layer_norm": 6}
@@ -79,7 +79,7 @@ _INSIDE = (
     *("_ZN2at6native12is_inferenceERKNS_6TensorE", "_ZNK3c1010TensorImpl13requires_gradEv", "_ZN2at12hasCallbacksEv"),
 )
 _OBJECTS = (
-    *(None, True, False, int, float, 0, -1, FEW),
+    *(None, True, False, int, float, 0, -1, FEW, _arguments.MEMORY[0]),
     *(Tensor, torch.nn.Parameter, torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty), _ops.increment_versions),
     *(torch._C.TensorBase.is_neg, has_torch_function_variadic, torch.is_grad_enabled),

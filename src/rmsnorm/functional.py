@@ -117,6 +117,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             and not _transforms_active()
             and forward_ad._current_level < 0
             and type(offset) in _NUMBERS
+            and (memory is None or memory in MEMORY)
         ):
             recorded = is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
             shape = normalized_shape if type(normalized_shape) is tuple else _as_shape("rms_norm", normalized_shape)
