@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "forms/lean": {"_form", "_ops", "forms/served", "reference"},
     "_serve": {"_autograd", "_foreign", "_ops", "forms/lean", "reference"},
     "_writable": {"_arguments", "_autograd", "_ops", "reference"},
-    "_handed": {"_native", "_ops"},
+    "_handed": {"_arguments", "_native", "_ops"},
     "_eager": {"_arguments", "_autograd", "_handed", "_ops", "forms/lean"},
     "functional": {"_arguments", "_eager", "_everyday", "_handed", "_ops", "_serve", "_writable", "reference"},
     "_everyday": {
