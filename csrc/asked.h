@@ -17,9 +17,15 @@ inline bool is_unheard() {
   return python.place ? !python.observed() : has(python.profiler, python.is_profiling, python.no);
 }
 
+// Whether nobody records operators before autograd sees them: make_fx(pre_dispatch=True), whose mode is in no list.
+inline bool is_unforeseen() {
+  return python.place ? !python.included(static_cast<uint16_t>(python.key))
+                      : answers(python.is_included, python.pre_dispatch, python.no);
+}
+
 // Whether nothing of torch's watches: no mode, profiler, tracer or transform. Any tensor of torch's own class will do.
 inline bool is_unwatched(Object tensor) {
-  return is_unheard() && has(python.forward_ad, python.level, python.minus_one) &&
+  return is_unheard() && is_unforeseen() && has(python.forward_ad, python.level, python.minus_one) &&
          answers(python.is_overridden, tensor, python.no) && answers(python.modes, python.zero) &&
          answers(python.is_transformed, python.no) && answers(python.tracer, python.none);
 }

@@ -59,14 +59,15 @@ struct Python {
   Object empty, written;               // functions
   // Functions that say whether something is: of a tensor, whether it is negated; of torch, whether it records.
   Object is_negated, is_overridden, is_recording, is_transformed, modes, tracer, is_inference, in_inference;
+  Object is_included, pre_dispatch;                       // the same of a key of torch's dispatcher; the key
   Object profiler, is_profiling, forward_ad, level;       // modules, and names in them
   Object to_save, materialize_grads, eps, requires_grad;  // names of attributes
   // Of torch's own in C++, or null, all of them: the object of an at::Tensor, and what is asked of one; of its
-  // c10::TensorImpl; and whether anybody has asked to hear of operators.
+  // c10::TensorImpl; and whether anybody has asked to hear of operators, and whether a key is included in this thread.
   Object (*show)(const void*);
   bool (*negated)(const void*), (*made_in_inference)(const void*), (*requires_gradient)(const void*);
-  bool (*observed)();
-  intptr_t place;  // of the at::Tensor in an object, in bytes
+  bool (*observed)(), (*included)(uint16_t);
+  intptr_t place, key;  // of the at::Tensor in an object, in bytes; the number of that key
 };
 inline Python python;
 

@@ -12,6 +12,9 @@ import rmsnorm
 from rmsnorm import gated_rms_norm, layer_norm, modulated_norm, quantised_rms_norm, rms_norm, rope
 
 MORE = {
+    "plain": lambda x, weight: rms_norm(x, x.shape[-1], weight, 1e-6),
+    "llama": lambda x, weight: rms_norm(x, x.shape[-1], weight, 1e-6, casting_mode="llama"),
+    "add": lambda x, residual, weight: rmsnorm.add_rms_norm(x, residual, x.shape[-1], weight, 1e-6),
     "groups": lambda x, gate, weight: gated_rms_norm(x, gate, x.shape[-1], weight, group_size=x.shape[-1] // 2),
     "partial, added": lambda x, residual, weight: rmsnorm.add_rms_norm(x, residual, x.shape[-1:], weight, partial=0.3),
     "int8, gated": lambda x, gate, weight: quantised_rms_norm(x, x.shape[-1], weight, gate=gate),

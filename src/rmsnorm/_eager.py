@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import _arguments, _autograd, _handed, _ops
+from . import _autograd, _handed, _ops
 from .forms import lean
 
 _Call = Callable[..., Any]

@@ -29,6 +29,8 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 NUMBERS = frozenset({float, int})
 """What is taken for a number at once: what else is one may be a tensor whose gradient would be lost."""
 transforms_active = torch._C._are_functorch_transforms_active
+_modes, _is_included = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _tracing_state = torch._C._get_tracing_state
 _add: _Call = _ops.add_rms_norm._op
 _add_weighted: _Call = _ops.add_rms_norm_weighted._op
@@ -96,8 +98,13 @@ def _usual_way(
 _usual_way._dynamo_marked_constant = True  # type: ignore[attr-defined] # as _graphs.py says
 
 
-def ordinary(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call of these tensors is an everyday one, on the CPU, and nobody traces."""
+def is_watched() -> bool:
+    """Whether a mode hears of operators. It would record one that refuses its arguments, too, and run it again."""
+    return _modes() > 0 or _is_included(_PRE_DISPATCH)  # the second: make_fx(pre_dispatch=True)
+
+
+def ordinary(input: Tensor, tensors: tuple[Tensor | None, ...], watched: bool = False) -> bool:
+    """Whether a call of these tensors is an everyday one, on the CPU, and nobody traces; ``watched``: a mode may."""
     return not (
         is_dynamo_compiling()
         or not _native
@@ -107,6 +114,7 @@ def ordinary(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         or transforms_active()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
+        or (not watched and is_watched())
     )
 
 

