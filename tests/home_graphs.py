@@ -118,8 +118,9 @@ def jit_script(norm: Norm) -> Any:
     return scripted if isinstance(scripted, Failed) else learn(scripted, norm.args(grad=True))
 
 
-def traced_by_make_fx(norm: Norm, mode: str) -> Any:
-    """The call, and its gradients, with the weights as arguments; run at other values."""
+def traced_by_make_fx(norm: Norm, mode: str, ahead: bool = False) -> Any:
+    """The call, and its gradients, with the weights as arguments; run at other values. ``ahead``: before autograd, so
+    that there are no gradients to record."""
     module = norm.module()
     names = [name for name, _ in module.named_parameters()]
 
@@ -134,18 +135,21 @@ def traced_by_make_fx(norm: Norm, mode: str) -> Any:
         args = norm.args(*shape, grad=True, seed=seed)
         return (*args, *(p.detach().requires_grad_() for p in norm.module(seed=seed).parameters()))
 
+    def traced(function: Any) -> Any:
+        return make_fx(function, tracing_mode=mode, pre_dispatch=ahead)(*leaves(2, 5, 16, seed=0))
+
     results = []
-    for function in (call, gradients):
-        graph = make_fx(function, tracing_mode=mode)(*leaves(2, 5, 16, seed=0))
-        results.append(graph(*leaves(*((3, 4, 16) if mode == "symbolic" else (2, 5, 16)), seed=1)))
+    for function in (call,) if ahead else (call, gradients):
+        results.append(traced(function)(*leaves(*((3, 4, 16) if mode == "symbolic" else (2, 5, 16)), seed=1)))
     with torch.no_grad():
-        results.append(make_fx(call, tracing_mode=mode)(*leaves(2, 5, 16, seed=0))(*leaves(2, 5, 16, seed=1)))
+        results.append(traced(call)(*leaves(2, 5, 16, seed=1)))
     return results
 
 
 def _make_fx_rows() -> None:
     for mode in ("real", "fake", "symbolic"):
         row(f"make_fx, {mode}")(lambda norm, mode=mode: traced_by_make_fx(norm, mode))
+        row(f"make_fx before autograd, {mode}")(lambda norm, mode=mode: traced_by_make_fx(norm, mode, True))
 
 
 _make_fx_rows()
