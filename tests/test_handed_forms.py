@@ -354,7 +354,7 @@ def test_on_a_torch_that_lacks_what_is_inside(monkeypatch):
     x, weight = tensors()["x"], torch.nn.Parameter(torch.ones(8))
     with monkeypatch.context() as patch:
         patch.setattr(_handed, "_INSIDE", (*_handed._INSIDE[:-1], "no_such_function"))
-        assert _handed._inside() == [0] * (len(_handed._INSIDE) + 1)
+        assert _handed._inside() == [0] * (len(_handed._INSIDE) + 2)
         norm = _handed._made()[0]
         kernel = _handed.straight("gated_rms_norm", "(Tensor input) -> Tensor")
         assert kernel(8, x) is None
@@ -362,6 +362,8 @@ def test_on_a_torch_that_lacks_what_is_inside(monkeypatch):
         with torch.no_grad():
             assert torch.equal(norm(*given, x, None, weight), rmsnorm.rms_norm(x, 8, weight, 1e-6))
             assert norm(*given, torch._neg_view(x), None, weight) is None
+            with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.PreDispatch):
+                assert norm(*given, x, None, weight) is None
         with torch.inference_mode():
             frozen = torch.empty_like(x)
             assert norm(*given[:5], frozen, None, None, x, None, None) is frozen
