@@ -159,16 +159,12 @@ def resolve(
         check_one_of(name, "memory", memory, MEMORY)
     round_first = ROUND_FIRST[casting_mode]
     dtype = input.dtype
-    native = dtype in NATIVE_TYPES
-    if weight is not None:
-        if weight.device != input.device:
-            raise RuntimeError(
-                f"{name}: input is on {input.device} and {label} on {weight.device}; move one of them, "
-                f"e.g. {label}.to({str(input.device)!r})"
-            )
-        if weight.dtype is not dtype:
-            # fp64 gains for narrower inputs would need fp64 arithmetic throughout.
-            native = native and weight.dtype in NATIVE_TYPES and weight.dtype is not torch.float64
+    native = dtype in NATIVE_TYPES if weight is None or weight.dtype is dtype else have_kernel(dtype, weight.dtype)
+    if weight is not None and weight.device != input.device:
+        raise RuntimeError(
+            f"{name}: input is on {input.device} and {label} on {weight.device}; move one of them, "
+            f"e.g. {label}.to({str(input.device)!r})"
+        )
     if not native:
         check_floating(name, input=input, **{label: weight})
     if eps is None:
@@ -176,6 +172,14 @@ def resolve(
     elif type(eps) is not float:
         eps = as_number(name, "eps", eps)
     return dims, eps, round_first, native
+
+
+def have_kernel(input: torch.dtype, *others: torch.dtype) -> bool:
+    """Whether a kernel has rows of one type beside weights of the others: fp64 ones of narrower inputs would need fp64
+    arithmetic throughout."""
+    return input in NATIVE_TYPES and all(
+        other in NATIVE_TYPES and (other is not torch.float64 or input is torch.float64) for other in others
+    )
 
 
 def check_floating(name: str, **tensors: Tensor | None) -> None:

@@ -65,11 +65,13 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
             y = _handed.norm(_served.kind, shape, eps, 0.0, False, None, None, None, input, None, weight, bias)
             if y is not None:
                 return y
-        everyday = (
-            _everyday.ordinary(input, (input, weight, bias), True) and type(eps) in _everyday.NUMBERS and eps >= 0
-        )
-        everyday = everyday and input.shape[-len(shape) :] == shape
-        if everyday and (not _everyday.is_watched() or _is_served(input, shape, weight, bias)):
+        if (
+            _everyday.ordinary(input, (input, weight, bias), True)
+            and type(eps) in _everyday.NUMBERS
+            and eps >= 0
+            and input.shape[-len(shape) :] == shape
+            and (not _everyday.is_watched() or _is_served(input, shape, weight, bias))
+        ):
             if is_grad_enabled() and (
                 input.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -103,8 +105,7 @@ def layer_norm(  # noqa: PLR0911 - as in functional.py
 def _is_served(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the operator takes them: whoever records it would run one that refuses them again."""
     given = [t for t in (weight, bias) if t is not None]
-    types, wide = {t.dtype for t in given} | {input.dtype}, input.dtype is torch.float64
-    known = types <= _arguments.NATIVE_TYPES and (wide or torch.float64 not in types)
+    known = _arguments.have_kernel(input.dtype, *(t.dtype for t in given))
     return known and all(t.shape == shape and t.device == input.device for t in given)
 
 
