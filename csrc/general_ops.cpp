@@ -1,4 +1,5 @@
 // The only file with the operators of the norm in general, and of add + norm in place.
+#include "places.h"
 #include "run.h"
 
 namespace rmsnorm {
@@ -116,38 +117,6 @@ std::tuple<Tensor, Tensor> general_add_rms_norm_weighted(Tensor input, Tensor re
   const Asked asked = {.dims = weight.dim(), .eps = eps, .round_sum = round_sum, .out = out_dtype, .keep = false};
   const auto [output, sum, rstd] = norm(input, &residual, weight, bias, asked);
   return {*output, *sum};
-}
-
-// Whether each element has a place of its own, as it has where each stride passes over all that shorter ones reach.
-bool has_own_places(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    int64_t reach = 1;
-    for (size_t e = 0; e < sizes.size(); ++e)
-      if (e != d && sizes[e] > 1 && (strides[e] < strides[d] || (strides[e] == strides[d] && e > d)))
-        reach += (sizes[e] - 1) * strides[e];
-    if (sizes[d] > 1 && strides[d] < reach) return t.numel() == 0;
-  }
-  return true;
-}
-
-// Whether all elements have places of their own, and both tensors'. Where they lie between each other, rows must be
-// alike: the parts of one projection.
-bool are_apart(const Tensor& a, const Extent& one, const Tensor& b, const Extent& two) {
-  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
-  int64_t least = INT64_MAX, inner = 1, stride = 0;
-  bool same = a.element_size() == b.element_size();
-  if (!has_own_places(a) || !has_own_places(b)) return false;
-  if (a.numel() == 0 || are_beside(one, two)) return true;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    if (sizes[d] == 1) continue;
-    same = same && strides[d] == others[d];
-    if (stride == 0 && strides[d] == inner) inner *= sizes[d];
-    else least = stride == 0 ? strides[d] : std::min(least, strides[d]), stride = strides[d];
-  }
-  const int64_t size = static_cast<int64_t>(a.element_size());
-  const int64_t apart = std::abs(one.begin - two.begin) / size;
-  return same && apart >= inner && apart + inner <= least;
 }
 
 void add_rms_norm_(Tensor input, Tensor residual, OptionalTensor weight, int64_t dims, double eps, double offset,

@@ -196,6 +196,16 @@ struct Kernels {
   bool (*sandwich)(Type type, const Backward* norms, const BackwardRows* rows, SandwichAhead& ahead);
 };
 
+// What a weight's gradient is the sum of, in this order: totals, so many doubles apart, and parts, so many bytes apart,
+// in wide() of a type of rows and in the columns' order.
+struct Summands {
+  const double* totals = nullptr;
+  int64_t totals_count = 0, totals_apart = 0;
+  const char* parts = nullptr;
+  int64_t parts_count = 0, parts_apart = 0;
+  Type row = Type::none;
+};
+
 // One instance per CPU target, all compiled from target.cpp.
 struct Target : Kernels {
   const char* name;
@@ -205,10 +215,10 @@ struct Target : Kernels {
   void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,
                     int64_t count);
   // total[i] += partial[i] (= for the first), then partial[i] = 0, for the gradient of the weight of rows of a type.
+  // Without a total, the partial's columns are put in their order.
   void (*flush)(Type row, void* partial, double* total, int64_t count, bool first);
-  // weight gradient [begin, end) = the sum of `chunks` totals of `columns` doubles each, in the weight's type.
-  void (*finish)(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
-                 void* grad_weight);
+  // weight gradient [begin, end) = the sum of what there is, in the weight's type.
+  void (*finish)(const Summands& summands, int64_t begin, int64_t end, Type type, void* grad_weight);
   // The same of a single partial, which is all there is: as flush() and finish() would have it, without totals.
   void (*finish_one)(Type row, void* partial, int64_t count, Type type, void* grad_weight);
   // What decides the bits, as text of at most `room` bytes.

@@ -1,63 +1,11 @@
 // The only file with the operators of the modulated norm (AdaLN) and of the gated add.
-//
-// A scale, shift or gate has the sizes of the input, but may have 1 for its last outer dimensions: the rows that differ
-// in those alone lie one behind the other, and share it. All modulations of a call are shared alike, in Python's hands.
 #include <cstring>
 
 #include "modulated_rows.h"
-#include "tensors.h"
+#include "modulation.h"
 
 namespace rmsnorm {
 namespace {
-
-// How many rows share one; an error for what is neither.
-int64_t sharing(const Tensor& modulation, const Tensor& input, const Shape& shape) {
-  const auto sizes = modulation.sizes(), whole = input.sizes();
-  bool fits = modulation.is_cpu() && sizes.size() == whole.size();
-  int64_t shared = 1;
-  bool alone = false;  // from here on
-  for (size_t d = 0; fits && d < whole.size(); ++d) {
-    const bool outer = static_cast<int64_t>(d) < shape.outer, same = sizes[d] == whole[d];
-    fits = same ? !(alone && outer && whole[d] != 1) : outer && sizes[d] == 1;
-    if (fits && !same) alone = true, shared *= whole[d];
-  }
-  require(fits, "rmsnorm: no native kernel for modulations of such sizes; call rmsnorm.modulated_norm");
-  return shared;
-}
-
-// The type of modulations: the input's, or fp32 beside a half type where nothing is rounded between.
-Type modulation_type(const Tensor& modulation, const Tensor& input, bool round_first) {
-  const Type type = type_of(modulation), own = type_of(input);
-  require(type == own || (type == Type::f32 && size_of(own) == 2 && !round_first),
-          "rmsnorm: no native kernel for modulations of another type");
-  return type;
-}
-
-// Operands whose rows several of the input's may share.
-template <int N>
-Operands<N> shared_operands(const Tensor& input, int64_t outer, const std::array<const Tensor*, N>& tensors) {
-  Operands<N> operands;
-  for (int k = 0; k < N; ++k)
-    if (tensors[k]) operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
-  for (int64_t d = 0; d < outer; ++d) {
-    std::array<int64_t, N> step = {};
-    for (int k = 0; k < N; ++k)
-      if (tensors[k] && tensors[k]->size(d) == input.size(d))
-        step[k] = tensors[k]->stride(d) * size_of(type_of(*tensors[k]));
-    operands.push(input.size(d), step);
-  }
-  return operands;
-}
-
-// The tensors with rows that can be read in place.
-template <int N>
-struct Plain {
-  std::array<OptionalTensor, N> tensors;
-  std::array<const Tensor*, N> addresses;
-  Plain(const std::array<const Tensor*, N>& given, int64_t outer) {
-    for (int k = 0; k < N; ++k) tensors[k] = with_plain_rows(given[k], outer), addresses[k] = address(tensors[k]);
-  }
-};
 
 Forward add_of(const OptionalTensor& gate, const Tensor& input, const Shape& shape, bool round_first) {
   Forward f = {};
@@ -148,7 +96,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   if (!m.norm.need_weight && !m.add.need_weight) {
     parallel(rows, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = room();
-      modulated_backward_rows(target, m, operands, nullptr, nullptr, scratch.get(), begin, end);
+      modulated_backward_rows(target, m, operands, nullptr, {}, scratch.get(), begin, end);
     });
     return;
   }
@@ -156,32 +104,29 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   Backward alike = any;
   alike.gain.count = 1;
   const int64_t each = chunk_rows(alike, shared), chunks = (shared + each - 1) / each;
-  const int64_t units = rows / shared * chunks, wide_columns = kModulations * columns;
-  const auto finish = [&](const double* totals, int64_t group, int64_t begin, int64_t end) {
+  const int64_t units = rows / shared * chunks;
+  const auto finish = [&](const Totals& totals, int64_t gradient, int64_t group, int64_t begin, int64_t end) {
     for (int k = 0; k < kModulations; ++k)
       if (grads[k]) {
         char* to = static_cast<char*>(grads[k]->data_ptr()) + group * columns * size_of(type_of(*grads[k]));
-        target.finish(totals + k * columns, chunks, wide_columns, begin, end, type_of(*grads[k]), to);
+        target.finish(totals.summands(k, gradient), begin, end, type_of(*grads[k]), to);
       }
   };
-  const std::unique_ptr<double[]> totals(chunks > 1 ? new double[units * wide_columns] : nullptr);
+  Totals all = chunks > 1 ? Totals(alike, chunks, kModulations, each, units / chunks) : Totals();
   parallel(units, std::max<int64_t>(1, grain / std::min(each, shared)), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
     const Lines partial = Lines::zeros(kModulations * modulation_bytes(any));
-    const std::unique_ptr<double[]> own(chunks > 1 ? nullptr : new double[wide_columns]);
+    Totals own = chunks > 1 ? Totals() : Totals(alike, 1, kModulations, each);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / chunks, first = group * shared + unit % chunks * each;
-      double* total = own ? own.get() : totals.get() + unit * wide_columns;
-      modulated_backward_rows(target, m, operands, partial.get(), total, scratch.get(), first,
+      modulated_backward_rows(target, m, operands, partial.get(),
+                              chunks > 1 ? all.of(unit, begin, end) : own.of(0, 0, 1), scratch.get(), first,
                               std::min(first + each, (group + 1) * shared));
-      if (own) finish(total, group, 0, columns);
+      if (chunks == 1) finish(own, 0, group, 0, columns);
     }
   });
-  if (chunks == 1) return;
-  for (int64_t group = 0; group < units / chunks; ++group)
-    parallel(columns, grain_rows(chunks), [&](int64_t begin, int64_t end) {
-      finish(totals.get() + group * chunks * wide_columns, group, begin, end);
-    });
+  for (int64_t group = 0; chunks > 1 && group < units / chunks; ++group)
+    parallel(columns, grain_rows(chunks), [&](int64_t begin, int64_t end) { finish(all, group, group, begin, end); });
 }
 
 Tensor room_for(bool need, const Tensor& tensor) {

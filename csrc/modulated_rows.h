@@ -113,9 +113,9 @@ inline int64_t modulated_scratch(const ModulatedBackward& m) {
 }
 
 // Rows of one chunk, all of which share their modulations if `partial` is there: zeros, kModulations ·
-// modulation_bytes(); `total` is double[kModulations][columns].
+// modulation_bytes(); `total` as in backward_rows().
 inline void modulated_backward_rows(const Target& target, const ModulatedBackward& m,
-                                    const Operands<kModulatedGrads>& operands, char* partial, double* total,
+                                    const Operands<kModulatedGrads>& operands, char* partial, Total total,
                                     char* scratch, int64_t begin, int64_t end) {
   const Backward& any = m.normed ? m.norm : m.add;
   const int64_t each = modulation_bytes(any), bytes = any.columns * size_of(any.input);
@@ -132,6 +132,7 @@ inline void modulated_backward_rows(const Target& target, const ModulatedBackwar
   const BackwardKernel norm = m.normed ? target.backward(m.norm) : nullptr;
   const BackwardKernel add = m.added ? target.backward(m.add) : nullptr;
   Cursor<kModulatedGrads> cursor(operands, begin);
+  if (total.part) partial = total.part;
   std::fill_n(norms.grad_weight, kBatch, partial);
   std::fill_n(adds.grad_weight, kBatch, partial ? partial + 2 * each : nullptr);
   norms.back = should_walk_back({data[kBackSum], data[kBackGrad], data[kBackGradSum]}, {data[normed_grad]});
@@ -155,7 +156,8 @@ inline void modulated_backward_rows(const Target& target, const ModulatedBackwar
     if (partial && (done % kFlush == 0 || begin + done == end))
       for (int k = 0; k < kModulations; ++k)
         if (k < 2 ? m.norm.need_weight : m.add.need_weight)
-          target.flush(any.input, partial + k * each, total + k * any.columns, any.columns, done <= kFlush);
+          target.flush(any.input, partial + k * each, total.row(k, any.columns), any.columns,
+                       done <= kFlush && !total.adds);
   }
   if (stream) finish_streaming();
 }

@@ -1,6 +1,7 @@
 // The only file with RMSNorm's operators.
 #include "ops.h"
 
+#include "places.h"
 #include "run.h"
 
 namespace rmsnorm {

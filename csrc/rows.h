@@ -185,14 +185,15 @@ inline int64_t scratch_bytes(const Backward& b, int64_t rows, const Around* arou
 }
 
 // Rows of one chunk; `scratch` has scratch_bytes(), or is null; `partial` is zeros,
-// wide(input)[grad_rows][padded(columns)]; `total` is double[grad_rows][columns], or null, as both may be: then there
-// are no more rows than kFlush.
+// wide(input)[grad_rows][padded(columns)], as is a part of `total`, which takes its place; a total is
+// double[grad_rows][columns]. All may be null: then there are no more rows than kFlush.
 inline void backward_rows(const Target& target, const Backward& b, const Operands<kBackwardOperands>& operands,
                           const char* rstd, const double* mean, char* scratch, char* partial, Total total,
                           int64_t begin, int64_t end, const Around* around = nullptr) {
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows = {};
+  if (total.part) partial = total.part;
   const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
   const int64_t flush = flush_rows(b);
   rows.shared_weight = b.gain.count == 1;
@@ -229,9 +230,9 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     kernel(b, rows);
     if (changed) around->after(around->after_context, row, row + rows.count, rows.grad_input[0]);
     const int64_t done = row + rows.count - begin;
-    if (total.data && (done % flush == 0 || begin + done == end))
+    if ((total.data || total.part) && (done % flush == 0 || begin + done == end))
       for (int64_t k = 0; k < grad_rows(b); ++k)
-        target.flush(b.input, partial + k * grad_stride(b), total.data + k * b.columns, b.columns,
+        target.flush(b.input, partial + k * grad_stride(b), total.row(k, b.columns), b.columns,
                      done <= flush && !total.adds);
   }
   if (rows.stream) finish_streaming();

@@ -105,16 +105,16 @@ struct GradWeight {
   }
 };
 
-// Of two weights, or of a weight and a bias: threads begin once for both. `stride` doubles are a chunk's; of both
-// weights as many chunks are left.
-inline void finish_weights(const Target& target, const std::array<const double*, 2>& totals, int64_t chunks,
-                           int64_t stride, const std::array<GradWeight, 2>& to) {
+// Of two weights, or of a weight and a bias: threads begin once for both.
+inline void finish_weights(const Target& target, const std::array<Summands, 2>& summands,
+                           const std::array<GradWeight, 2>& to) {
   const auto count = [&](int k) { return to[k].data ? to[k].count : 0; };
-  parallel(std::max(count(0), count(1)), grain_rows(chunks), [&](int64_t begin, int64_t end) {
-    for (int k = 0; k < 2; ++k)
-      if (begin < count(k))
-        target.finish(totals[k], chunks, stride, begin, std::min(end, count(k)), to[k].type, to[k].data);
-  });
+  const Summands& any = summands[to[0].data ? 0 : 1];
+  parallel(std::max(count(0), count(1)), grain_rows(any.totals_count + any.parts_count),
+           [&](int64_t begin, int64_t end) {
+             for (int k = 0; k < 2; ++k)
+               if (begin < count(k)) target.finish(summands[k], begin, std::min(end, count(k)), to[k].type, to[k].data);
+           });
 }
 
 // Backward, for all rows of operands that are known. The weight's gradient, and the bias's, come as totals per chunk:
@@ -144,8 +144,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
     target.finish_one(b.input, partial, b.columns, to.type, to.data);
     return;
   }
-  const int64_t columns = grad_rows(b) * b.columns;
-  Totals totals(b, chunks, columns, each);  // set by the first flush of a chunk
+  Totals totals(b, chunks, grad_rows(b), each);
   parallel(chunks, std::max<int64_t>(1, grain / each), [&](int64_t begin, int64_t end) {
     const auto scratch = room();
     const Lines partial = Lines::zeros(grad_rows(b) * grad_stride(b));
@@ -153,7 +152,7 @@ inline void run_backward(const Target& target, const Backward& b, const Operands
       backward_rows(target, b, operands, rstd, means, scratch.get(), partial.get(), totals.of(chunk, begin, end),
                     chunk * each, std::min(rows, (chunk + 1) * each), around);
   });
-  finish_weights(target, {totals.data(), totals.data() + b.columns}, totals.count(), columns, grad_weights);
+  finish_weights(target, {totals.summands(0), totals.summands(grad_rows(b) - 1)}, grad_weights);
 }
 
 // The same of tensors.

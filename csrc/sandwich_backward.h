@@ -28,7 +28,7 @@ inline int64_t sandwich_scratch(const Backward& b) { return sandwich_block(b) * 
 // Rows of one chunk, as backward_rows(); `partial` and `total` are a norm's each; `scratch` is for ds where
 // nobody asked for it; `ahead` knows what the chunk before found of this one, and the thread's rows end with `last`.
 inline void sandwich_backward_rows(const Target& target, const SandwichBackward& s,
-                                   const Operands<kSandwichOperands>& operands, const std::array<char*, 2>& partial,
+                                   const Operands<kSandwichOperands>& operands, std::array<char*, 2> partial,
                                    const std::array<Total, 2>& total, char* scratch, SandwichAhead& ahead,
                                    int64_t begin, int64_t end, int64_t last) {
   const BackwardKernel kernel[2] = {target.backward(s.norm[0]), target.backward(s.norm[1])};
@@ -38,6 +38,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   BackwardRows rows[2] = {};
   for (int k = 0; k < 2; ++k) {
     rows[k].shared_weight = true;
+    if (total[k].part) partial[k] = total[k].part;
     std::fill_n(rows[k].gain, kBatch, s.norm[k].gain.data);
     std::fill_n(rows[k].grad_weight, kBatch, partial[k]);
   }
@@ -75,7 +76,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {
       if (!found) kernel[k](s.norm[k], rows[k]);
-      if (total[k].data && (done % kFlush == 0 || begin + done == end))
+      if ((total[k].data || total[k].part) && (done % kFlush == 0 || begin + done == end))
         target.flush(type, partial[k], total[k].data, columns, done <= kFlush && !total[k].adds);
     }
   }
@@ -93,7 +94,7 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
   const bool few = rows <= kFlush;
   Totals totals[2];
   for (int k = 0; k < 2; ++k)
-    if (grad_weights[k].data && !few) totals[k] = Totals(s.norm[k], chunks, columns, each);
+    if (grad_weights[k].data && !few) totals[k] = Totals(s.norm[k], chunks, 1, each);
   parallel(chunks, std::max<int64_t>(1, grain_rows(columns) / each), [&](int64_t begin, int64_t end) {
     const Lines scratch(sandwich_scratch(s.norm[0]), operands.data[kTheX]);
     Lines partial[2];
@@ -114,9 +115,7 @@ inline void run_sandwich_backward(const Target& target, const SandwichBackward& 
       if (few && partial[k].get())
         target.finish_one(s.norm[k].input, partial[k].get(), columns, grad_weights[k].type, grad_weights[k].data);
   });
-  if (!few || rows == 0)
-    finish_weights(target, {totals[0].data(), totals[1].data()}, totals[grad_weights[0].data ? 0 : 1].count(), columns,
-                   grad_weights);
+  if (!few || rows == 0) finish_weights(target, {totals[0].summands(0), totals[1].summands(0)}, grad_weights);
 }
 
 }  // namespace rmsnorm

@@ -56,6 +56,10 @@ BackwardKernel borrowed([[maybe_unused]] const Backward& b) {
 
 #include "simd.h"
 
+#include "widths.h"
+
+#include "multiply_add.h"
+
 #include "reduce.h"
 
 #include "half.h"

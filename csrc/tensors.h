@@ -140,19 +140,6 @@ struct Shape {
   }
 };
 
-// Where a tensor's elements begin, and where they end. All sizes by one call: each crosses the stable ABI.
-struct Extent {
-  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.const_data_ptr())) {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t last = 0;
-    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
-  }
-  const char *begin, *end;
-};
-
-inline bool are_beside(const Extent& a, const Extent& b) { return a.end <= b.begin || b.end <= a.begin; }
-
 // A row can be read in place if its elements lie side by side.
 inline bool has_plain_rows(const Tensor& tensor, int64_t outer) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();

@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
-#include "kernel.h"
+#include "memory.h"
 
 namespace rmsnorm {
 
@@ -22,36 +23,67 @@ inline int64_t flush_rows(const Backward& b) { return kFlush * b.gain.count; }
 inline int64_t grad_rows(const Backward& b) { return b.layer || b.need_bias ? 2 : b.gain.count; }
 inline int64_t grad_stride(const Backward& b) { return padded(b.columns) * size_of(wide(b.input)); }
 
-// Where a chunk is added up, or null; whether to what is there.
+// Where a chunk is added up: in a total, or in a part, which is zeros as the rows' own sums are, and stays what they
+// sum.
 struct Total {
   double* data = nullptr;
-  bool adds = false;
+  bool adds = false;  // to what is there
+  char* part = nullptr;
+  double* row(int64_t k, int64_t columns) const { return data ? data + k * columns : nullptr; }
 };
 
-// The totals of all chunks. The thread that has the first ones adds theirs up in one place, which stays in its caches,
-// where a chunk is flushed once: that is finish()'s own order. One for each chunk, all of them are written to memory
-// and read from there.
+// What finish() adds, for a gradient of `width` rows, or for several with as many chunks each (modulations, each of
+// some rows), whose chunks lie one behind the other. Where a chunk is flushed once (and a weight is one row, as those
+// of a part aren't side by side), the thread that has a gradient's first ones adds theirs up in one total, which stays
+// in its caches: that is finish()'s own order. The other chunks are parts, which are written to memory and read from
+// there; of totals that is twice as much, and a pass over each more.
 class Totals {
  public:
   Totals() = default;
-  Totals(const Backward& b, int64_t chunks, int64_t columns, int64_t chunk_rows)
-      : data_(new double[chunks * columns]), chunks_(chunks), columns_(columns), once_(chunk_rows <= flush_rows(b)) {}
+  Totals(const Backward& b, int64_t chunks, int64_t width, int64_t chunk_rows, int64_t gradients = 1)
+      : once_(b.gain.count == 1 && chunk_rows <= flush_rows(b)),
+        row_(b.input),
+        chunks_(chunks),
+        columns_(b.columns),
+        stride_(grad_stride(b)),
+        width_(width),
+        totals_(new double[gradients * (once_ ? 1 : chunks) * width * b.columns]),
+        parts_(once_ ? Lines(gradients * chunks * width * stride_) : Lines()),
+        first_(new int64_t[gradients]()) {}
 
   // Of a chunk of a thread that has those in [begin, end).
   Total of(int64_t chunk, int64_t begin, int64_t end) {
-    if (!data_) return {};
-    const bool together = once_ && begin == 0;
-    if (together) first_ = end - 1;
-    return {data_.get() + (together ? first_ : chunk) * columns_, together && chunk > begin};
+    if (!totals_) return {};
+    if (!once_) return {total(chunk)};
+    const int64_t gradient = chunk / chunks_, start = gradient * chunks_;
+    if (begin <= start) {
+      first_[gradient] = std::min(end - start, chunks_);
+      return {total(gradient), chunk > start};
+    }
+    char* const part = parts_.get() + chunk * width_ * stride_;
+    return {nullptr, false, static_cast<char*>(std::memset(part, 0, width_ * stride_))};
   }
 
-  const double* data() const { return data_.get() + first_ * columns_; }
-  int64_t count() const { return chunks_ - first_; }
+  Summands summands(int64_t row, int64_t gradient = 0) const {
+    if (!totals_) return {};
+    Summands s = {};
+    s.totals = total(once_ ? gradient : gradient * chunks_) + row * columns_, s.totals_apart = width_ * columns_;
+    s.totals_count = once_ ? first_[gradient] > 0 : chunks_;
+    if (!once_) return s;
+    s.parts = parts_.get() + (gradient * chunks_ + first_[gradient]) * width_ * stride_ + row * stride_;
+    s.parts_apart = width_ * stride_, s.parts_count = chunks_ - first_[gradient], s.row = row_;
+    return s;
+  }
 
  private:
-  std::unique_ptr<double[]> data_;
-  int64_t chunks_ = 0, columns_ = 0, first_ = 0;
+  double* total(int64_t place) const { return totals_.get() + place * width_ * columns_; }
+
   bool once_ = false;
+  Type row_ = Type::none;
+  int64_t chunks_ = 0, columns_ = 0, stride_ = 0, width_ = 0;
+  std::unique_ptr<double[]> totals_;
+  Lines parts_;
+  std::unique_ptr<int64_t[]> first_;  // how many of its chunks have the total
 };
 
 }  // namespace rmsnorm

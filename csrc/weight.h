@@ -44,7 +44,14 @@ void make_gain(Type row, Type weight_type, const void* weight, double offset, Ty
   }
 }
 
+// Columns of rows of bf16, which are summed in another order, put in their own.
+void put_in_order(Type row, void* partial, int64_t count) {
+  float* raw = (float*)partial;
+  if (row == Type::bf16) for_columns<bf16>(count, [&](auto span) { span.store_to(raw, span.load_raw(raw)); });
+}
+
 void flush(Type row, void* partial, double* total, int64_t count, bool first) {
+  if (!total) return put_in_order(row, partial, count);
   const auto add = [&](auto tag) {
     auto* from = (decltype(tag)*)partial;
     for_columns<float>(count, [&](auto span) {
@@ -65,13 +72,17 @@ void flush(Type row, void* partial, double* total, int64_t count, bool first) {
   row == Type::f64 ? add(double{}) : add(float{});
 }
 
-void finish(const double* totals, int64_t chunks, int64_t columns, int64_t begin, int64_t end, Type type,
-            void* grad_weight) {
+void finish(const Summands& s, int64_t begin, int64_t end, Type type, void* grad_weight) {
   with_type(type, [&](auto tag) {
     using W = decltype(tag);
     for_columns<float, 1>(begin, end, [&](auto span, auto) {
       D sum = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + span.load_from(totals + chunk * columns);
+      for (int64_t k = 0; k < s.totals_count; ++k) sum = sum + span.load_from(s.totals + k * s.totals_apart);
+      for (int64_t k = 0; k < s.parts_count; ++k) {
+        const char* const part = s.parts + k * s.parts_apart;
+        if (s.row == Type::f64) sum = sum + span.load_from((const double*)part);
+        else sum = sum + widen(span.load_from((const float*)part));
+      }
       span.store_to((W*)grad_weight, to_wide(sum, Scalar<W>{}));
     });
   });
@@ -88,9 +99,6 @@ void finish_one(Type row, void* partial, int64_t count, Type type, void* grad_we
       });
     });
   };
-  if (row == Type::bf16) {
-    float* raw = (float*)partial;
-    for_columns<bf16>(count, [&](auto span) { span.store_to(raw, span.load_raw(raw)); });
-  }
+  put_in_order(row, partial, count);
   row == Type::f64 ? convert(double{}) : convert(float{});
 }

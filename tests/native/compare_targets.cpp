@@ -236,10 +236,18 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     grads.gain[r] = modulated ? dshift.at(r) : nullptr;
   }
   target.backward(b)(b, grads);
+  Bytes part = partial;  // as another chunk's, which has no total
+  for (int64_t k = 0; k < (two ? 2 : 1); ++k) target.flush(c.input, part.data() + k * stride, nullptr, c.columns, true);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
   if (two) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
   Rows dw({}, 1, two ? 2 * row_bytes : row_bytes, in);
-  target.finish(total.data(), 2, width, 0, width, c.input, dw.at(0));
+  Summands summands = {};
+  summands.totals = total.data(), summands.totals_count = 2, summands.totals_apart = width;
+  summands.parts_count = 1, summands.row = c.input;
+  for (int64_t k = 0; k < (two ? 2 : 1); ++k, summands.totals += c.columns) {
+    summands.parts = part.data() + k * stride;
+    target.finish(summands, 0, c.columns, c.input, dw.at(0) + k * c.columns * size_of(c.input));
+  }
   Bytes means(kRows * sizeof(double));
   std::memcpy(means.data(), mean.data(), means.size());
   Bytes own = dscale.gather();  // of modulations that rows don't share

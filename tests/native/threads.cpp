@@ -92,7 +92,7 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
     backward.push(p.inner, {pitch, 0, pitch, pitch, 0, 0});
     if (need_weight) {
       const int64_t each = chunk_rows(b, rows), chunks = (rows + each - 1) / each;
-      Totals totals(b, chunks, p.columns, each);
+      Totals totals(b, chunks, 1, each);
       parallel(threads, chunks, [&](int64_t begin, int64_t end) {
         const auto partial = std::make_unique<char[]>(grad_rows(b) * grad_stride(b));
         for (int64_t chunk = begin; chunk < end; ++chunk)
@@ -100,7 +100,7 @@ std::vector<Bytes> run(const Problem& p, int64_t threads) {
                         chunk * each, std::min(rows, (chunk + 1) * each));
       });
       parallel(threads, p.columns, [&](int64_t begin, int64_t end) {
-        target.finish(totals.data(), totals.count(), p.columns, begin, end, p.type, grad_weight.data());
+        target.finish(totals.summands(0), begin, end, p.type, grad_weight.data());
       });
     } else {
       parallel(threads, rows, [&](int64_t begin, int64_t end) {
