@@ -99,7 +99,7 @@ void backward(const Target& target, Type type, int64_t columns, bool asked) {
     t = Tensors<kModulatedGrads>(columns * size_of(type), {kBackX, kBackSum, kBackGrad, kBackGradX, kBackGradResidual},
                                  {kBackGate, kBackScale});
   Bytes scratch(static_cast<size_t>(modulated_scratch(m)));
-  modulated_backward_rows(target, m, t.operands, nullptr, nullptr, scratch.data(), 0, kRows);
+  modulated_backward_rows(target, m, t.operands, nullptr, {}, scratch.data(), 0, kRows);
 }
 
 }  // namespace
