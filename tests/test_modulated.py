@@ -246,15 +246,18 @@ def test_a_row_alone(native_target, dtype):
             assert same_bits(a[1:], b)
 
 
-def test_several_threads(native_target, threads):
-    x, residual = inputs(150, 576, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_threads(native_target, threads, dtype):
+    """150 rows of each sample are five chunks: 3 threads and 5 begin within a sample."""
+    x, residual = inputs(150, 576, dtype)
     for shared in SHARED:
-        m = modulations(shared, 150, 576, torch.float32)
+        m = modulations(shared, 150, 576, dtype)
         results = []
-        for count in (1, 2):
+        for count in (1, 2, 3, 5):
             threads(count)
             results.append([*fused(x, residual, m, "layer"), *differentiate(fused, x, residual, m, "layer").values()])
-        assert all(map(same_bits, *results))
+        for result in results[1:]:
+            assert all(map(same_bits, results[0], result))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
