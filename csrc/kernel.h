@@ -215,8 +215,9 @@ struct Target : Kernels {
   void (*make_gain)(Type row, Type weight_type, const void* weight, double offset, Type gain_type, void* gain,
                     int64_t count);
   // total[i] += partial[i] (= for the first), then partial[i] = 0, for the gradient of the weight of rows of a type.
-  // Without a total, the partial's columns are put in their order.
   void (*flush)(Type row, void* partial, double* total, int64_t count, bool first);
+  // The columns of a partial, which rows of bf16 sum in another order, in their own.
+  void (*put_in_order)(Type row, void* partial, int64_t count);
   // weight gradient [begin, end) = the sum of what there is, in the weight's type.
   void (*finish)(const Summands& summands, int64_t begin, int64_t end, Type type, void* grad_weight);
   // The same of a single partial, which is all there is: as flush() and finish() would have it, without totals.

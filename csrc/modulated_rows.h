@@ -132,7 +132,7 @@ inline void modulated_backward_rows(const Target& target, const ModulatedBackwar
   const BackwardKernel norm = m.normed ? target.backward(m.norm) : nullptr;
   const BackwardKernel add = m.added ? target.backward(m.add) : nullptr;
   Cursor<kModulatedGrads> cursor(operands, begin);
-  if (total.part) partial = total.part;
+  partial = total.sums(partial);
   std::fill_n(norms.grad_weight, kBatch, partial);
   std::fill_n(adds.grad_weight, kBatch, partial ? partial + 2 * each : nullptr);
   norms.back = should_walk_back({data[kBackSum], data[kBackGrad], data[kBackGradSum]}, {data[normed_grad]});
@@ -153,11 +153,10 @@ inline void modulated_backward_rows(const Target& target, const ModulatedBackwar
     if (both && !apart) std::copy_n(norms.grad_input, norms.count, adds.grad);
     if (add) add(m.add, adds);
     const int64_t done = row + norms.count - begin;
-    if (partial && (done % kFlush == 0 || begin + done == end))
+    if (total && (done % kFlush == 0 || begin + done == end))
       for (int k = 0; k < kModulations; ++k)
         if (k < 2 ? m.norm.need_weight : m.add.need_weight)
-          target.flush(any.input, partial + k * each, total.row(k, any.columns), any.columns,
-                       done <= kFlush && !total.adds);
+          total.take(target, any.input, partial + k * each, k, any.columns, done <= kFlush);
   }
   if (stream) finish_streaming();
 }

@@ -193,7 +193,7 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
   const BackwardKernel kernel = target.backward(b);
   Cursor<kBackwardOperands> cursor(operands, begin);
   BackwardRows rows = {};
-  if (total.part) partial = total.part;
+  partial = total.sums(partial);
   const WeightRows grad_weight = {partial, b.gain.count, partial ? grad_stride(b) : 0};
   const int64_t flush = flush_rows(b);
   rows.shared_weight = b.gain.count == 1;
@@ -230,10 +230,9 @@ inline void backward_rows(const Target& target, const Backward& b, const Operand
     kernel(b, rows);
     if (changed) around->after(around->after_context, row, row + rows.count, rows.grad_input[0]);
     const int64_t done = row + rows.count - begin;
-    if ((total.data || total.part) && (done % flush == 0 || begin + done == end))
+    if (total && (done % flush == 0 || begin + done == end))
       for (int64_t k = 0; k < grad_rows(b); ++k)
-        target.flush(b.input, partial + k * grad_stride(b), total.row(k, b.columns), b.columns,
-                     done <= flush && !total.adds);
+        total.take(target, b.input, partial + k * grad_stride(b), k, b.columns, done <= flush);
   }
   if (rows.stream) finish_streaming();
 }

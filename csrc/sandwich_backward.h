@@ -38,7 +38,7 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
   BackwardRows rows[2] = {};
   for (int k = 0; k < 2; ++k) {
     rows[k].shared_weight = true;
-    if (total[k].part) partial[k] = total[k].part;
+    partial[k] = total[k].sums(partial[k]);
     std::fill_n(rows[k].gain, kBatch, s.norm[k].gain.data);
     std::fill_n(rows[k].grad_weight, kBatch, partial[k]);
   }
@@ -76,8 +76,8 @@ inline void sandwich_backward_rows(const Target& target, const SandwichBackward&
     const int64_t done = row + rows[0].count - begin;
     for (int k = 1; k >= 0; --k) {
       if (!found) kernel[k](s.norm[k], rows[k]);
-      if ((total[k].data || total[k].part) && (done % kFlush == 0 || begin + done == end))
-        target.flush(type, partial[k], total[k].data, columns, done <= kFlush && !total[k].adds);
+      if (total[k] && (done % kFlush == 0 || begin + done == end))
+        total[k].take(target, type, partial[k], 0, columns, done <= kFlush);
     }
   }
   if (rows[0].stream) finish_streaming();

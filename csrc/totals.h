@@ -29,7 +29,15 @@ struct Total {
   double* data = nullptr;
   bool adds = false;  // to what is there
   char* part = nullptr;
-  double* row(int64_t k, int64_t columns) const { return data ? data + k * columns : nullptr; }
+
+  explicit operator bool() const { return data || part; }
+  // Where the rows are summed: in the part itself, or else in what the thread has for all its chunks.
+  char* sums(char* threads) const { return part ? part : threads; }
+  // Takes the sums of a gradient's row k, which a part keeps, in the columns' order; `first` of the chunk.
+  void take(const Target& target, Type row, char* sums, int64_t k, int64_t columns, bool first) const {
+    if (part) target.put_in_order(row, sums, columns);
+    else target.flush(row, sums, data + k * columns, columns, first && !adds);
+  }
 };
 
 // What finish() adds, for a gradient of `width` rows, or for several with as many chunks each (modulations, each of

@@ -44,14 +44,12 @@ void make_gain(Type row, Type weight_type, const void* weight, double offset, Ty
   }
 }
 
-// Columns of rows of bf16, which are summed in another order, put in their own.
 void put_in_order(Type row, void* partial, int64_t count) {
   float* raw = (float*)partial;
   if (row == Type::bf16) for_columns<bf16>(count, [&](auto span) { span.store_to(raw, span.load_raw(raw)); });
 }
 
 void flush(Type row, void* partial, double* total, int64_t count, bool first) {
-  if (!total) return put_in_order(row, partial, count);
   const auto add = [&](auto tag) {
     auto* from = (decltype(tag)*)partial;
     for_columns<float>(count, [&](auto span) {

@@ -236,8 +236,8 @@ std::vector<Bytes> run(const Target& target, const Case& c, bool need_input, boo
     grads.gain[r] = modulated ? dshift.at(r) : nullptr;
   }
   target.backward(b)(b, grads);
-  Bytes part = partial;  // as another chunk's, which has no total
-  for (int64_t k = 0; k < (two ? 2 : 1); ++k) target.flush(c.input, part.data() + k * stride, nullptr, c.columns, true);
+  Bytes part = partial;  // as another chunk's, which stays what its rows sum
+  for (int64_t k = 0; k < (two ? 2 : 1); ++k) target.put_in_order(c.input, part.data() + k * stride, c.columns);
   target.flush(c.input, partial.data(), total.data(), c.columns, true);
   if (two) target.flush(c.input, partial.data() + stride, total.data() + c.columns, c.columns, true);
   Rows dw({}, 1, two ? 2 * row_bytes : row_bytes, in);
