@@ -39,13 +39,9 @@ RMSNORM_INLINE void find_means(const Backward& b, const BackwardRows& rows, int6
   norm.set_means(value_of(sum), (double)b.columns);
 }
 
-// Whether there is a loop that stores two rows while it sums the next two, and the loop (backward_pairs.h).
+// Whether there is a loop that stores two rows while it sums the next two (backward_pairs.h).
 template <class Norm, class G, bool HasGain, bool NeedInput, bool NeedWeight, bool Add>
 constexpr bool kPairs = false;
-template <class T, bool Add>
-void backward_pairs(const Backward& b, const BackwardRows& rows, int64_t begin, int64_t end, bool stream);
-template <class T>
-int64_t rows_in_pairs(const BackwardRows& rows, int64_t r);
 #if defined(RMSNORM_AVX512)
 template <bool Add>
 constexpr bool kPairs<RmsBackward<float>, float, true, true, true, Add> = true;
@@ -135,7 +131,7 @@ void backward(const Backward& b, const BackwardRows& rows) {
     if constexpr (kPairs<Norm, G, HasGain, NeedInput, NeedWeight, Add>) {
       const int64_t paired = rows.pairs && rows.shared_weight ? rows_in_pairs<T>(rows, r) : 0;
       if (paired) {
-        backward_pairs<T, Add>(b, rows, r, r + paired, stream), r += paired;
+        backward_pairs<T, T, Add>(b, rows, r, r + paired, stream), r += paired;
         continue;
       }
     }

@@ -2,8 +2,8 @@
 // take turns within a loop, and four rows share the gain and its gradient. With the bits of backward_rows(), as each
 // sum keeps its order.
 //
-// RMSNorm with a gain and its gradient alone, of AVX-512: fp32, and bf16 where the CPU rounds to it and nothing is
-// added, for the library's size (all of AVX-512 would be 41 KB). Whether rows go past the caches is asked in the loop,
+// RMSNorm with a gain and its gradient alone, of AVX-512: fp32, where gradients may arrive as bf16, and bf16 where the
+// CPU rounds to it and nothing is added, for the library's size (all of AVX-512 would be 41 KB). Whether rows go past the caches is asked in the loop,
 // for the same reason. Xeon (Emerald Rapids, 2 MiB of L2), 1 thread, ÷ backward_rows(): fp32 16x4096 0.80, 2048x576
 // 0.74, 32768x128 0.80, 512x4096 0.83, 4096x4096 0.90; bf16 0.97, 0.88, 0.86, 0.85 and 0.91.
 #pragma once
@@ -13,8 +13,8 @@
 // Rows of which the next two are summed, at least: the last two are summed twice.
 constexpr int64_t kLeastPiped = 8;
 
-// Rows [begin, end), an even number, all of them safe.
-template <class T, bool Add>
+// Rows [begin, end), an even number, all of them safe; their gradients arrive as G.
+template <class T, class G, bool Add>
 __attribute__((noinline)) void backward_pairs(const Backward& b, const BackwardRows& rows, int64_t begin, int64_t end,
                                               bool stream) {
   using V = Vector<T>;
@@ -29,17 +29,18 @@ __attribute__((noinline)) void backward_pairs(const Backward& b, const BackwardR
   Norm norm[2], soon[2];
   for (int k = 0; k < 2; ++k) {
     norm[k].set_row(rows, begin + k);
-    find_means<false, Norm, T, true>(b, rows, begin + k, norm[k]);
+    find_means<false, Norm, G, true>(b, rows, begin + k, norm[k]);
   }
   for (int64_t r = begin; r < end; r += 2) {
     const int64_t next = r + 2 < end ? r + 2 : r;
-    const T *x[2], *dy[2], *more[2], *next_x[2], *next_dy[2];
+    const T *x[2], *more[2], *next_x[2];
+    const G *dy[2], *next_dy[2];
     T* dx[2];
     for_two([&](auto k) __attribute__((always_inline)) {
       const int64_t i = r + k.value, n = next + k.value;
-      x[k.value] = (const T*)rows.input[i], dy[k.value] = (const T*)rows.grad[i], dx[k.value] = (T*)rows.grad_input[i];
+      x[k.value] = (const T*)rows.input[i], dy[k.value] = (const G*)rows.grad[i], dx[k.value] = (T*)rows.grad_input[i];
       if constexpr (Add) more[k.value] = (const T*)rows.grad_sum[i];
-      next_x[k.value] = (const T*)rows.input[n], next_dy[k.value] = (const T*)rows.grad[n];
+      next_x[k.value] = (const T*)rows.input[n], next_dy[k.value] = (const G*)rows.grad[n];
       soon[k.value].set_row(rows, n);
     });
     PairSums<T> sums;
@@ -48,7 +49,7 @@ __attribute__((noinline)) void backward_pairs(const Backward& b, const BackwardR
       V weight = span.load_raw(dw), gradient[2];
       for_two([&](auto k) __attribute__((always_inline)) {
         if (stream) {
-          const auto ask = [&](const T* row) __attribute__((always_inline)) {
+          const auto ask = [&](const auto* row) __attribute__((always_inline)) {
             __builtin_prefetch((const char*)(row + span.j) + ahead);
           };
           ask(next_x[k.value]), ask(next_dy[k.value]);

@@ -73,10 +73,33 @@ __attribute__((noinline, cold)) void general_rescue(const Backward& b, const Bac
   }
 }
 
+// Whether rows that differ from the plain norm's in nothing but gradients that arrive as bf16 go by its loop of two
+// rows (backward_pairs.h).
+template <class T>
+constexpr bool kWidenedPairs = false;
+#if defined(RMSNORM_AVX512)
+template <>
+constexpr bool kWidenedPairs<float> = true;
+#endif
+
 template <class T>
 void general_backward(const Backward& b, const BackwardRows& rows) {
-  for (int64_t r = 0; r < rows.count; ++r) {
+  const bool all = b.gain.data && b.need_input && b.need_weight, more = b.need_bias || rows.mean;
+  const bool plain = all && !more && b.divisor == b.columns;
+  const bool pairs = kWidenedPairs<T> && plain && b.grad == Type::bf16 && rows.pairs && rows.shared_weight;
+  bool stream = pairs && rows.stream;
+  for (int64_t r = 0; stream && r < rows.count; ++r) stream = can_stream(rows.grad_input[r]);
+  for (int64_t r = 0; r < rows.count;) {
+    if constexpr (kWidenedPairs<T>) {
+      const int64_t paired = pairs ? rows_in_pairs<T>(rows, r) : 0;
+      if (paired) {
+        const auto run = b.add ? &backward_pairs<T, bf16, true> : &backward_pairs<T, bf16, false>;
+        run(b, rows, r, r + paired, stream), r += paired;
+        continue;
+      }
+    }
     if (is_safe<T>(rows, r) || is_floored<T>(rows, r)) general_backward_row<T>(b, rows, r);
     else general_rescue<T>(b, rows, r);
+    r += 1;
   }
 }

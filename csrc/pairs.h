@@ -2,6 +2,12 @@
 // sandwich_rows.h): what is done for both, their sums, and where they ask for the next two.
 #pragma once
 
+// The loop of backward_pairs.h, and how many rows from r on it may have.
+template <class T, class G, bool Add>
+void backward_pairs(const Backward& b, const BackwardRows& rows, int64_t begin, int64_t end, bool stream);
+template <class T>
+int64_t rows_in_pairs(const BackwardRows& rows, int64_t r);
+
 #if defined(RMSNORM_AVX512)
 // Calls act(k) for both rows of a pair; each k is a constant, or what there are two of would be in memory.
 template <class Act>

@@ -3,6 +3,7 @@ the plain norm wherever the steps are its own, and add + norm in place."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from math import ceil
 
@@ -354,6 +355,28 @@ def check_gradients_of_sums(dtype: torch.dtype, count: int, same: bool = True) -
     got = torch.autograd.grad(add_rms_norm(a, s, 129, v, EPS, partial=1.0, out_dtype=dtype)[0], (a, s, v),
                               incoming(count, 129, dtype))  # fmt: skip
     assert not same or all(map(same_bits, got, plain))
+
+
+@pytest.mark.parametrize("more", ["nothing", "rstd", "bias", "partial"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_that_arrive_in_half(native_target, everything_is_large, second_cache, dtype, more):
+    """Of fp32 with a half output: the bits of the norm, then a cast. Also where two rows are stored while the next two
+    are summed, and past the caches; with a rescued row between others."""
+    for columns, count, large, second in product(COLUMNS, (0, 1, 3, 9, 70), (1, 2**60), (2**20, 2**21)):
+        everything_is_large(large)
+        second_cache(second)
+        x, residual, w, b = rows(count, columns, WIDE)
+        x[5:6], residual[5:6] = x[5:6] * 2.0**-120, residual[5:6] * 2.0**-120
+        x, residual, w, b = leaves(x, residual, w, b)
+        options = {"rstd": {"return_rstd": True}, "bias": {"bias": b}, "partial": {"partial": 0.5}}.get(more, {})
+        for norm, of in ((partial(rms_norm, x), [x, w]), (partial(add_rms_norm, x, residual), [x, residual, w])):
+            results = []
+            for out in (dtype, WIDE):
+                outputs = norm(columns, w, EPS, out_dtype=out, **options)
+                y, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+                grads = [incoming(count, columns, dtype), *(incoming(count, t.shape[-1], WIDE) for t in others)]
+                results.append(torch.autograd.grad((y.to(dtype), *others), of + [b] * (more == "bias"), grads))
+            assert all(map(same_bits, *results)), (columns, count, large, second, len(of))
 
 
 def test_what_is_kept(target):
