@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from general_oracle import leaves, rows
 from oracle import (
     EPS,
     gains,
@@ -14,7 +15,6 @@ from oracle import (
     same_bits,
     sample,
 )
-from test_general import leaves, rows
 from torch import Tensor
 
 import rmsnorm

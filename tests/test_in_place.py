@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from general_oracle import COLUMNS, rows
 from oracle import (
     DTYPES,
     EPS,
@@ -17,7 +18,6 @@ from oracle import (
     same_bits,
     sample,
 )
-from test_general import COLUMNS, rows
 
 from rmsnorm import add_rms_norm, add_rms_norm_, rms_norm
 

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import test_gated as gated
 import test_general as general
+import test_general_gradients as general_gradients
 import test_lean as lean
 import test_modulated as modulated
 import torch
 from crossed import BOUNDS, types
 from gated_oracle import Form
+from general_oracle import Formula, counted
 from oracle import (
     DTYPES,
     EPS,
@@ -37,7 +39,6 @@ from oracle import (
 )
 from test_forms import problems
 from test_gated import FORMS, call, gates
-from test_general import Formula, counted
 from test_modulated import SHARED, fused, inputs, modulations, only, steps
 from test_quantised import CODES, values
 from test_quantised import oracle as quantised_oracle
@@ -151,9 +152,9 @@ def test_general(form, dtype, columns):
         truth = Formula(exact(x), columns, eps if inside else 0.0, mean=False, floor=0.0 if inside else eps * eps)
         y = l2_norm(x, columns, w, eps, eps_inside=inside)
         truth.forward(w, None, 0.0, dtype, BOUNDS[dtype]).check(y, (eps, inside))
-    general.check_gradients(dtype, columns, (4,), 400)  # of three rows one would lie on the floor
+    general_gradients.check_gradients(dtype, columns, (4,), 400)  # of three rows one would lie on the floor
     if dtype in HALVES and columns == 129:
-        general.check_gradients_of_sums(dtype, 3)
+        general_gradients.check_gradients_of_sums(dtype, 3)
 
 
 @PROBLEMS
