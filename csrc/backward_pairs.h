@@ -3,9 +3,10 @@
 // sum keeps its order.
 //
 // RMSNorm with a gain and its gradient alone, of AVX-512: fp32, where gradients may arrive as bf16, and bf16 where the
-// CPU rounds to it and nothing is added, for the library's size (all of AVX-512 would be 41 KB). Whether rows go past the caches is asked in the loop,
-// for the same reason. Xeon (Emerald Rapids, 2 MiB of L2), 1 thread, ÷ backward_rows(): fp32 16x4096 0.80, 2048x576
-// 0.74, 32768x128 0.80, 512x4096 0.83, 4096x4096 0.90; bf16 0.97, 0.88, 0.86, 0.85 and 0.91.
+// CPU rounds to it and nothing is added, for the library's size (all of AVX-512 would be 41 KB). Whether rows go past
+// the caches is asked in the loop, for the same reason. Xeon (Emerald Rapids, 2 MiB of L2), 1 thread, ÷
+// backward_rows(): fp32 16x4096 0.80, 2048x576 0.74, 32768x128 0.80, 512x4096 0.83, 4096x4096 0.90; bf16 0.97, 0.88,
+// 0.86, 0.85 and 0.91.
 #pragma once
 
 #if defined(RMSNORM_AVX512)

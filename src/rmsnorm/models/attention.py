@@ -204,7 +204,7 @@ def _norm_in(statement: ast.stmt | None, this: str, name: str) -> tuple[ast.expr
                 args=[ast.Constant(value=1), ast.Constant(value=2)],
                 keywords=[],
             ) as whole,
-        ) if target == name and owner == this and method.attr == "transpose":
+        ) if target == name and owner == this and method.attr == "transpose" and _is_norm(norm):
             rest = ast.Call(ast.Attribute(x, "transpose", ast.Load()), whole.args, [])
             return norm, rest, True
         case ast.Assign(
@@ -212,6 +212,11 @@ def _norm_in(statement: ast.stmt | None, this: str, name: str) -> tuple[ast.expr
             value=ast.Call(
                 func=ast.Attribute(value=ast.Name(id=owner)) as norm, args=[ast.Name(id=x_name) as x], keywords=[]
             ),
-        ) if target == x_name == name and owner == this:
+        ) if target == x_name == name and owner == this and _is_norm(norm):
             return norm, x, False
     return None
+
+
+def _is_norm(called: ast.Attribute) -> bool:
+    """By its name: a projection with dropout has to be called where it stands, or dice are rolled in another order."""
+    return "norm" in called.attr.lower() or called.attr.lower().endswith("ln")

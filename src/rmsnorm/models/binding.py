@@ -160,12 +160,17 @@ def attempt(module: Any, binding: Binding, x: Any, gate: Any = None) -> Tensor |
         return None  # theirs broadcasts, or says what is wrong
 
 
+def is_foreign(x: Tensor) -> bool:
+    """Whether it is of a subclass, which sees what its module calls."""
+    return type(x) not in _foreign.COMPILERS and (has_torch_function_variadic(x) or _foreign.wanted_by(x))
+
+
 def serves(module: Any, binding: Binding, weight: Tensor | None, x: Any, gate: Any = None) -> bool:
     """Whether such a call was proven; 1 µs of each."""
     if not isinstance(x, Tensor):
         return False
-    if type(x) not in _foreign.COMPILERS and (has_torch_function_variadic(x) or _foreign.wanted_by(x)):
-        return False  # a subclass sees what its module calls
+    if is_foreign(x):
+        return False
     if torch.compiler._is_exporting_flag and not torch.onnx.is_in_onnx_export():  # ONNX has an operator for it
         return False
     types: Types = None if weight is None else weight.dtype, x.dtype
@@ -204,7 +209,3 @@ def _unchanged(module: Any, binding: Binding) -> bool:
 
 def _same_outside(outside: tuple[tuple[str, str, Any], ...]) -> bool:
     return all(vars(sys.modules[home]).get(name) == value for home, name, value in outside)
-
-
-# What torch.compiler.assume_constant_result says, which imports all of dynamo: asked when it compiles, not traced.
-_same_outside._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-_ORIGINAL, CHANGE, OFF = "_rmsnorm_original", "_rmsnorm_change", "_rmsnorm_off"
+ORIGINAL, CHANGE, OFF = "_rmsnorm_original", "_rmsnorm_change", "_rmsnorm_off"
 
 
 class Change(Protocol):
@@ -46,7 +46,7 @@ def subclass(cls: type[nn.Module], change: Change) -> type[nn.Module]:
     if key not in _made:
         namespace = {
             **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
-            _ORIGINAL: cls,
+            ORIGINAL: cls,
             CHANGE: change,
             OFF: False,
             "__prepare_scriptable__": _scriptable,
@@ -122,7 +122,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
     """What it is a subclass of, if it was made here, else the class itself."""
-    found: type[nn.Module] = vars(cls).get(_ORIGINAL, cls)
+    found: type[nn.Module] = vars(cls).get(ORIGINAL, cls)
     return found
 
 
@@ -134,29 +134,29 @@ def restore(module: nn.Module) -> None:
             if getattr(value, "__func__", None) is made.forward:
                 setattr(module, name, own.forward.__get__(module))
         object.__setattr__(module, "__class__", own)
-    elif hasattr(type(module), _ORIGINAL):
+    elif hasattr(type(module), ORIGINAL):
         vars(module)[OFF] = True
 
 
 def switch(model: nn.Module) -> Callable[[bool], None]:
     """Turns all that is changed in the model off (False) and on again, in microseconds: for timing both in turns."""
-    ours = [(module, type(module)) for module in model.modules() if _ORIGINAL in vars(type(module))]
+    ours = [(module, type(module)) for module in model.modules() if ORIGINAL in vars(type(module))]
 
     def turn(on: bool) -> None:
         for module, cls in ours:
-            module.__class__ = cls if on else getattr(cls, _ORIGINAL)
+            module.__class__ = cls if on else getattr(cls, ORIGINAL)
 
     return turn
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module's own class does when it is called; also for a method of ours that somebody has kept."""
-    return getattr(type(module), _ORIGINAL, type(module)).forward(module, *args, **kwargs)
+    return getattr(type(module), ORIGINAL, type(module)).forward(module, *args, **kwargs)
 
 
 def _scriptable(module: nn.Module) -> nn.Module:
     """What ``torch.jit.script`` compiles: a module with the same state and its own forward."""
-    cls = getattr(type(module), _ORIGINAL)
+    cls = getattr(type(module), ORIGINAL)
     twin = cls.__new__(cls)
     vars(twin).update(vars(module))
     prepare = getattr(cls, "__prepare_scriptable__", None)

@@ -32,11 +32,7 @@ def find(module: nn.Module, binding: Binding, types: Types) -> Binding:
     once = trial.Trial(module, binding, types)
     binding = replace(binding, **_reads(once), rank=1 if once.weight is None else once.weight.dim())
     extremes.check_looks(once)
-    for training in (True, False):
-        once.module.training = training
-        if trial.forward(once).part > 1:
-            raise Unfit("it does something else in training, or in eval()")
-    once.module.training = module.training
+    extremes.check_training(once)
     extremes.check_subnormal(once)
     extremes.check_extremes(once)
     extremes.check_eps(module, binding, types)

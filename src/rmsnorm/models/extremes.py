@@ -21,6 +21,21 @@ def check_subnormal(once: trial.Trial) -> None:
         raise Unfit("it does something else with subnormal numbers")
 
 
+def check_training(once: trial.Trial) -> None:
+    """In either mode, for one may be set later; and backward, where the module is compared with itself: whether its
+    gradients are ours is another question, which not everybody asks."""
+    mode, inputs, found = once.module.training, once.inputs(gradient=True), []
+    grad = trial.normal(*inputs[0].shape, seed=7)
+    for training in (True, False):
+        once.module.training = training
+        output = once.theirs(inputs)
+        gradients = torch.autograd.grad(output, inputs[0], grad.to(output.dtype)) if output.requires_grad else ()
+        found.append(tuple(map(torch.Tensor.tolist, gradients)))
+        if trial.forward(once).part > 1 or found[0] != found[-1]:
+            raise Unfit("it does something else in training, or in eval()")
+    once.module.training = mode
+
+
 def check_looks(once: trial.Trial) -> None:
     own = [*once.shape, *(size for t in trial.tensors(once.module).values() for size in t.shape)]
     for training in (True, False):
@@ -45,12 +60,14 @@ def check_extremes(once: trial.Trial) -> None:
         if trial.forward(once, inputs).part > 4:
             raise Unfit(f"it does something else with rows with {words}")
     weights = [t for t in (once.weight, once.bias) if t is not None]
-    for factor in (-8.0, -1 / 8):
-        with torch.no_grad():
-            for weight in weights:
-                weight.mul_(factor)
-        if trial.forward(once).part > 1:
-            raise Unfit("it does something else with large or negative weights")
+    numbers = [t for t in trial.tensors(once.module).values() if not t.dim() and t.is_floating_point()]
+    for what, changed, factors in (("weights", weights, (-8.0, -1 / 8)), ("numbers of its own", numbers, (16, 1 / 16))):
+        for factor in factors:
+            with torch.no_grad():
+                for tensor in changed:
+                    tensor.mul_(factor)
+            if changed and trial.forward(once).part > 1:
+                raise Unfit(f"it does something else with large or negative {what}")
 
 
 def check_eps(module: nn.Module, binding: Binding, types: Types) -> None:

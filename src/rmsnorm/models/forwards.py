@@ -10,6 +10,10 @@ from torch import nn
 
 from . import classes
 
+SAME = "_rmsnorm_same"
+"""What a forward that was written here has as an attribute: whether its module's class is what it was, for those who do
+without a call."""
+
 
 def forward_like(
     cls: type[nn.Module], tensors: int, methods: tuple[str, ...], attempt: Callable[..., Any]
@@ -54,7 +58,9 @@ def make(_rmsnorm_own, _rmsnorm_attempt, _rmsnorm_same, {", ".join(defaults)}):
 """
     made: dict[str, Any] = {}
     exec(text, {"__name__": __name__}, made)
-    function = made["make"](classes.own_forward, attempt, _same_code(cls, methods), **defaults)
+    same = _same_code(cls, methods)
+    function = made["make"](classes.own_forward, attempt, same, **defaults)
+    setattr(function, SAME, same)
     function.__qualname__, function.__module__ = cls.forward.__qualname__, cls.__module__
     return function
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import attention, classes, gates, modulation, rewrite
 from .binding import binding_of
+from .rehearsal import rehearsing
 from .report import Entry
 from .witness import watch
 
 GRADIENT = 16.0
 """In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Result = tuple[list[Tensor], tuple[Tensor, ...]]
+_PLAIN = bool | int | float | str
+Result = tuple[list[Any], tuple[Tensor, ...]]
 
 
 def fuse(
@@ -103,7 +104,7 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
     hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), rehearsing(model):
             model(**tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(example)))
     finally:
         for hook in hooks:
@@ -112,20 +113,25 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
 
 
 def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
-    """Gives the layer the rewritten forward, and takes it away again if the proof fails."""
-    with _evaluating(layer), torch.enable_grad():
-        before = _run(layer, rewritten.norms, call)
-        classes.change(layer, rewritten)
-        try:
-            # By the class, with all wrappers: some look up what the class has, and the call has their names.
-            after, served = watch(lambda: _run(layer, rewritten.norms, call), layer)
-            apart, said = _compare(before, after), rewritten.said(served)
-            if not said:
-                raise ValueError(_unserved(layer, rewritten.norms))
-            return apart, said
-        except Exception:
-            classes.restore(layer)
-            raise
+    """Gives the layer the rewritten forward, and takes it away again if the proof fails, in eval() or in training."""
+    before = _run(layer, rewritten.norms, call)
+    try:
+        training = _run(layer, rewritten.norms, call, training=True)
+    except Exception:  # it can't be trained with such a call, fused or not
+        training = None
+    classes.change(layer, rewritten)
+    try:
+        # By the class, with all wrappers: some look up what the class has, and the call has their names.
+        after, served = watch(lambda: _run(layer, rewritten.norms, call), layer)
+        apart, said = _compare(before, after), rewritten.said(served)
+        if not said:
+            raise ValueError(_unserved(layer, rewritten.norms))
+        if training:
+            apart = max(apart, _compare(training, _run(layer, rewritten.norms, call, training=True), " in training"))
+        return apart, said
+    except Exception:
+        classes.restore(layer)
+        raise
 
 
 def _unserved(layer: nn.Module, norms: tuple[str, ...]) -> str:
@@ -136,51 +142,50 @@ def _unserved(layer: nn.Module, norms: tuple[str, ...]) -> str:
     return "the model reaches no such line, or with norms or tensors that one pass doesn't take"
 
 
-def _compare(before: Result, after: Result) -> float:
+def _compare(before: Result, after: Result, when: str = "") -> float:
     """The largest difference of a gradient.
 
     Raises:
         ValueError: they differ.
     """
     (theirs, their_gradients), (ours, our_gradients) = before, after
-    if len(theirs) != len(ours) or not all(map(torch.equal, theirs, ours)):
-        raise ValueError("its output changes")
+    if len(theirs) != len(ours) or not all(map(_same, theirs, ours)):
+        raise ValueError(f"its output changes{when}")
     worst = 0.0
     for one, other in zip(their_gradients, our_gradients, strict=True):
         unit = torch.finfo(one.dtype).eps * one.abs().max().double().clamp_min(torch.finfo(one.dtype).smallest_normal)
         worst = max(worst, float((one.double() - other.double()).abs().max() / unit))
     if not worst <= GRADIENT:
-        raise ValueError(f"its gradient changes by {worst:.0f} eps")
+        raise ValueError(f"its gradient changes by {worst:.0f} eps{when}")
     return worst
 
 
-def _run(layer: nn.Module, norms: tuple[str, ...], call: Call) -> Result:
-    """What its class makes of the call: the output's tensors, gradients of the input's and of the norms' weights."""
+def _run(layer: nn.Module, norms: tuple[str, ...], call: Call, training: bool = False) -> Result:
+    """What its class makes of the call: tensors, numbers and words of the output, gradients of the input's tensors and
+    of the norms' weights."""
     args, kwargs = copy.deepcopy(call)
     # What comes in a tuple are tables, of cosines and sines: nobody learns them.
     args = tuple(x.detach().clone().requires_grad_() if _is_real(x) else x for x in args)
     kwargs = {name: x.detach().clone().requires_grad_() if _is_real(x) else x for name, x in kwargs.items()}
-    outputs = [x for x in tree_leaves(type(layer).forward(layer, *args, **kwargs)) if _is_real(x) and x.requires_grad]
-    wanted = [x for x in (*args, *kwargs.values()) if _is_real(x)]
     learnt = [p for name in norms if (norm := getattr(layer, name)) is not None for p in norm.parameters()]
-    wanted += [p for p in learnt if p.requires_grad]
-    dice = torch.Generator().manual_seed(0)
-    grads = [torch.randn(x.shape, generator=dice).to(x) for x in outputs]
-    found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
-    return [x.detach() for x in outputs], tuple(g for g in found if g is not None)
+    wanted = [x for x in (*args, *kwargs.values()) if _is_real(x)] + [p for p in learnt if p.requires_grad]
+    with torch.enable_grad(), rehearsing(layer, training):
+        result = tree_leaves(type(layer).forward(layer, *args, **kwargs))
+        outputs = [x for x in result if _is_real(x) and x.requires_grad]
+        dice = torch.Generator().manual_seed(0)
+        grads = [torch.randn(x.shape, generator=dice).to(x) for x in outputs]
+        found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+        said = [x.detach().clone() if isinstance(x, Tensor) else x for x in result if isinstance(x, Tensor | _PLAIN)]
+    return said, tuple(g for g in found if g is not None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other) or not isinstance(one, Tensor):
+        return type(one) is type(other) and one == other
+    if one.dtype is not other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or (_is_real(one) and torch.allclose(one, other, 0, 0, equal_nan=True))
 
 
 def _is_real(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would differ from run to run; leaves every module in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

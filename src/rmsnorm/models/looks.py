@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 _CONTENTS = frozenset({"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__"})
 _CONTENTS |= {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "nonzero"}
 _LIES = frozenset({"requires_grad", "is_leaf", "grad_fn", "grad", "_version", "is_cuda", "is_inference", "data_ptr"})
-_LIES |= {"is_contiguous", "stride", "storage_offset", "untyped_storage"}
+_LIES |= {"is_contiguous", "stride", "storage_offset", "untyped_storage", "nbytes"}
 _FACTORIES = {torch.tensor, torch.ones, torch.zeros, torch.full, torch.empty, torch.arange, torch.linspace}
 _FACTORIES |= {torch.eye, torch.as_tensor, torch.scalar_tensor}
 
@@ -39,6 +39,8 @@ class Looks(TorchFunctionMode):
             self.seen.add("it looks at what its tensors hold")
         elif name in _LIES:
             self.seen.add(f"it asks a tensor for its {name}")
+        elif name == "__len__":  # a number of which nobody can tell where it goes
+            self.watched(result).tell(None)
         elif name in {"shape", "size"} and isinstance(result, torch.Size):
             return torch.Size([self.watched(size) for size in result])
         elif name in {"size", "numel", "nelement"} and type(result) is int:
@@ -75,7 +77,21 @@ class Size(int):
 
     def __bool__(self) -> bool:
         self.tell(0)
-        return int(self) != 0
+        return self.real != 0
+
+    def __int__(self) -> int:
+        self.tell(None)
+        return self.real
+
+    def __float__(self) -> float:
+        self.tell(None)
+        return float(self.real)
+
+    def __truediv__(self, other: Any) -> Any:
+        return float(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / float(self)
 
     __hash__ = int.__hash__
 
@@ -85,7 +101,7 @@ def _comparing(name: str) -> Callable[[Size, Any], Any]:
 
     def compare(self: Size, other: Any) -> Any:
         self.tell(other)
-        return getattr(float, name)(float(self), other) if isinstance(other, float) else plain(self, other)
+        return getattr(float, name)(float(self.real), other) if isinstance(other, float) else plain(self, other)
 
     return compare
 

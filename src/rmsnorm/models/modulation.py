@@ -20,8 +20,8 @@ from .. import _foreign
 from ..forms.modulated import gated_add, modulated_norm
 from . import classes, neighbours, rewrite
 from .binding import TYPES
+from .modulating import GATED_ADD, MODULATING, modulate
 from .numbers import under_autocast
-from .patterns import GATED_ADD, MODULATING, modulate
 
 
 class Modulated(rewrite.Remade):
@@ -68,20 +68,25 @@ def modulated(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
     return norm(x) * (1 + scale) + shift
 
 
-def gated(residual: Any, gate: Any, x: Any) -> Any:
-    """``residual + gate * x``."""
+def gated(residual: Any, one: Any, other: Any, gate_last: bool = False, product_first: bool = False) -> Any:
+    """``residual + one * other``, one of which is the gate; or the product first, as lists are added, too."""
+    gate, x = (other, one) if gate_last else (one, other)
     if _serves(x, gate, like=residual):
         return gated_add(x, residual, gate, casting_mode="llama")
-    return residual + gate * x
+    product = one * other
+    return product + residual if product_first else residual + product
 
 
-def gated_modulated(norm: Any, residual: Any, gate: Any, x: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
+def gated_modulated(
+    norm: Any, residual: Any, one: Any, other: Any, scale: Any, shift: Any, gate_last: bool = False, **orders: bool
+) -> tuple[Any, Any]:
     """``modulated`` of the sum, and the sum, which is ``gated``."""
+    gate, x = (other, one) if gate_last else (one, other)
     if _serves(x, gate, scale, shift, like=residual) and (own := neighbours.unweighted(norm, x)):
         named = {"scale": scale, "shift": shift, "gate": gate, "residual": residual}
         both: tuple[Any, Any] = modulated_norm(x, own.shape, None, own.eps, **named, **own.options)
         return both
-    total = gated(residual, gate, x)
+    total = gated(residual, one, other, gate_last, **orders)
     return modulated(norm, total, scale, shift), total
 
 

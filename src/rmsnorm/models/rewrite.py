@@ -29,6 +29,7 @@ Forward = Callable[..., Any]
 Change = Callable[[ast.AST, str], Iterable[Any]]
 Served = Sequence[tuple[str, tuple[str, ...]]]
 _MAKE = "_rmsnorm_make"
+_EXCHANGED = "_rmsnorm_exchanged"
 FILE = "<rmsnorm: "
 """What the file of a rewritten function begins with."""
 _FLAGS = functools.reduce(
@@ -109,6 +110,13 @@ def remade(original: Forward, change: Change, calls: dict[str, Forward], what: s
     Raises:
         ValueError: it can't be rewritten, with the reason.
     """
+
+    def exchanged(module: nn.Module) -> Forward | None:
+        """The class's forward, if somebody has given it another since."""
+        cls = getattr(type(module), classes.ORIGINAL, None)  # none where somebody has handed this function on
+        return None if cls is None or cls.forward is original else cls.forward
+
+    calls = {**calls, _EXCHANGED: exchanged}
     links = wrappers.links_of(original)
     innermost, definition = links[-1], _definition(original)
     if definition is None or not definition.args.args or not isinstance(innermost, FunctionType):
@@ -117,6 +125,7 @@ def remade(original: Forward, change: Change, calls: dict[str, Forward], what: s
     if _bare(_compile(innermost, _module(innermost, definition, calls), "<source>")) != _bare(innermost.__code__):
         raise ValueError("its source isn't what it runs")
     said = tuple(change(definition, definition.args.args[0].arg))
+    definition.body[:0] = _answers_otherwise(definition.args)
     text = ast.unparse(_module(innermost, definition, calls))
     line = innermost.__code__.co_firstlineno
     file = f"{FILE}{innermost.__module__}.{innermost.__qualname__}, line {line}, with {what}>"
@@ -129,6 +138,17 @@ def remade(original: Forward, change: Change, calls: dict[str, Forward], what: s
     function.__kwdefaults__ = innermost.__kwdefaults__
     wrappers.resemble(function, innermost)
     return wrappers.rewrap(links, function), said
+
+
+def _answers_otherwise(names: ast.arguments) -> list[ast.stmt]:
+    """``if (other := exchanged(self)): return other(self, …)``, with all that the function is given."""
+    given = [one.arg for one in (*names.posonlyargs, *names.args)]
+    given += [f"*{names.vararg.arg}"] if names.vararg else []
+    given += [f"{one.arg}={one.arg}" for one in names.kwonlyargs]
+    given += [f"**{names.kwarg.arg}"] if names.kwarg else []
+    other = "_rmsnorm_other"
+    lines = f"{other} = {_EXCHANGED}({given[0]})\nif {other} is not None:\n    return {other}({', '.join(given)})"
+    return ast.parse(lines).body
 
 
 def _definition(original: Forward) -> ast.FunctionDef | None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from itertools import product
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..forms.heads import rope
+from . import looks, reads
 from .binding import TYPES
 from .modes import undisturbed
 
@@ -60,21 +62,53 @@ def turn_of(rotate: Any) -> Turn | None:
     """The row that is a function, bit for bit, for angles of no pattern; it is called as attention does."""
     with undisturbed():  # models are built on the meta device, too
         for turn in TURNS:
-            if _is(turn, rotate, 16):
-                return replace(turn, partial=_is(turn, rotate, 8), mixed=_is(turn, rotate, 16, torch.float32))
+            if _is(turn, rotate, Trial(), watched=True) and all(_is(turn, rotate, trial) for trial in _OTHERS):
+                partial, mixed = Trial(turned=8), Trial(tables=torch.float32)
+                return replace(turn, partial=_is(turn, rotate, partial), mixed=_is(turn, rotate, mixed))
     return None
 
 
-def _is(turn: Turn, rotate: Any, turned: int, tables: torch.dtype | None = None) -> bool:
+@dataclass(frozen=True)
+class Trial:
+    """What a function is tried with: [2, 3 and 1, tokens, 16] and tables of as many texts."""
+
+    turned: int = 16
+    tables: torch.dtype | None = None
+    texts: int = 1
+    tokens: int = 5
+    size: float = 1.0
+
+
+# A table for each text; numbers that a clamp would meet, and near to none (float16 ends at 65504, and at 2^-24).
+_OTHERS = [Trial(texts=2), Trial(tokens=1), Trial(tokens=130, texts=2), Trial(size=2.0**10), Trial(size=2.0**-10)]
+
+
+def _is(turn: Turn, rotate: Any, trial: Trial, watched: bool = False) -> bool:
+    """``watched``: it must not look at what it is given, nor at what may change outside of it."""
     generator = torch.Generator().manual_seed(0)
     try:
         for dtype in TYPES:
-            q, k = (torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (3, 1))
-            cos, sin = (torch.randn(1, 5, turned, generator=generator).to(tables or dtype) for _ in range(2))
+            q, k = (torch.randn(2, heads, trial.tokens, 16, generator=generator).to(dtype) for heads in (3, 1))
+            q, k = q * trial.size, k * trial.size
+            angles = torch.randn(2, trial.texts, trial.tokens, trial.turned, generator=generator)
+            cos, sin = angles.to(trial.tables or dtype)
             ours = rope(q, k, turn.angle(cos), turn.angle(sin), interleaved=turn.interleaved)
             theirs = rotate(q, k, cos, sin)
             if not all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)):
                 return False
+        if watched:
+            _, read = reads.watch(lambda: rotate(q, k, cos, sin), rotate)
+            with looks.Looks((16,)) as seen:
+                rotate(q, k, cos, sin)
+            return not (seen.seen or read.outside.keys() - _constants(rotate))
     except Exception:  # whatever a stranger says to such tensors
         return False
     return True
+
+
+def _constants(function: Any) -> set[str]:
+    """Numbers and words in a function's closure: those of who made it."""
+    if not isinstance(function, FunctionType):
+        return set()
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name for name, cell in cells if reads.is_plain(cell.cell_contents)}
