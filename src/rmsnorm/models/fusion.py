@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import attention, classes, gates, modulation, rewrite
 from .binding import binding_of
 from .report import Entry
-from .witness import watch
+from .witness import counted, watch
 
 GRADIENT = 16.0
 """In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
@@ -58,12 +58,12 @@ def fuse(
             if isinstance(call := calls[name], ValueError):
                 raise call
             rewritten = changes[name](cls)
-            apart, meaning = _bind(layer, rewritten, call)
+            apart, meaning, counts = _bind(layer, rewritten, call)
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"{changes[name].what} not fused: {_words(reason)}"))
             continue
         kept = gates.KEPT if isinstance(rewritten, gates.Gated) else ""
-        fused.append(Entry(name, cls.__name__, meaning, errors={"gradient": apart}, kept=kept))
+        fused.append(Entry(name, cls.__name__, meaning, errors={"gradient": apart}, kept=kept, counts=counts))
     return fused, left
 
 
@@ -133,7 +133,7 @@ def _record(
     return calls
 
 
-def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
+def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str, dict[str, int]]:
     """Gives the layer the rewritten forward, and takes it away again if the proof fails."""
     with _evaluating(layer), torch.enable_grad():
         before = _run(layer, rewritten.norms, call)
@@ -144,7 +144,7 @@ def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
             apart, said = _compare(before, after), rewritten.said(served)
             if not said:
                 raise ValueError(_unserved(layer, rewritten.norms))
-            return apart, said
+            return apart, said, counted(served)
         except Exception:
             classes.restore(layer)
             raise
