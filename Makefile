@@ -73,7 +73,7 @@ census: $(NATIVE) ## write the tables of docs/models.md: every RMS norm of trans
 home: $(NATIVE) ## write the rows of tests/test_home.py, and its exceptions, into docs/home.md
 	PYTHONPATH=tests $(BIN)/python tests/test_home.py
 
-others: $(NATIVE) build/others/installed ## the same for 70 other packages, which it installs into build/others, and their tests; 15 minutes
+others: $(NATIVE) build/others/installed ## the same for 69 other packages, which it installs into build/others, and their tests; 15 minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/models/others.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/models/test_others.py
 

@@ -203,6 +203,11 @@ def test_the_tree_names_every_file():
         named = set(re.findall(r"\w+\.(?:py|cpp|h)\b", words)) - {"pages.py" if not room else ""}  # the test's
         assert files - named == files & {"__init__.py", "__main__.py"}, f"{room or 'the corridor'}: no place yet"
         assert named <= files, f"{room or 'the corridor'}: gone"
+    listed = page("docs/design.md").text.partition("\n## The benchmarks\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^ {4}(\S.*?)  ", listed, flags=re.M))
+    assert {name for names in named for name in names.split(", ")} == {
+        file.name for file in (ROOT / "benchmarks").iterdir() if file.suffix in {".py", ".cpp"}
+    }, "the benchmarks"
 
 
 def test_figures_have_no_words_of_one_language():

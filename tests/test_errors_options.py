@@ -112,3 +112,37 @@ def test_an_eps_of_two_numbers():
 def test_unknown_casting_mode(call):
     with pytest.raises(ValueError, match=re.escape("unknown casting_mode 'gemma'; choose one of 'torch', 'llama'")):
         call()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "word"),
+    [
+        (ValueError, {"casting_mode": "fat"}, "casting mode"),
+        (ValueError, {"memory": "fat"}, "``memory``"),
+        (ValueError, {"out_dtype": torch.int8}, "``out_dtype``"),
+        (ValueError, {"partial": 0.0}, "``partial``"),
+        (ValueError, {"eps": -1.0, "return_rstd": True}, "``eps`` below 0 beside further keywords"),
+        (RuntimeError, {"memory": "lean", "bias": torch.zeros(4)}, "``memory`` beside further keywords"),
+        (RuntimeError, {"out": torch.zeros(2, 4), "bias": torch.zeros(4)}, "``out`` or ``memory`` beside"),
+    ],
+)
+def test_docstrings_list_what_is_raised(kind, options, word):
+    """add_rms_norm's, which has no ``out``, points to the other's list."""
+    names = ["rms_norm", "add_rms_norm"][: 1 + ("out" not in options)]
+    for name in names:
+        with pytest.raises(kind):
+            WITH_OPTIONS[name](**options)
+        assert f"{kind.__name__}: as :func:`rmsnorm.rms_norm`" in getattr(rmsnorm, name).__doc__ or name == "rms_norm"
+    assert word in _listed(rms_norm, kind)
+
+
+def test_the_docstring_of_l2_norm_lists_out_dtype():
+    with pytest.raises(ValueError, match="out_dtype"):
+        rmsnorm.l2_norm(torch.ones(4), 4, out_dtype=torch.int8)
+    assert "``out_dtype``" in _listed(rmsnorm.l2_norm, ValueError)
+
+
+def _listed(function, kind):
+    """What its docstring says that this error is raised for."""
+    listed = " ".join(function.__doc__.partition("Raises:")[2].partition("Examples:")[0].split())
+    return listed.partition(f"{kind.__name__}: ")[2].partition("Error: ")[0]

@@ -188,7 +188,7 @@ def write(options: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", choices=FAMILIES, help="default: all")
-    parser.add_argument("--fuse", action="store_true", help="patch(model, fuse_add=True)")
+    parser.add_argument("--fuse", action="store_true", help="patch(model, fuse=True)")
     parser.add_argument("--folder", type=Path, help="where to unpack, and to keep outcomes; default: a temporary one")
     parser.add_argument("--checkout", type=Path, help="a checkout of transformers to take the tests from")
     parser.add_argument("-k", help="as pytest's")

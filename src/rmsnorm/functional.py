@@ -59,8 +59,7 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
 
         y = x / sqrt(mean(x²) + eps) · (offset + weight)
 
-    The mean runs over the last ``len(normalized_shape)`` dimensions. Statistics are computed in fp32 or better
-    (fp64 for fp32 and fp64 inputs), never in half precision.
+    The mean of the last ``len(normalized_shape)`` dimensions is computed in fp32 or better: fp64 for fp32 and fp64.
 
     Args:
         input: ``[*, *normalized_shape]``; float32, bfloat16, float16, float64 run natively on CPUs and GPUs
@@ -90,8 +89,10 @@ def rms_norm(  # noqa: PLR0911, PLR0912 - each way out is one the caller would h
         wider weight, the promoted dtype.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that don't fit, or ``out`` together with gradients.
-        ValueError: an unknown casting mode.
+        RuntimeError: shapes, dtypes or devices that don't fit; ``out`` together with gradients; ``out`` or ``memory``
+            beside further keywords (``bias`` and on).
+        ValueError: an unknown casting mode, ``memory`` or ``out_dtype``; a ``partial`` that isn't above 0 and at most
+            1; an ``eps`` below 0 beside further keywords.
 
     Examples:
         >>> rms_norm(torch.tensor([0.1, 0.1, 0.2, 0.3]), 4, eps=0.0)
@@ -186,8 +187,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 ) -> tuple[Tensor, Tensor]:
     r"""Residual add and RMS normalisation in one pass: ``s = input + residual``, ``y = rms_norm(s)``.
 
-    The sum is rounded to its dtype first and the rounded sum is normalised, so the results are those of the two
-    steps done one after the other.
+    The sum is rounded to its dtype and then normalised: the results are those of the two steps, one after the other.
 
     Args:
         input, residual: tensors of one shape ``[*, *normalized_shape]``. Of two dtypes, the sum has the promoted one.
@@ -202,7 +202,7 @@ def add_rms_norm(  # noqa: PLR0911 - as above
 
     Raises:
         RuntimeError: as :func:`rmsnorm.rms_norm`, and for a residual of another shape (it is not broadcast) or device.
-        ValueError: an unknown casting mode.
+        ValueError: as :func:`rmsnorm.rms_norm`.
 
     Examples:
         >>> y, s = add_rms_norm(torch.tensor([0.1, 0.0, 0.1, 0.3]), torch.tensor([0.0, 0.1, 0.1, 0.0]), 4, eps=0.0)

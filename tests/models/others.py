@@ -18,6 +18,7 @@ from catalogue import HEADS, PINS, classes, excluded, installed, instances
 from torch import Tensor, nn
 
 import rmsnorm
+from rmsnorm.models.report import limits
 
 WIDTHS = (32, 96, 128, 384)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -125,8 +126,7 @@ def table() -> str:
         "| package | class | meaning, or why it is left |\n|---|---|---|",
     ]
     for one in lines():
-        halves = "" if {"bfloat16", "float16"} <= set(one.types) or not one.types else " (in float32 only)"
-        fate = "; ".join([*(meaning + halves for meaning in one.meanings), *one.reasons])
+        fate = "; ".join([*(meaning + limits(one.types) for meaning in one.meanings), *one.reasons])
         text.append(f"| {one.package} {PINS[one.package]} | {one.path.partition('.')[2]} | {fate} |")
     return "\n".join(text) + "\n"
 

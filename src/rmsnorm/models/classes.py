@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copyreg
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ torch.serialization.add_safe_globals([restored])
 
 def change_of(module: nn.Module) -> Any:
     """The change that is in force, or None."""
-    return None if vars(module).get(OFF) else getattr(type(module), CHANGE, None)
+    how = getattr(type(module), CHANGE, None)
+    return None if how is None or vars(module).get(OFF) else how  # functions, which layers call too, may lack vars()
 
 
 def change(module: nn.Module, how: Change) -> None:
@@ -110,13 +112,15 @@ def inner(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The module without them, their hooks and their state, if there are any: FSDP2's modules refuse to be copied."""
+    """The module without such a class and its state, and without hooks, to be copied: FSDP2's modules refuse to be, and
+    hooks hold whatever they like, a lock or the whole model."""
     cls = inner(type(module))
-    if cls is type(module):
+    none = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
+    if cls is type(module) and not any(vars(module).get(name) for name in none):
         return module
     twin = cls.__new__(cls)
     vars(twin).update((name, value) for name, value in vars(module).items() if not name.startswith("__composable_api_"))
-    vars(twin).update((name, none) for name, none in vars(nn.Module()).items() if "hook" in name)
+    vars(twin).update(none)
     return twin
 
 
@@ -136,6 +140,18 @@ def restore(module: nn.Module) -> None:
         object.__setattr__(module, "__class__", own)
     elif hasattr(type(module), ORIGINAL):
         vars(module)[OFF] = True
+
+
+@contextmanager
+def undone_on_errors(model: nn.Module) -> Iterator[None]:
+    """Takes back what the block has changed of the model if it raises, were it Ctrl-C."""
+    unchanged = [module for module in model.modules() if change_of(module) is None]
+    try:
+        yield
+    except BaseException:
+        for module in unchanged:
+            restore(module)
+        raise
 
 
 def switch(model: nn.Module) -> Callable[[bool], None]:

@@ -91,10 +91,10 @@ class Course:
         report = patch(model, **fused, layer_norm=asked.patch["layer_norm"], memory=memory)
         self.found |= {"class": type(model).__name__, "report": report.to_dict()}
         self._show(f"{asked.model}: {type(model).__name__}, {self.found['dtype']}", report)
-        if not report.patched:
+        if not (report.patched or report.fused):
             count = 0 if asked.patch["layer_norm"] else layer_norms(model)
             self._show(screen.nothing(report, count))
-        return bool(report.patched)
+        return bool(report.patched or report.fused)
 
     def _inputs(self, tokenizer: Any, model: Any) -> dict[str, Tensor]:
         """What the model can be called with, with room for one token more. Found once: the model runs for each guess.

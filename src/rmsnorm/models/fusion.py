@@ -15,7 +15,7 @@ from . import attention, classes, gates, modulation, rewrite
 from .binding import binding_of
 from .rehearsal import rehearsing
 from .report import Entry
-from .witness import watch
+from .witness import counted, watch
 
 GRADIENT = 16.0
 """In eps of the gradient's type, relative to the largest: two paths are summed, and rounded, in another order."""
@@ -36,15 +36,12 @@ def fuse(
     layers: dict[str, nn.Module] = {}
     changes: dict[str, Any] = {}
     for name, layer in model.named_modules():
-        if heads and modulation.is_modulated(layer):
-            layers[name], changes[name] = layer, modulation.Modulated
-        elif _adds_beside_norms(layer):
-            layers[name], changes[name] = layer, rewrite.Rewritten
-        elif heads and attention.turns_heads(layer):
-            layers[name], changes[name] = layer, attention.Turned
-        elif lean and gates.is_gated(layer):
-            layers[name], changes[name] = layer, gates.Gated
-    failure, calls = "the model doesn't call it", dict[str, Call]()
+        try:
+            if change := _change_for(layer, heads, lean):
+                layers[name], changes[name] = layer, change
+        except Exception as reason:  # a forward that wraps itself, or has no hash: it may be anything
+            left.append(Entry(name, type(layer).__name__, reason=f"lines not fused: {_words(reason)}"))
+    failure, calls = "the model doesn't call it, or calls its forward past its hooks", dict[str, Call | ValueError]()
     try:
         _check_sharding(model)
         calls = _record(model, layers, _dummy_inputs(model) if example is None else example)
@@ -59,14 +56,29 @@ def fuse(
                 raise ValueError("its forward was replaced before")
             if name not in calls:
                 raise ValueError(failure)
+            if isinstance(call := calls[name], ValueError):
+                raise call
             rewritten = changes[name](cls)
-            apart, meaning = _bind(layer, rewritten, calls[name])
+            apart, meaning, counts = _bind(layer, rewritten, call)
         except Exception as reason:  # nothing that goes wrong here may break the model: the layer stays as it is
             left.append(Entry(name, cls.__name__, reason=f"{changes[name].what} not fused: {_words(reason)}"))
             continue
         kept = gates.KEPT if isinstance(rewritten, gates.Gated) else ""
-        fused.append(Entry(name, cls.__name__, meaning, errors={"gradient": apart}, kept=kept))
+        fused.append(Entry(name, cls.__name__, meaning, errors={"gradient": apart}, kept=kept, counts=counts))
     return fused, left
+
+
+def _change_for(layer: nn.Module, heads: bool, lean: bool) -> Any:
+    """What its source asks for, if anything."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError("torch.jit has compiled them")
+    if heads and modulation.is_modulated(layer):
+        return modulation.Modulated
+    if _adds_beside_norms(layer):
+        return rewrite.Rewritten
+    if heads and attention.turns_heads(layer):
+        return attention.Turned
+    return gates.Gated if lean and gates.is_gated(layer) else None
 
 
 def _check_sharding(model: nn.Module) -> None:
@@ -94,12 +106,22 @@ def _adds_beside_norms(layer: nn.Module) -> bool:
     return bool(ours and ours.intersection(rewrite.norms_beside_adds(classes.original(type(layer)).forward)))
 
 
-def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]) -> dict[str, Call]:
-    """What each layer is called with first. Copied at once: caches are written to by the layers themselves."""
-    calls: dict[str, Call] = {}
+def _record(
+    model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[str, Any]
+) -> dict[str, Call | ValueError]:
+    """What each layer is called with first, or why that can't be kept. Copied at once: caches are written to by the
+    layers themselves."""
+    calls: dict[str, Call | ValueError] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: calls.setdefault(name, copy.deepcopy((args, kwargs))) and None
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                try:
+                    calls[name] = copy.deepcopy((args, kwargs))
+                except Exception as error:  # a lock among them; the model runs all the same
+                    calls[name] = ValueError(f"what it is called with can't be copied: {_words(error)}")
+
+        return hook
 
     hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers.items()]
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -112,7 +134,7 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], example: Mapping[
     return calls
 
 
-def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
+def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str, dict[str, int]]:
     """Gives the layer the rewritten forward, and takes it away again if the proof fails, in eval() or in training."""
     before = _run(layer, rewritten.norms, call)
     try:
@@ -128,7 +150,7 @@ def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
             raise ValueError(_unserved(layer, rewritten.norms))
         if training:
             apart = max(apart, _compare(training, _run(layer, rewritten.norms, call, training=True), " in training"))
-        return apart, said
+        return apart, said, counted(served)
     except Exception:
         classes.restore(layer)
         raise
@@ -136,7 +158,7 @@ def _bind(layer: nn.Module, rewritten: Any, call: Call) -> tuple[float, str]:
 
 def _unserved(layer: nn.Module, norms: tuple[str, ...]) -> str:
     """Why none of a layer's lines ran in one pass."""
-    own = [name for name in dict.fromkeys(norms) if getattr(layer, name) is not None]
+    own = [name for name in dict.fromkeys(norms) if isinstance(getattr(layer, name), nn.Module)]
     if own and not any(binding_of(getattr(layer, name)) for name in own):
         return f"{', '.join(own)}: not patched"
     return "the model reaches no such line, or with norms or tensors that one pass doesn't take"
@@ -167,7 +189,7 @@ def _run(layer: nn.Module, norms: tuple[str, ...], call: Call, training: bool = 
     # What comes in a tuple are tables, of cosines and sines: nobody learns them.
     args = tuple(x.detach().clone().requires_grad_() if _is_real(x) else x for x in args)
     kwargs = {name: x.detach().clone().requires_grad_() if _is_real(x) else x for name, x in kwargs.items()}
-    learnt = [p for name in norms if (norm := getattr(layer, name)) is not None for p in norm.parameters()]
+    learnt = [p for name in norms if isinstance(norm := getattr(layer, name), nn.Module) for p in norm.parameters()]
     wanted = [x for x in (*args, *kwargs.values()) if _is_real(x)] + [p for p in learnt if p.requires_grad]
     with torch.enable_grad(), rehearsing(layer, training):
         result = tree_leaves(type(layer).forward(layer, *args, **kwargs))

@@ -48,7 +48,7 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
     """
     module = classes.bare(module)
     refuse_unasked(module)
-    candidates = sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
+    candidates = _in_order(module, first)
     partial: list[Proof] = []
     nearest, shortest, raised, unproven = "", float("inf"), "", ""
     for candidate in candidates:
@@ -70,7 +70,7 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
         except Unfit as unfit:
             raise Refused(str(unfit)) from unfit
         except Exception as error:  # a stranger's forward may raise anything; other candidates ask it otherwise
-            raised = raised or f"it can't be probed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raised = raised or _unprobed(error)
     if partial:  # right in some types: in float32, many meanings are one
         return max(partial, key=lambda one: len(one.binding.proven))
     if unproven:
@@ -78,6 +78,10 @@ def examine(module: nn.Module, *, layer_norm: bool, verify: bool, first: Recipe 
     if raised and (shortest <= 1 or not nearest):
         raise Refused(raised)
     raise Refused("no recipe reproduces it" + (f"; the nearest is {nearest!r}" if nearest else ""))
+
+
+def _unprobed(error: Exception) -> str:
+    return f"it can't be probed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def refuse_unasked(module: nn.Module) -> None:
@@ -143,6 +147,13 @@ def _candidates(module: nn.Module) -> Iterator[Binding]:
             for layout in _layouts(module, weight):
                 for group, counts in _groupings(module) if layout == "last" and not recipe.centred else [(None, False)]:
                     yield Binding(recipe, weight, bias, eps, group, counts, layout)
+
+
+def _in_order(module: nn.Module, first: Recipe | None) -> list[Binding]:
+    try:
+        return sorted(_candidates(module), key=lambda one: (one.recipe.centred, one.recipe is not first))
+    except Exception as error:  # of a property; of inspect, about a forward that wraps itself
+        raise Refused(_unprobed(error)) from error
 
 
 def _own_type(module: nn.Module) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +42,8 @@ class Entry:
     """The input types that run on our kernels; others run on the module's own forward."""
     kept: str = ""
     """With ``memory="lean"``, what is kept for backward: its output, or its input and why; of a product, how much."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of a fused layer, how many lines of each kind became one call: ``{"residual adds": 1}``."""
 
 
 @dataclass
@@ -76,9 +79,8 @@ class PatchReport:
         groups: dict[tuple[str, str], list[Entry]] = {}
         for title, entries in (("patched", self.patched), ("fused", self.fused), ("skipped", self.skipped)):
             for entry in entries:
-                types = "" if set(entry.types) >= {"bfloat16", "float16"} or not entry.types else " (in float32 only)"
                 kept = f"; keeps its {entry.kept}" if entry.kept else ""
-                fate = f"{title}: {entry.meaning or entry.reason}{types}{kept}"
+                fate = f"{title}: {entry.meaning or entry.reason}{limits(entry.types)}{kept}"
                 groups.setdefault((fate, entry.cls), []).append(entry)
         return [
             [str(len(group)), cls, ", ".join(_names(group)), *_worst(group), fate]
@@ -87,11 +89,12 @@ class PatchReport:
 
     def summary(self) -> str:
         """One sentence."""
-        if not self.patched and not self.skipped:
+        if not (self.patched or self.skipped or self.fused):
             return "Nothing to patch: this model has no norm."
         left = f"; {len(self.skipped)} left as they are" if self.skipped else ""
         gates = sum(bool(entry.kept) for entry in self.fused)
-        fused = f"; {len(self.fused) - gates} residual adds fused" if len(self.fused) > gates else ""
+        counts = sum((Counter(entry.counts) for entry in self.fused), Counter[str]())
+        fused = f"; {', '.join(f'{count} {kind}' for kind, count in counts.items())} fused" if counts else ""
         fused += f"; {gates} gated products keep less for backward" if gates else ""
         lean = ""
         if any(entry.kept for entry in self.patched):
@@ -140,6 +143,14 @@ class PatchReport:
         hint = f"{HINT}, or to_dict()"
         table = Fitted(make, ("|".join(ERRORS.values()), "class", WHOLE), hint)
         return Group(table, self.summary()) if rows else self.summary()
+
+
+def limits(types: Sequence[str]) -> str:
+    """Of a norm that doesn't run on our kernels in each type: in which it does, with other weights where only so."""
+    if not types or {"float32", "bfloat16", "float16"} <= {*types}:
+        return ""
+    named = [name for name in types if "×" not in name or name.partition(" ")[0] not in types]
+    return f" (in {' and '.join(named)} only)"
 
 
 def _is_number(title: str) -> bool:

@@ -39,9 +39,10 @@ class Doing:
 
 def nothing(report: PatchReport, layer_norms: int) -> str:
     """Why there is nothing to compare, and what would change that; ``layer_norms`` is what --layer-norm would take."""
-    if not report.skipped:
+    norms = sum(" not fused: " not in entry.reason for entry in report.skipped)  # the others are layers
+    if not norms:
         return "Nothing was patched: this model has no norm."
-    text = f"Nothing was patched: none of its {len(report.skipped)} norms is an RMS norm that is known here."
+    text = f"Nothing was patched: none of its {norms} norms is an RMS norm that is known here."
     return f"{text} --layer-norm would take {layer_norms} of them." if layer_norms else text
 
 

@@ -25,6 +25,13 @@ _SERVING = {function.__code__ for function in (*_NORMED, rope)}
 _HOME = f"{__package__}."
 Served = tuple[str, tuple[str, ...]]
 """A line: the function of this room that it calls, and the attributes of the norms that are part of the pass."""
+KINDS = {
+    "residual adds": {"add_norm", "norm_add", "sandwich"},
+    "rotary embeddings": {"_turned"},
+    "modulated norms": {"modulated", "gated_modulated"},
+    "gated adds": {"gated", "gated_modulated"},
+}
+"""What those functions stand for, in a report's words."""
 
 
 def watch(run: Callable[[], Any], layer: nn.Module) -> tuple[Any, list[Served]]:
@@ -46,6 +53,12 @@ def watch(run: Callable[[], Any], layer: nn.Module) -> tuple[Any, list[Served]]:
     finally:
         sys.setprofile(before)
     return result, [found[key] for key in sorted(found)]
+
+
+def counted(served: list[Served]) -> dict[str, int]:
+    """How many lines of each kind there are."""
+    counts = {kind: sum(call in calls for call, _ in served) for kind, calls in KINDS.items()}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def _up(frame: FrameType | None, to_ours: bool) -> FrameType | None:
