@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor> fused_rms_norm_backward(Tensor grad, Tensor input, Si
   if (!takes(input, shape, weight) || code_of(grad) != code_of(input))
     return call("rmsnorm::torch_fused_rms_norm_backward", grad, input, shape, rstd, weight, bool(mask.at(0)),
                 bool(mask.at(1)));
-  // eps isn't told. The kernel asks for it only where 1/rms isn't a normal number, and there eps can't matter.
+  // eps isn't told. The kernel asks for it only where 1/rms isn't a normal number, and there it matters only if it is
+  // below 1e-77 itself, as 1/rms is above 3e38 then (docs/numerics.md, 6).
   auto [dx, dw] = rms_norm_backward(grad, std::nullopt, input, rstd, weight, static_cast<int64_t>(shape.size()), 0.0,
                                     0.0, mask[0], mask[1]);
   return {mask[0] ? dx : Tensor(), mask[1] && weight ? dw : Tensor()};

@@ -26,7 +26,7 @@ class Handle {
   char* data() const {
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data));
-    return static_cast<char*>(data);
+    return static_cast<char*>(held(handle_, data));
   }
 
  private:

@@ -13,20 +13,26 @@ class Gain {
   Gain() = default;
 
   // A weight of several rows goes with as many of the input's, again and again.
-  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, For use) {
+  Gain(const OptionalTensor& weight, double offset, const Tensor& x, const Shape& shape, For use)
+      : Gain(weight, offset, x, type_of(x), shape, use) {}
+
+  // The same of rows that become another type, before they meet it.
+  Gain(const OptionalTensor& weight, double offset, const Tensor& x, Type row, const Shape& shape, For use) {
     if (!weight) return;
     check_weight(*weight, x, shape);
+    check_types(type_of(*weight), type_of(x));
     const Tensor& plain = plain_rows(*weight, 0, copy_);
     const auto sizes = weight->sizes();
     const int64_t spanned = static_cast<int64_t>(sizes.size()) - shape.dims;
     for (int64_t d = 0; d < spanned; ++d) rows.count *= std::max<int64_t>(sizes[d], 1);
-    form(type_of(plain), static_cast<const char*>(plain.data_ptr()), plain.numel() != 0, offset, type_of(x),
-         shape.columns, use);
+    form(type_of(plain), data_of(plain), plain.numel() != 0, offset, row, shape.columns, use);
   }
 
   // The same of plain memory: one row, or none if its type is.
   Gain(Type weight, const char* data, double offset, Type input, int64_t columns, For use) {
-    if (weight != Type::none) form(weight, data, columns != 0, offset, input, columns, use);
+    if (weight == Type::none) return;
+    check_types(weight, input);
+    form(weight, data, columns != 0, offset, input, columns, use);
   }
 
   // `count` times `value`.
@@ -41,10 +47,13 @@ class Gain {
   const Target* target = &current_target();  // the gain is in its order: no other may read it
 
  private:
+  static void check_types(Type weight, Type input) {
+    require(weight != Type::f64 || input == Type::f64,
+            "rmsnorm: no native kernel for a float64 weight and a narrower input");
+  }
+
   void form(Type weight, const char* data, bool any, double offset, Type input, int64_t columns, For use) {
     type = weight;
-    require(type != Type::f64 || input == Type::f64,
-            "rmsnorm: no native kernel for a float64 weight and a narrower input");
     rows.data = const_cast<char*>(data);
     rows.stride = columns * size_of(type);
     const bool own_order = use == kBackward && size_of(input) == 2;

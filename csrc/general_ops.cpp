@@ -66,8 +66,10 @@ Results norm(const Tensor& input, const Tensor* residual, const OptionalTensor& 
   if (residual) check_sizes(*residual, input, "residual");
   if (residual) check_pair(row, f.x), check_pair(row, f.residual);
   if (a.store) check_pair(f.sum, f.output);
+  // Beside an fp64 residual the row is of fp64, and so is what is added to the weight.
+  const Type met = f.sum == Type::f64 ? f.sum : f.x;
   const auto gain_for = [&](const OptionalTensor& tensor, double offset) {
-    return Gain(tensor, offset, input, shape, Gain::kForward);
+    return Gain(tensor, offset, input, met, shape, Gain::kForward);
   };
   const Gain gain = gain_for(weight, a.offset), added = gain_for(bias, 0.0);
   f.bias = added.rows.data, f.bias_type = added.type;

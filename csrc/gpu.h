@@ -172,7 +172,7 @@ struct Matrix {
   // A tensor whose rows are of so many columns, the last dimensions; see _matrix() of gpu/launch.py for what is copied.
   Matrix(const Tensor* tensor, int64_t columns) : stride(columns) {
     if (!tensor) return;
-    code = rmsnorm::code_of(*tensor), data = tensor->const_data_ptr();
+    code = rmsnorm::code_of(*tensor), data = held(tensor->get(), tensor->const_data_ptr());
     const bool whole = columns % 16 == 0;
     if (!view(*tensor, columns) || (stride % 16 == 0) != whole || (stride == 1) != (columns == 1) ||
         (whole && !aligned(data))) {
@@ -218,7 +218,7 @@ struct Row {
   Row() = default;
   explicit Row(const Tensor* tensor) {
     if (!tensor) return;
-    code = rmsnorm::code_of(*tensor), data = tensor->const_data_ptr();
+    code = rmsnorm::code_of(*tensor), data = held(tensor->get(), tensor->const_data_ptr());
     if (aligned(data) && tensor->is_contiguous()) return;
     copy = copied(*tensor), data = copy->const_data_ptr();
   }
@@ -228,7 +228,7 @@ struct Row {
 
 // Where a kernel writes.
 inline void push(Launch& launch, const Tensor* tensor) {
-  if (tensor) launch.pointer(tensor->data_ptr(), rmsnorm::code_of(*tensor));
+  if (tensor) launch.pointer(data_of(*tensor), rmsnorm::code_of(*tensor));
   else launch.none();
 }
 

@@ -38,7 +38,8 @@ bool strides_of(const Tensor& heads, Matrix& matrix) {
 Matrix Turn::matrix(const Tensor* heads) {
   Matrix found;
   if (!heads) return found;
-  found.of_heads = true, found.code = rmsnorm::code_of(*heads), found.data = heads->const_data_ptr();
+  found.of_heads = true, found.code = rmsnorm::code_of(*heads),
+  found.data = held(heads->get(), heads->const_data_ptr());
   const int64_t columns = heads->size(heads->dim() - 1);
   const bool odd = columns % 16 != 0;
   bool good = strides_of(*heads, found) && (heads->stride(heads->dim() - 1) == 1 || columns == 1);

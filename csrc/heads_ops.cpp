@@ -65,11 +65,11 @@ struct Rows {
     std::array<const int64_t*, N> strides = {};
     for (int k = 0; k < N; ++k) {
       if (!tensors[k]) continue;
-      operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
+      operands.data[k] = data_of(*tensors[k]);
       strides[k] = tensors[k]->strides().data();
     }
-    operands.data[c] = static_cast<char*>(cos.tensor.data_ptr());
-    operands.data[s] = static_cast<char*>(sin.tensor.data_ptr());
+    operands.data[c] = data_of(cos.tensor);
+    operands.data[s] = data_of(sin.tensor);
     const auto sizes = x.sizes();
     for (int64_t i = 0; i < outer; ++i) {
       const int64_t d = order[i];
@@ -193,9 +193,8 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, co
           "rmsnorm: what was kept must be what the forward operator returned for this input");
   const Tensor dx = rows.empty_by_tokens();
   const Tensor dw = need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
-  run_backward(*gain.target, b, rows.operands<kBackwardOperands>({&rows.x, &dy, &dx}, kXGate, kGradSum),
-               static_cast<const char*>(r.data_ptr()), nullptr,
-               {GradWeight(need_weight ? &dw : nullptr), GradWeight()});
+  run_backward(*gain.target, b, rows.operands<kBackwardOperands>({&rows.x, &dy, &dx}, kXGate, kGradSum), data_of(r),
+               nullptr, {GradWeight(need_weight ? &dw : nullptr), GradWeight()});
   return {need_input ? dx : none(type), dw};
 }
 

@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor> add_rms_norm_lean_backward(Tensor grad, OptionalTenso
   if (grad_rstd) {
     const Tensor given = with_plain_rows(*grad_rstd, 0);
     more = empty_statistic(output, dims, Type::f64);
-    double* to = static_cast<double*>(more->data_ptr());
-    if (type == Type::f64) std::copy_n(static_cast<const double*>(given.data_ptr()), given.numel(), to);
-    else std::copy_n(static_cast<const float*>(given.data_ptr()), given.numel(), to);
+    double* to = reinterpret_cast<double*>(data_of(*more));
+    if (type == Type::f64) std::copy_n(reinterpret_cast<const double*>(data_of(given)), given.numel(), to);
+    else std::copy_n(reinterpret_cast<const float*>(data_of(given)), given.numel(), to);
   }
   const Tensor grad_input = b.need_input ? empty_like(output, type) : none(type);
   const Tensor grad_weight = b.need_weight ? empty_like(*weight, type_of(*weight)) : none(type);
@@ -92,7 +92,7 @@ std::tuple<double, double> gain_span(Tensor weight, double offset) {
   const Tensor plain = with_plain_rows(weight, 0);
   const Type type = type_of(plain);
   if (plain.numel() == 0) return {std::numeric_limits<double>::infinity(), 0.0};
-  const char* data = static_cast<const char*>(plain.data_ptr());
+  const char* data = data_of(plain);
   return type == Type::f64 ? span_of<int64_t, double>(data, type, plain.numel(), offset)
                            : span_of<int32_t, float>(data, type, plain.numel(), offset);
 }

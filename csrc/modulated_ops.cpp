@@ -23,8 +23,8 @@ void run(const ModulatedForward& m, const std::array<const Tensor*, kModulatedOp
   const Plain<kModulatedOperands> plain(tensors, shape.outer);
   const Tensor& x = *plain.addresses[kModX];
   const auto operands = shared_operands<kModulatedOperands>(x, shape.outer, plain.addresses);
-  const Statistics kept = {rstd ? static_cast<char*>(rstd->data_ptr()) : nullptr, nullptr,
-                           mean ? static_cast<double*>(mean->data_ptr()) : nullptr};
+  const Statistics kept = {rstd ? data_of(*rstd) : nullptr, nullptr,
+                           mean ? reinterpret_cast<double*>(data_of(*mean)) : nullptr};
   const Target& target = current_target();
   parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {
     const Lines scratch(m.normed ? modulated_scratch(m.norm) : 0);
@@ -88,7 +88,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   const int64_t rows = operands.rows, columns = shape.columns, grain = grain_rows(columns);
   if (rows == 0) {  // nothing is added up in what no row has
     for (const Tensor* grad : grads)
-      if (grad) std::memset(grad->data_ptr(), 0, grad->numel() * grad->element_size());
+      if (grad) std::memset(data_of(*grad), 0, grad->numel() * grad->element_size());
     return;
   }
   const int64_t bytes = modulated_scratch(m);
@@ -108,7 +108,7 @@ void run(const ModulatedBackward& m, const std::array<const Tensor*, kModulatedG
   const auto finish = [&](const Totals& totals, int64_t gradient, int64_t group, int64_t begin, int64_t end) {
     for (int k = 0; k < kModulations; ++k)
       if (grads[k]) {
-        char* to = static_cast<char*>(grads[k]->data_ptr()) + group * columns * size_of(type_of(*grads[k]));
+        char* to = data_of(*grads[k]) + group * columns * size_of(type_of(*grads[k]));
         target.finish(totals.summands(k, gradient), begin, end, type_of(*grads[k]), to);
       }
   };
@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_norm_backwa
   const bool only = added && !m.added;
   const Tensor r = with_plain_rows(rstd, 0);  // hooks on what is saved may give it back in other strides
   const OptionalTensor middle = with_plain_rows(layer ? &mean : nullptr, 0);
-  m.rstd = static_cast<const char*>(r.data_ptr());
-  m.mean = middle ? static_cast<const double*>(middle->data_ptr()) : nullptr;
+  m.rstd = data_of(r);
+  m.mean = middle ? reinterpret_cast<const double*>(data_of(*middle)) : nullptr;
   run(m,
       {m.added ? &input : nullptr, m.added ? address(gate) : nullptr, &scale, &x, &grad,
        b.add ? address(grad_sum) : nullptr, only ? wanted(need_residual, dresidual) : wanted(need_input, dx),

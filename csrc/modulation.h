@@ -37,7 +37,7 @@ template <int N>
 Operands<N> shared_operands(const Tensor& input, int64_t outer, const std::array<const Tensor*, N>& tensors) {
   Operands<N> operands;
   for (int k = 0; k < N; ++k)
-    if (tensors[k]) operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
+    if (tensors[k]) operands.data[k] = data_of(*tensors[k]);
   for (int64_t d = 0; d < outer; ++d) {
     std::array<int64_t, N> step = {};
     for (int k = 0; k < N; ++k)

@@ -43,6 +43,7 @@ bool may_write(const Tensor& out, const Extent& written, const Tensor& read) {
 
 void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps, double offset, bool round_first,
                   Tensor out) {
+  const Shape shape(input, dims);
   const auto sizes = out.sizes(), whole = input.sizes(), strides = out.strides();
   bool fits = out.is_cpu() && type_of(out) == output_type(type_of(input), weight, round_first) &&
               std::equal(sizes.begin(), sizes.end(), whole.begin(), whole.end());
@@ -51,7 +52,7 @@ void rms_norm_out(Tensor input, OptionalTensor weight, int64_t dims, double eps,
           "rmsnorm: out must be on the device of input, of its shape and the dtype of the result, and must not be "
           "expanded; call rmsnorm.rms_norm, which says more");
   const Extent written(out);
-  bool direct = has_plain_rows(out, input.dim() - dims) && may_write(out, written, input) &&
+  bool direct = has_plain_rows(out, shape.outer) && may_write(out, written, input) &&
                 (!weight || may_write(out, written, *weight));
   if (direct || out.numel() == 0) {
     norm(input, nullptr, weight, dims, eps, offset, round_first, out, nullptr, nullptr);

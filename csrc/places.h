@@ -7,7 +7,7 @@ namespace rmsnorm {
 
 // Where a tensor's elements begin, and where they end. All sizes by one call: each crosses the stable ABI.
 struct Extent {
-  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.const_data_ptr())) {
+  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(held(tensor.get(), tensor.const_data_ptr()))) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     int64_t last = 0;
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];

@@ -167,7 +167,7 @@ struct Plain {
       python.clear();
       return;
     }
-    if (of.device_type != kCpu || !of.data || of.lanes != 1) return;
+    if (of.device_type != kCpu || !is_held(tensor) || of.lanes != 1) return;
     for (int d = of.ndim; d-- > 0;) {
       if (of.strides && of.strides[d] != count && of.shape[d] != 1) return;  // a size of 1 may have any stride
       count *= of.shape[d];
@@ -178,6 +178,12 @@ struct Plain {
            : is(kFloat, 16)  ? Type::f16
            : is(kFloat, 64)  ? Type::f64
                              : Type::none;
+  }
+
+  // Whether it has memory, and that wasn't freed.
+  bool is_held(Object tensor) const {
+    if (reinterpret_cast<uintptr_t>(of.data) >= kLowest) return true;
+    return of.data && python.place && !is_freed(static_cast<AtenTensorHandle>(inside(tensor)), of.data);
   }
 
   char* begin() const { return static_cast<char*>(of.data) + of.byte_offset; }

@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> quantised_rms_norm(Tensor input, OptionalTens
   const Tensor codes = empty(sizes.data(), static_cast<int64_t>(sizes.size()),
                              e4m3 ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_int8(), 1);
   const Tensor scale = empty_statistic(input, dims, Type::f32), sum = residual ? empty_like(input, type) : none(type);
-  auto* to = static_cast<char*>(codes.data_ptr());
-  auto* scales = static_cast<float*>(scale.data_ptr());
+  auto* to = data_of(codes);
+  auto* scales = reinterpret_cast<float*>(data_of(scale));
   const Tensor* other = residual ? &*residual : gate ? &*gate : nullptr;
   with_operands(f, input, other, gain, shape, nullptr, residual ? &sum : nullptr, [&](const auto& operands) {
     parallel(operands.rows, grain_rows(shape.columns), [&](int64_t begin, int64_t end) {

@@ -16,7 +16,7 @@ Operands<N> operands_of(const Tensor& input, int64_t outer, const std::array<con
   std::array<int64_t, N> bytes = {};
   for (int k = 0; k < N; ++k) {
     if (!tensors[k]) continue;
-    operands.data[k] = static_cast<char*>(tensors[k]->data_ptr());
+    operands.data[k] = data_of(*tensors[k]);
     strides[k] = tensors[k]->strides().data();
     bytes[k] = size_of(type_of(*tensors[k]));
   }
@@ -51,7 +51,7 @@ inline void run_forward(const Forward& f, const Operands<kForwardOperands>& oper
 // The same, where what is kept is tensors.
 inline void run_forward(const Forward& f, const Operands<kForwardOperands>& operands, const Target& target,
                         const Tensor* rstd, const Tensor* mean, const Tensor* first_rstd = nullptr) {
-  const auto data = [](const Tensor* kept) { return kept ? static_cast<char*>(kept->data_ptr()) : nullptr; };
+  const auto data = [](const Tensor* kept) { return kept ? data_of(*kept) : nullptr; };
   run_forward(f, operands, target, {data(rstd), data(first_rstd), reinterpret_cast<double*>(data(mean))});
 }
 
@@ -101,7 +101,7 @@ struct GradWeight {
   GradWeight() = default;
   GradWeight(char* data, Type type, int64_t count) : data(data), type(type), count(count) {}
   explicit GradWeight(const Tensor* tensor) {
-    if (tensor) data = static_cast<char*>(tensor->data_ptr()), type = type_of(*tensor), count = tensor->numel();
+    if (tensor) data = data_of(*tensor), type = type_of(*tensor), count = tensor->numel();
   }
 };
 
@@ -170,8 +170,7 @@ inline void run_backward(const Target& target, Backward b, const Tensor* grad, c
   const OptionalTensor m = with_plain_rows(mean, 0), g = with_plain_rows(gate, shape.outer);
   const auto operands = operands_of<kBackwardOperands>(
       x, shape.outer, {&x, address(dy), b.need_input ? &grad_input : nullptr, address(ds), address(g), grad_gate});
-  run_backward(target, b, operands, static_cast<const char*>(r.data_ptr()),
-               m ? static_cast<const double*>(m->data_ptr()) : nullptr,
+  run_backward(target, b, operands, data_of(r), m ? reinterpret_cast<const double*>(data_of(*m)) : nullptr,
                {GradWeight(grad_weights[0]), GradWeight(grad_weights[1])});
 }
 

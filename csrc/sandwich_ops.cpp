@@ -95,7 +95,7 @@ void run_both(const Target& target, SandwichBackward s, const std::array<const T
   std::array<OptionalTensor, 2> statistics;
   for (int k = 0; k < 2; ++k) {
     statistics[k] = with_plain_rows(rstd[k], 0);
-    s.rstd[k] = static_cast<const char*>(statistics[k]->data_ptr());
+    s.rstd[k] = data_of(*statistics[k]);
     s.norm[k].columns = shape.columns, s.norm[k].input = type_of(x), s.norm[k].need_weight = grad_weights[k];
   }
   run_sandwich_backward(target, s, operands_of<kSandwichOperands>(x, shape.outer, addresses),

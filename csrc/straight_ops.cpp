@@ -52,6 +52,7 @@ struct Straight {
   int64_t sizes[kMaxDims];
 
   const View& x() const { return tensor[0].of; }
+  int normalised() const { return std::max(dims, 1); }  // without sizes the last dimension is a row
   int64_t elements() const {
     int64_t product = 1;
     for (int d = 0; d < x().ndim; ++d) product *= x().shape[d];
@@ -114,7 +115,8 @@ struct Straight {
     Argument& one = tensor[tensors++] = {object, letter, values, {}};
     if (python.view(object, &one.of) != 0) return python.clear(), false;
     if (one.of.device_type != kCpu || !one.of.data || one.of.ndim > kMaxDims) return false;
-    return letter == 'W' ? one.of.ndim == dims : !is_shared(letter) || (one.of.ndim >= dims && one.of.ndim <= x().ndim);
+    if (letter == 'W') return one.of.ndim == dims;
+    return !is_shared(letter) || (one.of.ndim >= normalised() && one.of.ndim <= x().ndim);
   }
 
   // Whether nothing of torch's would have been asked by the dispatcher, and no gradient is recorded.
@@ -134,9 +136,8 @@ struct Straight {
     if (!is_shared(one.letter) || missing == 0) return aoti_torch_new_tensor_handle(own, &handle), handle;
     // Sizes of 1 for the dimensions that it lacks, in front of the normalised ones.
     int64_t shape[kMaxDims], strides[kMaxDims];
-    const int last = std::max(dims, 1);
     for (int d = 0, from = 0; d < x().ndim; ++d) {
-      const bool lacks = d >= one.of.ndim - last && d < x().ndim - last;
+      const bool lacks = d >= one.of.ndim - normalised() && d < x().ndim - normalised();
       shape[d] = lacks ? 1 : one.of.shape[from], strides[d] = lacks ? 0 : one.of.strides[from];
       from += !lacks;
     }

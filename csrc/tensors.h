@@ -37,6 +37,39 @@ inline Type type_of(int32_t code) {
 
 inline Type type_of(const Tensor& tensor) { return type_of(code_of(tensor)); }
 
+// Below it lies what is asked further; on Linux no heap of today's processors.
+constexpr uintptr_t kLowest = uintptr_t{1} << 40;
+
+// Whether elements have no memory: their storage was freed, by resize_(0), as FSDP does between two uses of a layer.
+// Sizes stay, and the address is the offset of a view into nothing.
+[[gnu::noinline, gnu::cold]] inline bool is_freed(AtenTensorHandle tensor, const void* data) {
+  int64_t elements, offset;
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &elements));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
+  return elements != 0 && reinterpret_cast<uintptr_t>(data) == offset * aoti_torch_dtype_element_size(code);
+}
+
+// The address that torch has for a tensor. A null would be, to kernels, an operand that isn't there, whose rows are
+// those of an earlier call.
+template <class T>
+T* held(AtenTensorHandle tensor, T* data) {
+  if (reinterpret_cast<uintptr_t>(data) < kLowest && is_freed(tensor, data)) [[unlikely]]
+    refuse(
+        "rmsnorm: a tensor has elements, but no memory: its storage was freed, as FSDP does between two uses of a "
+        "layer; call the norm where the tensor is gathered, or resize its storage before");
+  return data;
+}
+
+inline char* data_of(const Tensor& tensor) { return static_cast<char*>(held(tensor.get(), tensor.data_ptr())); }
+
+// Side by side, of what torch would read wherever it lies.
+inline Tensor packed(const Tensor& tensor) {
+  held(tensor.get(), tensor.const_data_ptr());
+  return torch::stable::contiguous(tensor);
+}
+
 inline ScalarType scalar_of(Type type) {
   switch (type) {
     case Type::f32: return ScalarType::Float;
@@ -152,12 +185,12 @@ inline bool has_plain_rows(const Tensor& tensor, int64_t outer) {
 }
 
 inline Tensor with_plain_rows(const Tensor& tensor, int64_t outer) {
-  return has_plain_rows(tensor, outer) ? tensor : torch::stable::contiguous(tensor);
+  return has_plain_rows(tensor, outer) ? tensor : packed(tensor);
 }
 
 // The same without another reference, whose count takes 5 ns each way: the tensor, or what it was copied to.
 inline const Tensor& plain_rows(const Tensor& tensor, int64_t outer, OptionalTensor& copy) {
-  return has_plain_rows(tensor, outer) ? tensor : copy.emplace(torch::stable::contiguous(tensor));
+  return has_plain_rows(tensor, outer) ? tensor : copy.emplace(packed(tensor));
 }
 
 // The same of what there may be. Not an undefined Tensor if there is nothing: that is two blocks of the heap.

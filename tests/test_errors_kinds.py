@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_errors import EACH, FORMS, HEADS, X
 
 import rmsnorm
+from rmsnorm import _ops
 
 LAYOUTS = {
     "sparse": (torch.Tensor.to_sparse, "is of layout torch.sparse_coo; convert it, e.g. {}.to_dense()"),
@@ -142,3 +143,72 @@ def test_numbers_of_other_classes(name, half):
     both = zip(results, want, strict=True) if isinstance(want, tuple) else [(results, want)]
     for one, other in both:
         torch.testing.assert_close(one, other)
+
+
+def freed(tensor: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """As FSDP frees what it has gathered: sizes stay, and with an offset the address isn't null."""
+    memory = torch.ones(offset + tensor.numel(), dtype=tensor.dtype)
+    view = memory[offset:].view(tensor.shape)
+    memory.untyped_storage().resize_(0)
+    return view
+
+
+NO_MEMORY = "has elements, but no memory: its storage was freed"
+NO_MEMORY += "|its data is not allocated yet|out of bounds for storage of size 0"  # torch's own, and of views
+RSTD = torch.ones(2, 3, 1)
+OPERATORS = {
+    "rms_norm": ((X, X[0, 0]), (1, 1e-6, 0.0, False)),
+    "rms_norm_weighted": ((X, X[0, 0]), (1e-6,)),
+    "rms_norm_weighted_backward": ((X, X, X[0, 0]), (1e-6, True, True)),
+    "rms_norm_backward": ((X, X, X, RSTD, X[0, 0]), (1, 1e-6, 0.0, True, True)),
+    "add_rms_norm_lean_backward": ((X, X, RSTD, X, RSTD, X[0, 0]), (1, 0.0, True, True)),
+    "layer_norm": ((X, X[0, 0], X[0, 0]), (1, 1e-6)),
+    "gated_rms_norm_backward": ((X, X, X, RSTD, X[0, 0]), (1, 1e-6, 0.0, True, True, True, True, True)),
+    "gated_add_backward": ((X, X, X), (True, True)),
+    "gain_span": ((X[0, 0],), (0.0,)),
+}
+OF_OPERATORS = [(f"operator {name}", i) for name, (tensors, _) in OPERATORS.items() for i in range(len(tensors))]
+
+
+@pytest.mark.skipif(not _ops.native, reason="torch's own arithmetic ends the process")
+@pytest.mark.parametrize("offset", [0, 3, 100000])
+@pytest.mark.parametrize(("name", "which"), EACH + OF_OPERATORS)
+def test_freed_memory(name, which, offset):
+    """Kernels took a null for an operand that isn't there, and read and wrote the rows of an earlier call; or ended the
+    process."""
+    if name in FORMS:
+        call, tensors = FORMS[name]
+    else:
+        tensors, options = OPERATORS[operator := name.partition(" ")[2]]
+        call = lambda *tensors: getattr(torch.ops.rmsnorm, operator)(*tensors, *options)  # noqa: E731
+    call(*tensors)
+    if name == "add_rms_norm_" and which < 2:  # what FORMS calls makes copies; see the next test
+        return
+    with pytest.raises(RuntimeError, match=NO_MEMORY):
+        call(*(freed(t, offset) if i == which else t for i, t in enumerate(tensors)))
+
+
+@pytest.mark.skipif(not _ops.native, reason="torch's own arithmetic ends the process")
+@pytest.mark.parametrize("offset", [0, 3])
+def test_freed_memory_to_write_to(offset):
+    """What was written last was written again."""
+    last = torch.zeros(X.shape)
+    rmsnorm.rms_norm(X, 5, X[0, 0], out=last)
+    wanted = last.clone()
+    calls = [
+        lambda: rmsnorm.rms_norm(3 * X, 5, X[0, 0], out=freed(X, offset)),
+        lambda: torch.ops.rmsnorm.rms_norm_out(3 * X, None, 1, 1e-6, 1.0, False, freed(X, offset)),
+        lambda: rmsnorm.add_rms_norm_(X.clone(), freed(X, offset), X[0, 0]),
+        lambda: rmsnorm.add_rms_norm_(freed(X, offset), X.clone(), X[0, 0]),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=NO_MEMORY):
+            call()
+    assert torch.equal(last, wanted)
+
+
+def test_tensors_without_elements_need_no_memory():
+    none = torch.empty(0, 5)
+    assert rmsnorm.rms_norm(none, 5, X[0, 0]).shape == (0, 5)
+    assert rmsnorm.add_rms_norm(freed(none, 3), none, 5, X[0, 0])[0].shape == (0, 5)
+    assert torch.equal(rmsnorm.add_rms_norm_(none, none.clone())[0], none)

@@ -86,6 +86,13 @@ def test_a_wider_residual(native_target, dtype, columns):
         y, total, rstd = add_rms_norm(first, second, columns, w, EPS, bias=b, partial=0.5, return_rstd=True)
         assert (y.dtype, total.dtype, rstd.dtype) == (WIDE, WIDE, WIDE)
         assert same_bits(y, rms_norm(total, columns, w, EPS, bias=b, partial=0.5))
+    weight, wide = w.float() / 3, residual.double() * 1.001
+    for offset, more in product((0.0, 1.0), ({}, {"round_sum": False}, {"bias": b.float()})):
+        # The offset was added in fp32: 6e-8 off.
+        y, total, _ = add_rms_norm(x.float(), wide, columns, weight, EPS, offset=offset, return_rstd=True, **more)
+        assert same_bits(total, x.double() + wide)
+        bias = b.double() if "bias" in more else None
+        assert same_bits(y, rms_norm(total, columns, weight.double(), EPS, offset=offset, bias=bias)), (offset, more)
     other = HALVES[dtype is HALVES[0]]
     y, total = add_rms_norm(x, residual.to(other), columns, w, EPS, out_dtype=dtype)
     assert same_bits(total, x + residual.to(other))

@@ -174,6 +174,9 @@ def test_adds_that_do_not_fit():
     for arguments, message in (
         ((X, X[0], S), "gated_add: residual must have the shape and device of input"),
         ((X, X, torch.ones(5)), "gated_add: gate must have the first and the last sizes of input"),
+        ((X, X, torch.tensor(2.0)), "sizes with 1 where rows share it (of [2, 3, 6] on cpu, e.g. [2, 6]), but is []"),
+        # A size was read behind those of the last: this one's, which torch keeps, are 6.
+        ((X, X, torch.ones(6).resize_(())), "(of [2, 3, 6] on cpu, e.g. [2, 6]), but is []"),
         ((X.cfloat(), X.cfloat(), S), "must be of a real floating type"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(message)):
