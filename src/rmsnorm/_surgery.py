@@ -29,6 +29,9 @@ def fold(
     ``1 + weight``) and the bias 0; its gain goes into the columns of their weights, in fp64, rounded once. Every other
     norm stays, and the report says why. A folded Llama is a Llama. The idea is FlashNorm's (arXiv 2407.09577).
 
+    Runs and proof are of ``eval()``: a branch that only training takes isn't followed, and dropout between a norm with
+    a bias and its readers scales that bias no more. What counts is what lies at the top of the output.
+
     Args:
         model: any module; a model of transformers, or one of yours with ``inputs``. It is changed in place.
         keep: False keeps nothing for :func:`rmsnorm.unfold`; by default the weights that change are kept.

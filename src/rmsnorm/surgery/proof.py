@@ -88,7 +88,7 @@ def said(
     """The model's answers; it has the type already, or ``wide`` makes it seem so."""
     found = Said()
     mode: Any = wide or (Wide() if dtype is torch.float64 else nullcontext())  # type: ignore[no-untyped-call]
-    with evaluating(model), torch.random.fork_rng(devices=[]), mode, _default(dtype):
+    with evaluating(model), mode, _default(dtype):
         for number, given in enumerate(trial.inputs):
             torch.manual_seed(0)
             for name, one in results(call(model, cast(given, dtype))).items():
@@ -110,7 +110,7 @@ def untied_alike(model: nn.Module, trial: Trial) -> bool:
     tied = configs(model)
     if not tied:
         return True
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    with evaluating(model):
         answers = []
         for flag in (True, False):
             torch.manual_seed(0)

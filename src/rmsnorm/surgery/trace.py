@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..models.rehearsal import rehearsing
 from .graph import NORM, STALE, Call, Graph, Node, Value, mapped, outline
 
 
@@ -44,18 +45,14 @@ def call(model: nn.Module, given: Any) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no fused attention of ``nn.MultiheadAttention``, which hides its linear layers;
-    then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
+    then each module's own mode and state again."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), rehearsing(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Tracer(TorchDispatchMode):
@@ -81,7 +78,7 @@ class _Tracer(TorchDispatchMode):
                 after = module.register_forward_hook(self._leaves(name), prepend=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            with evaluating(self.model), torch.random.fork_rng(devices=[]), self:
+            with evaluating(self.model), self:
                 output = call(self.model, given)
         for name, tensor in results(output).items():
             self.graph.results[name] = self._value(tensor)
@@ -186,14 +183,29 @@ class _Tracer(TorchDispatchMode):
 
 def results(output: Any) -> dict[str, Tensor]:
     """What counts of a model's output: its floating-point tensors at the top. What lies deeper, or is the ``encoder_…``
-    of a model with a decoder, are states on the way, which surgery may change."""
+    of a model with a decoder, are states on the way, which surgery may change; unless nothing lies at the top.
+
+    Raises:
+        ValueError: there is nothing that could be compared.
+    """
     if isinstance(output, Tensor):
         return {"output": output}
-    named = (
-        output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple | list) else ())
-    )
-    found = {str(name): one for name, one in named if isinstance(one, Tensor) and one.is_floating_point()}
-    return {name: one for name, one in found.items() if not name.startswith("encoder_")}
+    level, found = [("", output)], dict[str, Tensor]()
+    while level and not found and level[0][0].count(".") < 8:  # an object may hold itself
+        level = [(f"{name}.{key}".lstrip("."), one) for name, holder in level for key, one in _held(holder)]
+        found = {n: t for n, t in level if isinstance(t, Tensor) and t.is_floating_point() and n[:8] != "encoder_"}
+    if not found:
+        raise ValueError(f"nothing to compare: the model's {type(output).__name__} holds no floating-point tensors")
+    return found
+
+
+def _held(holder: Any) -> list[tuple[Any, Any]]:
+    """What an output holds, by name or number; of an object its attributes."""
+    if isinstance(holder, tuple | list):
+        return [*enumerate(holder)]
+    if hasattr(holder, "items"):
+        return [*holder.items()]
+    return [*getattr(holder, "__dict__", {}).items()] if not isinstance(holder, Tensor) else []
 
 
 def _storage(tensor: Tensor) -> int:
