@@ -157,6 +157,8 @@ def test_l2(target, dtype, columns):
         floor, added = (0.0, eps) if inside else (eps * eps, 0.0)
         truth = Formula(exact(x), columns, added, mean=False, floor=floor)
         truth.forward(weight, None, 0.0, dtype, bound(target, dtype)).check(y, (eps, inside))
+    zeros = l2_norm(torch.zeros(2, columns, dtype=torch.float64), columns, eps=1e-200)  # whose square is 0
+    assert not zeros.any()
     wide = l2_norm(x, columns, out_dtype=WIDE)
     torch.testing.assert_close(wide, F.normalize(x.double(), dim=-1).float(), rtol=1e-5, atol=1e-7)
 

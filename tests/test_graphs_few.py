@@ -18,7 +18,7 @@ from test_graphs_code import add_norm, code_of, inferred, sandwich, uneven
 from test_graphs_gradients import product
 from torch import Tensor
 
-from rmsnorm import _called, _handed, _ops, add_rms_norm
+from rmsnorm import _called, _handed, _ops, add_rms_norm, rms_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -125,3 +125,19 @@ def test_only_backward_of_known_rows_is_rewritten() -> None:
     _, found = rewritten(add_norm, drawn(6, 127, torch.float32))
     assert [str(node.target) for node in found] == ["rmsnorm.rounded_rms_norm_backward.default"]
     assert found[0].args[3] is not None
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_cpp_has_no_word_for(number: float) -> None:
+    """As a factor before the norm and behind it, and as its eps."""
+    x, w = torch.randn(5, 64), torch.ones(64)
+    for function in (
+        lambda x, w: F.rms_norm(x * number, (64,), w, EPS),
+        lambda x, w: rms_norm(x * number, 64, w, EPS),
+        lambda x, w: rms_norm(x, 64, w, EPS) * number,
+        lambda x, w: rms_norm(x, 64, w, number if number > 0 else EPS),
+    ):
+        torch._dynamo.reset()
+        ours, wanted = torch.compile(function)(x, w), function(x, w)
+        assert torch.equal(ours.isnan(), wanted.isnan())
+        assert torch.equal(ours.nan_to_num(), wanted.nan_to_num())

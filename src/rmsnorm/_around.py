@@ -91,7 +91,7 @@ def around(
         if "output" in types:
             steps["before"] += [f"rmsnorm::store({at('grad_other', kind='')}, {times('output')}, count);"]
     if scale is not None:
-        product = f"rmsnorm::load({local}, count) * rmsnorm::Floats(static_cast<float>({scale!r}))"
+        product = f"rmsnorm::load({local}, count) * rmsnorm::Floats(static_cast<float>({_called.number(scale)}))"
         asked = [] if "before" in steps else ask(cold)
         steps["after"] = [*asked, f"rmsnorm::store({local}, {product}, count);"]
     loop = f"rmsnorm::each(begin * {columns}, end * {columns}, [&](int64_t i, int64_t count)"

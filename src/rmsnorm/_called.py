@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite, isnan
 
 import torch
 
@@ -71,7 +72,14 @@ static void run(const Call& call) {{
             return str(_TYPES[value])  # type: ignore[index]
         if isinstance(value, str):
             return value
-        return repr(float(value)) if name in self.floats else str(int(value))  # type: ignore[arg-type]
+        return number(float(value)) if name in self.floats else str(int(value))  # type: ignore[arg-type]
+
+
+def number(value: float) -> str:
+    """As C++ has it, infinity and NaN without a header."""
+    if isfinite(value):
+        return repr(value)
+    return '__builtin_nan("")' if isnan(value) else "__builtin_inf()" if value > 0 else "-__builtin_inf()"
 
 
 ROWS = Entry(

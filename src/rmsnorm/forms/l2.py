@@ -80,5 +80,6 @@ def l2_norm(
 
 
 def _of(eps: float, inside: bool) -> float:
-    """To the operators a negative eps is the floor of the sum of squares."""
-    return eps if inside else -eps * eps
+    """To the operators a negative eps is the floor of the sum of squares. One whose square underflows, below 1e-162,
+    has the least number as its square: -0 would be no floor, and rows of zeros 0 / 0."""
+    return eps if inside or not eps else min(-eps * eps, -5e-324)
