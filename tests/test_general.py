@@ -157,10 +157,16 @@ def test_l2(target, dtype, columns):
         floor, added = (0.0, eps) if inside else (eps * eps, 0.0)
         truth = Formula(exact(x), columns, added, mean=False, floor=floor)
         truth.forward(weight, None, 0.0, dtype, bound(target, dtype)).check(y, (eps, inside))
-    zeros = l2_norm(torch.zeros(2, columns, dtype=torch.float64), columns, eps=1e-200)  # whose square is 0
-    assert not zeros.any()
     wide = l2_norm(x, columns, out_dtype=WIDE)
     torch.testing.assert_close(wide, F.normalize(x.double(), dim=-1).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_l2_of_an_eps_without_a_square(target):
+    """Rows of zeros, and rows as short as eps or shorter, whose squares underflow as well."""
+    for size, eps in product((0.0, 1e-250, 1e-200, 1e-170, 1e-165, 1.0), (1e-250, 1e-200, 1e-165)):
+        x = torch.full((2, 4), size, dtype=torch.float64)
+        expected = torch.full_like(x, size / max(2 * size, eps))
+        torch.testing.assert_close(l2_norm(x, 4, eps=eps), expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from .. import _handed, functional
+from .. import _arguments, _handed, functional
 from . import calls, general, general_ops
 
 _GENERAL = general_ops.GENERAL
 _straight = _handed.straight(_GENERAL.form.name, _GENERAL.schemas[""], eps="f")  # below 0 it is a floor
+
+_LEAST = 2.0**-537  # whose square is the least number above 0
 
 
 def l2_norm(
@@ -45,7 +48,7 @@ def l2_norm(
 
     Raises:
         RuntimeError: as :func:`rmsnorm.rms_norm`, and for complex types.
-        ValueError: an unknown casting mode or ``out_dtype``, a negative eps.
+        ValueError: an unknown casting mode, a negative eps.
 
     Examples:
         >>> l2_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 2)
@@ -58,7 +61,7 @@ def l2_norm(
     more = -1, False, True, out_dtype
     tensors = input, weight, None
     try:
-        if eps >= 0 and not is_dynamo_compiling():
+        if (eps >= _LEAST or eps == 0) and not is_dynamo_compiling():
             options = _of(eps, eps_inside), offset, functional.ROUND_FIRST[casting_mode], *more
             found = _straight(normalized_shape, *tensors, *options)
             if found is None:
@@ -69,6 +72,11 @@ def l2_norm(
         pass
     if eps is None:
         raise TypeError("l2_norm: eps must be a float, but is None; pass a number, e.g. 1e-12")
+    if type(eps) is float and 0 < eps < _LEAST and not eps_inside and isinstance(input, Tensor):
+        shape = _arguments.as_shape("l2_norm", normalized_shape)
+        if input.dtype is torch.float64 and shape and input.shape[-len(shape) :] == shape and input.numel():
+            further = {"offset": offset, "casting_mode": casting_mode, "out_dtype": out_dtype}
+            return _of_tiny(input, shape, weight, eps, further)
     named = {"eps_inside": (eps_inside, False), "offset": (offset, 0.0), "casting_mode": (casting_mode, "torch")}
     named["out_dtype"] = (out_dtype, None)
     rows: calls.Named = {"input": input}
@@ -80,6 +88,14 @@ def l2_norm(
 
 
 def _of(eps: float, inside: bool) -> float:
-    """To the operators a negative eps is the floor of the sum of squares. One whose square underflows, below 1e-162,
-    has the least number as its square: -0 would be no floor, and rows of zeros 0 / 0."""
+    """To the operators a negative eps is the floor of the sum of squares, and 0 is none, with rows of zeros that are
+    0 / 0: so it is at least 5e-324, as no squares of types below float64 come near."""
     return eps if inside or not eps else min(-eps * eps, -5e-324)
+
+
+def _of_tiny(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float, named: dict[str, Any]) -> Tensor:
+    """Of float64 and an eps that has no square: rows near it are multiplied, as is eps; others know no eps."""
+    last, power = tuple(range(-len(shape), 0)), 2.0**500
+    tiny = input.detach().abs().amax(last, keepdim=True) < 1 / power
+    near = l2_norm(torch.where(tiny, input, 0.0) * power, shape, weight, eps * power, **named)
+    return torch.where(tiny, near, l2_norm(torch.where(tiny, 1.0, input), shape, weight, 0.0, **named))
