@@ -48,7 +48,7 @@ def l2_norm(
 
     Raises:
         RuntimeError: as :func:`rmsnorm.rms_norm`, and for complex types.
-        ValueError: an unknown casting mode, a negative eps.
+        ValueError: an unknown casting mode or ``out_dtype``, a negative eps.
 
     Examples:
         >>> l2_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 2)
