@@ -11,7 +11,7 @@ import torch
 from oracle import EPS, gains, incoming, lay_out, same_bits, sample
 from torch import Tensor
 
-from rmsnorm import RMSNorm, _ops, add_rms_norm, rms_norm
+from rmsnorm import RMSNorm, _ops, add_rms_norm, gated_add, heads_rms_norm_rope, modulated_norm, rms_norm, rope
 
 # torch warns about its own code: inductor still uses TorchScript, and dynamo makes an autograd.Function.
 pytestmark = [
@@ -55,6 +55,36 @@ def test_compiled_equals_eager(name, dynamic, backend):
                     again = function(*leaves)
                     results[-1] += again if isinstance(again, tuple) else (again,)
             assert all(map(same_bits, *results)), f"{dtype}, {rows} rows"
+
+
+SOME = {  # by name: the call, and shapes; sizes of 1 and of the input's
+    "rope": (lambda q, cos: rope(q, q, cos, cos)[0], (2, 5, 6, 8), [(1, 6, 8), (6, 8), (2, 6, 8), (2, 1, 8)]),
+    "heads": (
+        lambda q, cos: heads_rms_norm_rope(q, q, cos, cos, None, None, EPS)[0],
+        *((2, 5, 6, 8), [(6, 8), (2, 6, 8)]),
+    ),
+    "modulated": (
+        lambda x, scale: modulated_norm(x, 8, None, EPS, scale=scale, shift=scale),
+        *((3, 5, 8), [(3, 8), (3, 1, 8), (1, 5, 8), (3, 5, 8)]),
+    ),
+    "gated add": (lambda x, gate: gated_add(x, x, gate), (3, 5, 8), [(3, 8), (1, 5, 8)]),
+    "add": (lambda x, r: add_rms_norm(x, r, 8, None, EPS)[0], (3, 5, 8), [(3, 5, 8)]),
+}
+
+
+@pytest.mark.parametrize("changing", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+@pytest.mark.parametrize("name", SOME)
+def test_sizes_of_which_some_change(name, changing):
+    """A symbolic size beside an equal constant is the same size."""
+    call, shape, others = SOME[name]
+    for other in others:
+        torch.compiler.reset()
+        given = [torch.rand(shape), torch.rand(other)]
+        for i in changing:
+            for dim in range(given[i].dim() - 1):
+                torch._dynamo.maybe_mark_dynamic(given[i], dim)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert same_bits(compiled(*given), call(*given)), other
 
 
 def operator_samples() -> dict[str, tuple[object, ...]]:

@@ -65,7 +65,8 @@ MAY_IMPORT = {
     "forms/layer_ops": {"_form", "reference"},
     "forms/gated_ops": {"_form", "reference"},
     "forms/calls": {"_arguments", "_everyday", "_foreign", "_handed", "forms/served", "functional"},
-    "forms/served": {"_autograd", "_foreign", "_form", "_handed", "_onnx", "_recorded"},
+    "forms/served": {"_autograd", "_foreign", "_form", "_handed", "_onnx", "_recorded", "forms/unused"},
+    "forms/unused": {"_form"},
     "forms/gated": {
         *("_arguments", "_everyday", "_shown", "functional", "module", "reference"),
         *("forms/calls", "forms/gated_ops", "forms/served"),

@@ -148,3 +148,26 @@ def test_installed(ranks):
     for results in filter(None, ranks.run(installed)):
         for got in results:
             assert_close(got, torch.nn.functional.rms_norm(x, (70,)))
+
+
+def of_the_sum(placement: Placement) -> list[Tensor] | None:
+    """The gradients of a sum whose norm nobody uses: of one in which a row has an infinity, and of the weight."""
+    if mesh(2).get_coordinate() is None:
+        return None
+    x = torch.ones(2, 8)
+    x[1, 1] = torch.inf
+    rows = [
+        distribute_tensor(t, mesh(2), [placement], src_data_rank=None).requires_grad_() for t in (x, torch.ones(2, 8))
+    ]
+    weight = distribute_tensor(torch.ones(8), mesh(2), [Replicate()], src_data_rank=None).requires_grad_()
+    s = rmsnorm.add_rms_norm(*rows, 8, weight, 1e-6)[1]
+    found = torch.autograd.grad(s.sum(), [*rows, weight], allow_unused=True)
+    return [torch.zeros(8) if t is None else t.full_tensor() for t in found]
+
+
+@pytest.mark.parametrize("where", PLACEMENTS)
+def test_of_the_sum_alone(ranks, where):
+    for dx, dr, dw in filter(None, ranks.run(of_the_sum, PLACEMENTS[where])):
+        assert dx.eq(1).all()
+        assert dr.eq(1).all()
+        assert not dw.any()

@@ -109,3 +109,22 @@ def test_the_way_back_and_files():
     assert not rmsnorm.patch(lean, memory="lean").fused
     assert not patched(nn.ReLU())[2].fused
     assert torch.equal(lean.mlp(X), layer.mlp(X))
+
+
+class Nothing(torch.autograd.Function):
+    """Says that there is no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_is_not_one_of_zeros():
+    x, other = torch.ones(3, requires_grad=True), torch.full((3,), torch.inf, requires_grad=True)
+    y = gated(nn.SiLU(), x, other)
+    assert type(y.grad_fn).__name__ == "_ProductBackward"
+    assert torch.autograd.grad(Nothing.apply(y).sum(), (x, other), allow_unused=True) == (None, None)

@@ -21,10 +21,11 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: DTensor, placements: _Placements) -> DTensor:
+        ctx.set_materialize_grads(False)
         return tensor.redistribute(placements=placements)
 
     @staticmethod
-    def backward(ctx: Any, grad: DTensor) -> tuple[DTensor, None]:
+    def backward(ctx: Any, grad: DTensor | None) -> tuple[DTensor | None, None]:
         return grad, None
 
 

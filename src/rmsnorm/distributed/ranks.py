@@ -225,10 +225,14 @@ class _Normalised(torch.autograd.Function):
             outputs, total = formula(rows, *tensors)
         ctx.formula, ctx.rows = formula, replace(rows, shift=None)
         ctx.save_for_backward(*tensors, total, rows.shift)
+        ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [i for i, grad in enumerate(grads) if grad is not None]  # of the program, so of each rank
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, total, shift = ctx.saved_tensors
         needs, again = ctx.needs_input_grad[3:], torch.is_grad_enabled()
         with torch.enable_grad():
@@ -236,7 +240,8 @@ class _Normalised(torch.autograd.Function):
             own = [t if t is None else t.view_as(t) if again else t.detach() for t in tensors]
             wanted = [t.requires_grad_() for t, need in zip(own, needs, strict=True) if need and t is not None]
             outputs = ctx.formula(replace(ctx.rows, total=total, shift=shift), *own)[0]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again))
+            outputs, arrived = [outputs[i] for i in used], [grads[i] for i in used]
+            found = iter(torch.autograd.grad(outputs, wanted, arrived, create_graph=again, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needs)
 
 

@@ -195,7 +195,7 @@ def check_shared(name: str, label: str, row: Any, input: Any, dims: int) -> Tens
     outer, whole = input.dim() - dims, tuple(input.shape)
     sizes = tuple(found.shape)
     fits = len(sizes) == len(whole) and sizes[outer:] == whole[outer:] and row.device == input.device
-    if not fits or any(size not in (1, of) for size, of in zip(sizes[:outer], whole[:outer], strict=True)):
+    if not fits or not _arguments.broadcasts(sizes[:outer], whole[:outer]):
         raise RuntimeError(
             f"{name}: {label} must have the first and the last sizes of input, or its sizes with 1 where rows share it "
             f"(of {list(whole)} on {input.device}, e.g. {list(whole[:1] + whole[max(outer, 1) :])}), but is "

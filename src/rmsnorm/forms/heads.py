@@ -200,8 +200,7 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
     shape = *lead, tokens
     for label, angle in (("cos", cos), ("sin", sin)):
         sizes = angle.shape[:-1]
-        fits = len(sizes) <= len(shape)
-        if not fits or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False)):
+        if len(sizes) > len(shape) or not _arguments.broadcasts(reversed(sizes), reversed(shape)):
             remedy = (
                 f"it has no dimension of heads: index or squeeze that, e.g. {label}[:, 0]"
                 if len(sizes) >= len(shape) and sizes[-1] in (1, tokens)

@@ -23,8 +23,8 @@ def _centre(input: Tensor, dims: int, eps: float) -> tuple[Tensor, None, None]:
     return layer_norm(input, tuple(input.shape[input.dim() - dims :]), None, None, eps), None, None
 
 
-_served = Served(modulated_ops.MODULATED_NORM, calls.plain_norm, centre=_centre)
 _added = Served(modulated_ops.GATED_ADD)
+_served = Served(modulated_ops.MODULATED_NORM, calls.plain_norm, _added, centre=_centre)
 _straight, _added_straight, ROUND_FIRST = _served.straight, _added.straight, functional.ROUND_FIRST  # found sooner here
 
 

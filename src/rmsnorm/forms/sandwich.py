@@ -101,7 +101,8 @@ SANDWICH = _form.register(
         fits=lambda x, residual, w, v, dims, eps, offset, first, _: _fits(x, w, v, round_first=first),
     )
 )
-_served_add, _served = Served(ADD, calls.plain_norm), Served(SANDWICH, calls.plain_norm)
+_served_add = Served(ADD, calls.plain_norm)
+_served = Served(SANDWICH, calls.plain_norm, _served_add)
 
 
 def rms_norm_add(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _autograd, _foreign, _form, _handed, _onnx, _recorded
+from . import unused
 
 
 class Served:
@@ -22,10 +23,14 @@ class Served:
 
     ``norm`` takes the place of ``reference.rms_norm`` where the definition serves: a form of whole norms has the plain
     norm's kernels, derivatives and rules there. ``more`` are further parts of it that others take the place of.
+    ``ahead`` serves what comes before the norm, if that is more than a sum (``unused.py``).
     """
 
-    def __init__(self, made: _form.Operators, norm: Callable[..., Any] | None = None, **more: Any) -> None:
+    def __init__(
+        self, made: _form.Operators, norm: Callable[..., Any] | None = None, ahead: Served | None = None, **more: Any
+    ) -> None:
         self.made, self.form = made, made.form
+        self.unused = unused.Unused(made.form, ahead)
         self.more: dict[str, Any] = more if norm is None else {"normalise": norm, **more}
         self.operator: Callable[..., Any] = made.plain
         self.weight = len(self.form.rows)  # the place of the first: a norm has one
@@ -41,6 +46,7 @@ class Served:
             return
         self.forward: Callable[..., Any] = made.forward._op
         self.backward: Any = made.backward
+        self.twice = _twice_of(self)
         function = _function_of(self)
         # Past Function.apply, which reads the signature of `forward` with `inspect`, each time: 60 µs.
         self.record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
@@ -53,6 +59,24 @@ class Served:
         results = self.form.define(*arguments, **(self.more | more))
         outputs = len(self.form.outputs)
         return results[0] if outputs == 1 else results[:outputs]
+
+    def gradients(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+        kept: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        options: Sequence[Any],
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Of what backward finds the gradients of: by an operator, or by the row's derivative, of a batch say."""
+        way: Callable[..., Any] = self.backward
+        if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+                assert self.form.gradients is not None
+                return self.form.gradients(tuple(grads), tuple(saved), weights, tuple(options))
+            way = self.twice if torch.is_grad_enabled() else getattr(way, "_op", way)
+        return way(*grads, *saved, *kept, *weights, *options, *needs)
 
     def everyday(self, *arguments: Any) -> Any:
         """The same of a call of which nothing unusual is known; an error for what no kernel has."""
@@ -122,14 +146,13 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
     )
     found_at = [place.get(name) for name in names]
     asked_at = [[i for i, at in enumerate(found_at) if at == place[name]] for name in form.learnt]
-    optional = form.grads.startswith("Tensor?")
     known_at = [i for i, known in enumerate(form.known) if known]
     # Of most forms each gradient is one tensor's; any(...) takes 0.3 µs of each.
     alone = [at[0] for at in asked_at] if all(len(at) == 1 for at in asked_at) else None
     followed = [
         (i, [names.index(t) for t in form.follows[name]]) for i, name in enumerate(form.outputs) if name in form.follows
     ]
-    twice = _twice_of(served)
+    unused, last = served.unused, served.unused.last
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = served.forward(*arguments)
@@ -137,23 +160,30 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         all = arguments[:rows] + results
         ctx.options = arguments[tensors:]
         ctx.save_for_backward(*[all[i] for i in places], *results[outputs:], *arguments[rows:tensors])
+        ctx.set_materialize_grads(False)
         if outputs == 1:
             return results[0]
-        if "Tensor?" in form.grads:
-            ctx.set_materialize_grads(False)
         if followed and not torch.compiler.is_compiling():
             asked = ctx.needs_input_grad
             ctx.mark_non_differentiable(*(results[i] for i, at in followed if not any(asked[j] for j in at)))
         return results[:outputs]
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         found: Sequence[Tensor | None]
+        grads: Sequence[Tensor | None] = arrived
         tensors_kept = ctx.saved_tensors  # once: hooks run each time
         saved, weights = tensors_kept[:read], tensors_kept[kept:]
         asked, given = ctx.needs_input_grad, ctx.options
+        if grads[0] is None or grads[last] is None:
+            asked = unused.reached(grads, asked)
+            if not any(asked):
+                return (None,) * len(asked)
+            if unused.is_ahead(grads):
+                return unused.found(grads, tensors_kept, given, asked)
+            grads = unused.stand_ins(grads, saved)
         needs = [any(asked[i] for i in at) for at in asked_at] if alone is None else [asked[i] for i in alone]
         options = [given[i] for i in known_at]
-        first: Any = torch.zeros_like(saved[0]) if grads[0] is None and not optional else grads[0]
+        first: Any = grads[0]
         rest = grads[1:]
         dtype = (saved if form.sources is None else form.sources((first, *rest), saved))[0].dtype
         # Llama rounding with a wider weight: the output, and so its gradient, is wider than the input.
@@ -161,11 +191,7 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
         if wider:
             saved = tuple(t if t is None else t.to(first.dtype) for t in saved)
             rest = tuple(t if t is None else t.to(first.dtype) for t in rest)
-        if way := _way(served, twice):
-            found = way(first, *rest, *saved, *tensors_kept[read:kept], *weights, *options, *needs)
-        else:
-            assert form.gradients is not None
-            found = form.gradients((first, *rest), saved, weights, tuple(options))
+        found = served.gradients((first, *rest), saved, tensors_kept[read:kept], weights, options, needs)
         if wider:
             found = [t if t is None or i >= moving else t.to(dtype) for i, t in enumerate(found)]
         results = [
@@ -175,16 +201,6 @@ def _function_of(served: Served) -> type[torch.autograd.Function]:
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{form.title}Function", (torch.autograd.Function,), members)  # torch shows the name: as grad_fn
-
-
-def _way(served: Served, twice: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What finds the gradients now: an operator, or None for the row's derivative, of a batch of gradients say."""
-    way: Callable[..., Any] = served.backward
-    if torch.compiler.is_compiling():
-        return way
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    return twice if torch.is_grad_enabled() else getattr(way, "_op", way)
 
 
 def _twice_of(served: Served) -> Callable[..., Any]:

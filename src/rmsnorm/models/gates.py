@@ -121,10 +121,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, other: Tensor, activation: Any) -> Any:
         ctx.activation = activation
         ctx.save_for_backward(x, other)
+        ctx.set_materialize_grads(False)
         return activation(x) * other
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         (x, other), again = ctx.saved_tensors, torch.is_grad_enabled()  # whether a graph of the gradient is wanted
         with torch.enable_grad():
             x = x if again and x.requires_grad else x.detach().requires_grad_()
