@@ -134,7 +134,7 @@ def _read_behind(whole: ast.AST, name: str, statement: Any) -> bool:
         return True
     used = [n for n in nodes if isinstance(n, ast.Name) and n.id == name and not isinstance(n.ctx, ast.Store)]
     inner = (n for scope in nodes if isinstance(scope, _SCOPES) and scope is not whole for n in ast.walk(scope))
-    if any(n is one for n in inner for one in used):
+    if any(n in used for n in inner):
         return True
     end = statement.end_lineno, statement.end_col_offset
     return any((n.lineno, n.col_offset) >= end for n in used)
