@@ -140,9 +140,8 @@ def _options(query_norm: Any, key_norm: Any, query: Tensor, key: Tensor) -> dict
     one, two = ours(query_norm, query), ours(key_norm, key)
     if one is None or two is None or (one.eps, one.options) != (two.eps, two.options):
         return None
-    for own, x in ((one, query), (two, key)):
-        if own.weight is not None and own.weight.shape != x.shape[-1:]:
-            return None
+    if any(own.weight is not None and own.weight.dim() != 1 for own in (one, two)):
+        return None
     return {"query_weight": one.weight, "key_weight": two.weight, "eps": one.eps, **one.options}
 
 

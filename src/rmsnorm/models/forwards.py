@@ -72,7 +72,10 @@ def _same_code(cls: type[nn.Module], names: tuple[str, ...]) -> Callable[[nn.Mod
         return lambda module: cls.forward is forward
 
     def same(module: nn.Module) -> bool:
-        own = vars(module)
-        return cls.forward is forward and all(n not in own and getattr(cls, n) == method for n, method in methods)
+        own = module.__dict__
+        for name, method in methods:  # not all(...): 0.3 µs of each call
+            if name in own or getattr(cls, name) != method:
+                return False
+        return cls.forward is forward
 
     return same

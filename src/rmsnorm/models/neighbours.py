@@ -53,8 +53,9 @@ def _is_bound(forward: Any, module: Any) -> bool:
 
 def needs_no_call(module: Any) -> bool:
     """Whether a module's class says what it computes, and nobody listens to it."""
+    own = module.__dict__
     return (
-        ("forward" not in vars(module) or _is_bound(vars(module)["forward"], module))
+        ("forward" not in own or _is_bound(own["forward"], module))
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not _has_any_global_hook()
@@ -99,10 +100,10 @@ def norm_add(norm: Any, x: Any, residual: Any, normed_first: bool = False) -> An
 
 def sandwich(first: Any, second: Any, x: Any, residual: Any, normed_first: bool = False) -> tuple[Any, Any]:
     """``second(total)`` and ``total``, which is ``residual + first(x)``, or that the other way round."""
-    one, two = _beside(first, x, residual), _beside(second, x, residual)
+    one = _beside(first, x, residual)
     if (
         one
-        and two
+        and (two := ours(second, x))
         and two.norm_options is two.options  # not lean: the sandwich keeps the sum
         and (one.shape, one.options) == (two.shape, two.options)
         and (two.eps is not None or one.eps is None)
