@@ -44,30 +44,35 @@ def probe() -> str:
             x, other, grad = (numbers(rows, columns, dtype, seed).requires_grad_() for seed in (1, 2, 3))
             w = (1 + numbers(1, columns, dtype, 4)[0] / 4).detach().requires_grad_()
             add(rmsnorm.rms_norm(x, columns, None, 1e-5), rmsnorm.layer_norm(x, (columns,), w, w))
-            calls = [
+            calls: list[Tensor | tuple[Tensor, ...]] = [
                 rmsnorm.rms_norm(x, columns, w, 1e-5, casting_mode=mode, offset=0.5) for mode in ("torch", "llama")
             ]
             calls += [rmsnorm.gated_rms_norm(x, other, columns, w, 1e-5, norm_before_gate=b) for b in (True, False)]
             calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5)[:1]
             calls += [
-                *rmsnorm.sandwich_rms_norm(x, other, columns, w, w, 1e-5),
+                rmsnorm.sandwich_rms_norm(x, other, columns, w, w, 1e-5),
                 rmsnorm.rms_norm_add(x, other, columns, w),
             ]
             calls.append(rmsnorm.rms_norm(x, columns, w, 1e-5, offset=0.5, memory="lean"))
             calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, offset=0.5, memory="lean")[:1]
             heads, angle = x.view(1, -1, columns), numbers(rows, columns - 1, dtype, 6)
-            calls += [y[0] for y in rmsnorm.heads_rms_norm_rope(heads, heads, angle, angle, w, None, 1e-5)]
+            calls.append(rmsnorm.heads_rms_norm_rope(heads, heads, angle, angle, w, None, 1e-5))
             beside = {"scale": other, "residual": other, "gate": w.expand(1, columns)}
-            calls += rmsnorm.modulated_norm(x, columns, None, 1e-5, casting_mode="llama", **beside)
+            calls.append(rmsnorm.modulated_norm(x, columns, None, 1e-5, casting_mode="llama", **beside))
             calls += [rmsnorm.modulated_norm(x, columns, scale=w[None], shift=w[None], statistic="layer")]
             calls += [rmsnorm.gated_add(x, other, w[None]), rmsnorm.l2_norm(x, columns, w, 1e-5)]
             calls += [rmsnorm.rms_norm(x, columns, w, 1e-5, bias=w), rmsnorm.rms_norm(x, columns, w, 1e-5, partial=0.5)]
-            calls += rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, round_sum=False, return_rstd=True)[::2]
-            for y in calls:
-                tensors = (x, w, other)
-                arriving = grad.detach()[:, : y.shape[-1]].view(y.shape).to(y.dtype)
-                grads = torch.autograd.grad(y, tensors, arriving, retain_graph=True, allow_unused=True)
-                add(y, *(g for g in grads if g is not None))
+            calls.append(rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, round_sum=False, return_rstd=True)[::2])
+            for outputs in calls:
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                for y in outputs:
+                    # To the others zeros arrive: where nothing does, their part isn't computed.
+                    arriving = [
+                        grad.detach()[:, : t.shape[-1]].view(t.shape).to(t.dtype) if t is y else torch.zeros_like(t)
+                        for t in outputs
+                    ]
+                    given = torch.autograd.grad(outputs, (x, w, other), arriving, retain_graph=True, allow_unused=True)
+                    add(y, *(g for g in given if g is not None))
             if dtype is not torch.float64:
                 add(*rmsnorm.quantised_rms_norm(x.detach(), columns, w.detach(), 1e-5))
             for scale in (2.0**-140, 2.0**120) if dtype is not torch.float16 else ():  # rows that are rescued

@@ -59,6 +59,9 @@ REFUSALS: dict[str, str] = {
     "export, normalised over a size that isn't known": "layers, whose size is a constant",
 }
 
+# Rows of which a cell is an export, or a run of Inductor: two minutes for all columns.
+LONG = ("ONNX", "compile, dynamic by inductor", "compile, max-autotune", "compile, dynamic, several norms")
+
 
 def failures(result: Any) -> list[Failed]:
     """All errors within a result."""
@@ -96,12 +99,12 @@ def truth(row: str, column: str) -> Any:
 def cells() -> list[Any]:
     """All of them. The cells of a row share what torch's norm did, and those of ONNX their models: one process each.
 
-    Each opset takes an export: 40 seconds for all columns, of which `make test` has the function's and the layer's.
+    Where a cell takes one to eight seconds `make test` has the function's and the layer's, `make heavy` the others'.
     """
     found = []
     for row, column in product(ROWS, NORMS):
         marks: list[Any] = [pytest.mark.xdist_group(row if not row.startswith("ONNX") else "ONNX")]
-        if row.startswith("ONNX, every opset") and column not in ("rms_norm", "RMSNorm"):
+        if row.startswith(LONG) and column not in ("rms_norm", "RMSNorm"):
             marks.append(pytest.mark.heavy)
         found.append(pytest.param(row, column, marks=marks, id=f"{row}-{column}"))
     return found

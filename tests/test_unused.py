@@ -167,6 +167,22 @@ def test_each_subset_of_outputs(name, used, way, infinite):
 
 
 @pytest.mark.parametrize(("name", "used"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_values_of_zeros(name, used, dtype):
+    """Where no row has an infinity, zeros that arrive are nothing that arrives."""
+    given, angles = tensors_of(name, dtype, False)
+    outputs = FORMS[name][0](*given, *angles)
+    ones = [torch.ones_like(y) if i in used else torch.zeros_like(y) for i, y in enumerate(outputs)]
+    zeros = torch.autograd.grad(outputs, given, ones, retain_graph=True, allow_unused=True)
+    some = [[t[i] for i in used] for t in (outputs, ones)]
+    for alone, other in zip(torch.autograd.grad(some[0], given, some[1], allow_unused=True), zeros, strict=True):
+        if alone is None:
+            assert other is None or not other.any()
+        else:
+            assert torch.equal(alone, other)
+
+
+@pytest.mark.parametrize(("name", "used"), CASES)
 def test_twice(name, used):
     found = []
     for function in FORMS[name]:

@@ -167,7 +167,7 @@ def unfold(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no ``torch.nn.Module``.
-        ValueError: a change was made with ``keep=False``.
+        ValueError: a change was made with ``keep=False``; a weight that it kept has no place any more.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.RMSNorm(8), torch.nn.Linear(8, 4))

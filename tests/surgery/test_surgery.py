@@ -66,6 +66,47 @@ def test_a_model_says_what_it_said(name: str) -> None:
     assert small.apart(said, small.truth(model)) == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("operation", ["fold", "to_rms"])
+def test_weights_that_were_assigned_are_taken_back(name: str, operation: str) -> None:
+    """Loaded as objects, they are others than those that were changed."""
+    model = small.make(name).double()
+    before, said = small.bits(model), small.truth(model)
+    operated(model, operation)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    rmsnorm.unfold(model)
+    assert small.same(before, small.bits(model))
+    assert small.apart(said, small.truth(model)) == 0
+
+
+def test_a_layer_that_was_replaced_cannot_be_taken_back() -> None:
+    model = torch.nn.Sequential(torch.nn.RMSNorm(8), torch.nn.Linear(8, 4), torch.nn.RMSNorm(4), torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        for i in (0, 2):
+            model[i].weight.uniform_(0.5, 2)
+    rmsnorm.fold(model, inputs=torch.randn(3, 8))
+    model[3] = torch.nn.Linear(4, 4)
+    folded = small.bits(model)
+    with pytest.raises(ValueError, match=r"unfold: 3\.weight of shape \[4, 4\] isn't there any more"):
+        rmsnorm.unfold(model)
+    assert small.same(folded, small.bits(model))
+
+
+def test_a_layer_norm_with_a_hook_stays() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)).double()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append(None))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    said = model(x)
+    report = rmsnorm.to_rms(model, inputs=x)
+    assert [fate.reason.partition(",")[0] for fate in report.left] == ["it has a hook"]
+    seen.clear()
+    assert torch.equal(model(x), said)
+    assert seen == [None]
+
+
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_rotations_of_both_kinds(name: str) -> None:
     """24 is 8 times 3: a Hadamard matrix, and a random one of 3."""

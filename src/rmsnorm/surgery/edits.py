@@ -90,16 +90,19 @@ def take_back(model: nn.Module) -> int:
     """Undoes every operation on this model, the last first; returns how many there were.
 
     Raises:
-        ValueError: one of them kept nothing.
+        ValueError: one of them kept nothing, or a weight isn't there any more. The operations behind it are undone.
     """
     history = _done.get(model, [])
     if any(not undo for undo in history):
         raise ValueError(
             "unfold: a change of this model was made with keep=False, so nothing of it was kept; load it anew"
         )
-    for undo in reversed(history):
-        _take_back(undo)
-    return len(_done.pop(model, []))
+    count = len(history)
+    while history:
+        _take_back(history[-1])
+        history.pop()
+    _done.pop(model, None)
+    return count
 
 
 def forget_last(model: nn.Module) -> None:
@@ -109,8 +112,32 @@ def forget_last(model: nn.Module) -> None:
 
 def _take_back(undo: list[Callable[[], None]]) -> None:
     with torch.no_grad():
+        for step in undo:
+            if isinstance(step, _Before):
+                step.place()
         for step in reversed(undo):
             step()
+
+
+class _Before:
+    """What a weight was. It goes into whatever is the module's weight by then, as others may have assigned one; the
+    module is held by a weak reference, as in ``_puts_back``."""
+
+    def __init__(self, model: nn.Module, name: str, tensor: Tensor) -> None:
+        path, _, self.attribute = name.rpartition(".")
+        self.name, self.module, self.before = name, weakref.ref(model.get_submodule(path)), tensor.detach().clone()
+
+    def place(self) -> Tensor:
+        tensor = getattr(self.module(), self.attribute, None)
+        if not isinstance(tensor, Tensor) or tensor.shape != self.before.shape:
+            raise ValueError(
+                f"unfold: {self.name} of shape {list(self.before.shape)} isn't there any more, as its module was "
+                "replaced or changed since, so it can't be given back; load the model anew"
+            )
+        return tensor
+
+    def __call__(self) -> None:
+        self.place().copy_(self.before)
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -143,8 +170,7 @@ def _compute(model: nn.Module, steps: list[Any], undo: list[Callable[[], None]] 
         if not bool(rounded.isfinite().all()) and bool(tensor.isfinite().all()):
             raise OverflowError(f"{name} would outgrow {tensor.dtype}; convert the model to bfloat16 or float32 first")
         if undo is not None:
-            before = tensor.detach().clone()
-            undo.append(lambda tensor=tensor, before=before: tensor.copy_(before))  # type: ignore[misc]
+            undo.append(_Before(model, name, tensor))
         tensor.copy_(rounded)
 
 
@@ -152,7 +178,7 @@ def _untie(model: nn.Module, name: str, attribute: str, undo: list[Callable[[], 
     module = model.get_submodule(name)
     shared = module._parameters[attribute]
     assert shared is not None
-    undo.append(_puts_back(module, "_parameters", attribute, shared))
+    undo.append(_ties(model, module, attribute, shared))
     module._parameters[attribute] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
     for config in configs(model):
         undo.append(lambda config=config: setattr(config, "tie_word_embeddings", True))  # type: ignore[misc]
@@ -168,6 +194,19 @@ def _puts_back(module: nn.Module, space: str, name: str, value: object) -> Calla
             vars(found)[space][name] = value
 
     return put
+
+
+def _ties(model: nn.Module, module: nn.Module, attribute: str, shared: nn.Parameter) -> Callable[[], None]:
+    """The weight of another place that has it, whatever is there by then."""
+    places = ((one, name) for one in model.modules() for name, weight in one._parameters.items() if weight is shared)
+    owner, name = next(place for place in places if place != (module, attribute))
+    where, there = weakref.ref(module), weakref.ref(owner)
+
+    def tie() -> None:
+        if (module := where()) is not None and (owner := there()) is not None:
+            module._parameters[attribute] = owner._parameters[name]
+
+    return tie
 
 
 def configs(model: nn.Module) -> list[Any]:

@@ -60,6 +60,8 @@ def centred(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
 def _swapped(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, words: str) -> tuple[str, str]:
     if not norm.plain or norm.layout != "last":
         return "", "it normalises other dimensions; on a centred stream it stays right"
+    if any("hooks" in name and value for name, value in vars(model.get_submodule(norm.name)).items()):
+        return "", "it has a hook, which would see another norm's output; it stays a LayerNorm, which is right here"
     try:
         into = fold(model, graph, norm, plan, untie=False, bias_only=True)
     except Kept as reason:
