@@ -63,8 +63,8 @@ def probe() -> str:
             calls += [rmsnorm.gated_add(x, other, w[None]), rmsnorm.l2_norm(x, columns, w, 1e-5)]
             calls += [rmsnorm.rms_norm(x, columns, w, 1e-5, bias=w), rmsnorm.rms_norm(x, columns, w, 1e-5, partial=0.5)]
             calls.append(rmsnorm.add_rms_norm(x, other, columns, w, 1e-5, round_sum=False, return_rstd=True)[::2])
-            for outputs in calls:
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            for called in calls:
+                outputs = called if isinstance(called, tuple) else (called,)
                 for y in outputs:
                     # To the others zeros arrive: where nothing does, their part isn't computed.
                     arriving = [

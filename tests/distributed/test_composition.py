@@ -59,10 +59,10 @@ def compiled(name: str, backend: str, shapes: tuple[tuple[int, ...], ...]) -> li
 
 # Inductor, which takes ten seconds, has the forms' common ground; what is traced for it is the same. A form takes
 # nearly as long: `make test` has two of them, one without a neighbour and one with.
+ALWAYS = ("rms", "aot_eager"), ("gated", "aot_eager")
 GRAPHS = [*((name, "aot_eager", SHAPES) for name in NAMES), ("rms", "inductor", SHAPES[:1])]
 CELLS = [
-    pytest.param(*cell, id="-".join(cell[:2]), marks=[] if cell[0] in ("rms", "gated") else pytest.mark.heavy)
-    for cell in GRAPHS
+    pytest.param(*cell, id="-".join(cell[:2]), marks=[] if cell[:2] in ALWAYS else pytest.mark.heavy) for cell in GRAPHS
 ]
 
 

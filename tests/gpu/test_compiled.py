@@ -27,6 +27,8 @@ from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
 
 from rmsnorm.gpu import backward, launch, neighbours
 
+# Types of which `make test` has one: half a minute for two.
+HALF = [pytest.param(dtype, marks=[] if dtype is torch.bfloat16 else pytest.mark.heavy) for dtype in DTYPES]
 SOME = [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
 
 
@@ -50,7 +52,7 @@ def moved(one: Compiled, added: bool, itemsize: int) -> tuple[int, int, int]:
     return 4 if 8 * itemsize * block <= 2**17 else 2, 1, 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_the_floor(name, dtype, monkeypatch):
     """In bytes a thread, in pieces of 16 (up to 2048 half numbers may be 8 for each of AMD's threads), and 4 for the
@@ -80,7 +82,8 @@ def test_the_floor(name, dtype, monkeypatch):
                 assert one.stores.count(4) <= (one is found[0] or one.kernel == "wide_means"), what
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", TARGETS)
 def test_every_option_compiles(name, monkeypatch):
     """What the interpreter is too lenient to refuse: types, missing weights, rounding first, strides, blocks."""
     with compiling(TARGETS[name], monkeypatch) as found:
@@ -108,7 +111,7 @@ def apart(assembly: str) -> str:
     return assembly
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.float64, marks=pytest.mark.heavy)], ids=str)
+@pytest.mark.parametrize("dtype", [*HALF, pytest.param(torch.float64, marks=pytest.mark.heavy)], ids=str)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
 )
@@ -163,7 +166,7 @@ def test_neighbours_compile(name, dtype, columns, monkeypatch):
             assert max(one.loads) == 16, what
 
 
-@pytest.mark.parametrize("columns", [1, 3, 129, 1032, 4096])
+@pytest.mark.parametrize("columns", [*(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 3, 1032)), 129, 4096])
 def test_layouts_share_one_code(columns, monkeypatch):
     """The compiler's vectors, and with them the order of a sum, follow from strides and addresses: whatever they are,
     each kernel has one code. Seen on an H200 before there was this test: other bits for a row whose neighbours were

@@ -71,6 +71,7 @@ def test_a_study_writes_its_report(unbroken: Path):
     assert not list((unbroken / "checkpoints").iterdir())
 
 
+@pytest.mark.heavy
 def test_killed_and_resumed_is_unbroken(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGKILL in the middle of a run, with a checkpoint: what is there is whole, and --resume ends at the same bits."""
     folder = tmp_path / "killed"
@@ -264,6 +265,7 @@ def test_no_room_is_one_line_and_no_half_file(tmp_path: Path, monkeypatch: pytes
     assert invoke(*SMALL, "--steps", 2, "--jobs", 1, "--out", tmp_path / "full", "--resume").exit_code == 0
 
 
+@pytest.mark.heavy
 def test_a_disk_that_fills_up_keeps_what_is_finished(unbroken: Path, tmp_path: Path):
     """For real, in a process that may not write files of more than 16 KiB: outcomes fit, figures don't."""
     folder = tmp_path / "study"

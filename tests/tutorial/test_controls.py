@@ -82,6 +82,7 @@ NO_DIFFERENCE = {
 }
 
 
+@pytest.mark.heavy
 def test_every_control_does_something_by_keys_and_by_mouse(chromium, built):
     fresh(chromium, built)
     for panel in RIGHT:

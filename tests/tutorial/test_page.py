@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,13 @@ def keep(driver, name: str) -> None:
         driver.save_screenshot(str(Path(folder, f"{name}-{panel}.png")))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("language", "width"),
+    [
+        pytest.param(*pair, marks=[] if pair in (("en", "wide"), ("zh", "phone")) else pytest.mark.heavy)
+        for pair in product(LANGUAGES, WIDTHS)
+    ],
+)
 def test_a_page_is_whole(chromium, built, language, width):
     """Every panel opened by a wrong guess: it is marked, nothing is cut off or overlaps, asked for or complained of.
 
