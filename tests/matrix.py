@@ -64,6 +64,7 @@ CORE = [  # what a new torch, transformers or Python can break; the kernels' own
     "tests/test_installed.py",
     "tests/test_installed_errors.py",
     "tests/test_transforms.py",
+    "tests/test_unused.py",
     "tests/models/test_patch.py",
     "tests/models/test_fusion.py",
     "tests/models/test_conditions.py",
