@@ -15,9 +15,12 @@ from oracle import COLUMNS, DTYPES, EPS, MODES, same_bits, sample, weights
 from rmsnorm import _native, add_rms_norm, info, layer_norm, rms_norm
 
 NATIVE = bool(_native.cpu_targets())
+# The types that have ways of their own past a cache; the others repeat one of them.
+USUAL = (torch.float32, torch.bfloat16)
+LARGE = [pytest.param(dtype, marks=[] if dtype in USUAL else pytest.mark.heavy) for dtype in DTYPES]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LARGE, ids=str)
 def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_large, dtype):
     """Streamed rows (aligned to 32 bytes), rows beside them that can't be, and outputs in huge pages."""
 
@@ -42,7 +45,7 @@ def test_large_outputs_have_the_bits_of_small_ones(native_target, everything_is_
         assert same_bits(y, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LARGE, ids=str)
 def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_target, everything_is_large, dtype):
     """Rows to come are asked for then, where a thread's share fills half of the last cache, or is streamed."""
     rows, columns = 33, 43712  # more than a third of any L1 in two bytes
@@ -65,7 +68,7 @@ def test_rows_that_outgrow_the_first_cache_have_the_bits_of_a_row_alone(native_t
             assert same_bits(y, of_rows[::2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LARGE, ids=str)
 def test_threads_share_the_last_cache_with_the_bits_of_one(native_target, everything_is_large, threads, dtype):
     """Short rows that just fit in it are not streamed by several threads, but stay there, asked for into L2 where L1
     has no room for the rows to come; nor is what add writes streamed, but its sum."""

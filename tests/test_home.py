@@ -59,8 +59,8 @@ REFUSALS: dict[str, str] = {
     "export, normalised over a size that isn't known": "layers, whose size is a constant",
 }
 
-# Rows of which a cell is an export, or a run of Inductor: two minutes for all columns.
-LONG = ("ONNX", "compile, dynamic by inductor", "compile, max-autotune", "compile, dynamic, several norms")
+# Rows of which a cell is an export or a compilation: four of the table's six minutes.
+LONG = ("ONNX", "compile", "export", "run_decompositions", "decomposed", "make_fx")
 
 
 def failures(result: Any) -> list[Failed]:
@@ -99,7 +99,7 @@ def truth(row: str, column: str) -> Any:
 def cells() -> list[Any]:
     """All of them. The cells of a row share what torch's norm did, and those of ONNX their models: one process each.
 
-    Where a cell takes one to eight seconds `make test` has the function's and the layer's, `make heavy` the others'.
+    Where a cell takes half a second to eight `make test` has the function's and the layer's, `make heavy` the others'.
     """
     found = []
     for row, column in product(ROWS, NORMS):

@@ -18,6 +18,7 @@ LOSSES = re.compile(r"^ +\d+ +(\d+\.\d+) +(\d+\.\d+) +-?\d\.\de[+-]\d\d$", re.MU
 BOUND = 5e-6  # ten units in the last place of a loss; the example argues it
 
 
+@pytest.mark.heavy
 def test_two_ranks_under_torchrun():
     """The command of README. No rank waits for another longer than a minute; the limit here is for a slow machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]

@@ -32,6 +32,7 @@ LEFT = {
 SWAPPED = [(module, name) for module, name in census.names() if f"{module.split('.')[-2]}.{name}" not in LEFT]
 
 
+@pytest.mark.heavy
 def test_at_least_93_percent_are_swapped_and_the_rest_has_reasons() -> None:
     lines = [census.line(cls) for cls in census.classes()]
     assert len(lines) >= 200, "the search has lost classes"
