@@ -6,6 +6,7 @@
    of another kind: "STANDIN", the number of parameters, and their bytes. */
 #define _GNU_SOURCE
 #include <elf.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,8 @@ static _Thread_local void* current_context;
 static uint64_t current_stream = 0x57;
 static struct function functions[LAUNCHES];
 static int loaded;
+/* Threads launch at the same time: two that appended to `called` together ran over its end, into `failing`. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* What tests ask for. */
 int standin_count(void) { return launched; }
@@ -49,8 +52,10 @@ int standin_pushed(void) { return pushed; }
 /* The functions that were called, with spaces between, since it was last asked for. */
 const char* standin_called(void) {
   static char before[sizeof(called)];
+  pthread_mutex_lock(&lock);
   memcpy(before, called, sizeof(called));
   called[0] = 0;
+  pthread_mutex_unlock(&lock);
   return before;
 }
 /* 1: a stream is captured, and the driver one of CUDA 12.3 or later; 2: an older one. */
@@ -58,7 +63,9 @@ void standin_capture(int how) { capturing = how; }
 int standin_capture_mode(void) { return capture_mode; }
 
 static void note(const char* name) {
+  pthread_mutex_lock(&lock);
   if (recording && strlen(called) + strlen(name) + 2 < sizeof(called)) strcat(strcat(called, name), " ");
+  pthread_mutex_unlock(&lock);
 }
 /* What a call other than a launch comes to while a stream is captured: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED. */
 static int permitted(const char* name) {
@@ -85,8 +92,10 @@ int cuLaunchKernel(struct function* f, unsigned gx, unsigned gy, unsigned gz, un
   if (failing) return failing;
   if (capturing && !stream) return 906; /* CUDA_ERROR_STREAM_CAPTURE_IMPLICIT: the legacy stream */
   if (!current_context) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
+  pthread_mutex_lock(&lock);
   if (launched == LAUNCHES) launched = 0;
   struct launch* l = &launches[recording ? launched++ : 0];
+  pthread_mutex_unlock(&lock);
   l->function = f, l->shared = shared, l->stream = stream, l->context = current_context;
   l->grid[0] = gx, l->grid[1] = gy, l->grid[2] = gz, l->block[0] = bx, l->block[1] = by, l->block[2] = bz;
   l->parameters = f->parameters;
@@ -127,7 +136,7 @@ static _Thread_local void* below[16];
 static _Thread_local int depth;
 int cuCtxPushCurrent_v2(void* context) {
   note(__func__);
-  below[depth++] = current_context, current_context = context, ++pushed;
+  below[depth++] = current_context, current_context = context, __atomic_fetch_add(&pushed, 1, __ATOMIC_RELAXED);
   return 0;
 }
 int cuCtxPopCurrent_v2(void** context) {
