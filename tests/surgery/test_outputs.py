@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rmsnorm
 from rmsnorm.surgery.operations import SurgeryError
+from rmsnorm.surgery.trace import results
 
 
 @dataclass
@@ -132,3 +133,14 @@ def test_what_fp64_cant_prove_must_be_close_in_its_own_type() -> None:
     with pytest.raises(SurgeryError):
         rmsnorm.fold(model, inputs=X)
     assert torch.equal(model(X), before(X))
+
+
+def test_a_name_with_points_is_no_depth() -> None:
+    """Points in a key were counted as levels: nothing was found below a key of eight."""
+    deep = torch.ones(2)
+    [found] = results({"a.b.c.d.e.f.g.h.i": (deep,)}).values()
+    assert found is deep
+    endless: list[object] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="holds no floating-point tensors"):
+        results(endless)

@@ -27,7 +27,9 @@ COARSE = 100.0
 """What a change may cost in the model's own type, in units of what that type costs the unchanged model."""
 UNPROVEN = {torch.float32: 2.0**-10}
 """The same, relative to the largest output, where that isn't known, as the model doesn't run in fp64: a hundred layers
-that round twice more each are 2^-17 off. Of half types 0.1."""
+that round twice more each are 2^-17 off."""
+UNPROVEN_HALF = 0.1
+"""The same, of half types."""
 
 
 class SurgeryError(RuntimeError):
@@ -147,7 +149,7 @@ def _carry_out(
     report.kept = edits.carry_out(model, plan, keep=True)
     try:
         found = proof.compared(own, before, proof.said(model, trial, own, write=True), exact)
-        bar = COARSE * max(*found.own.values(), torch.finfo(own).eps) if found.own else UNPROVEN.get(own, 0.1)
+        bar = COARSE * max(*found.own.values(), torch.finfo(own).eps) if found.own else UNPROVEN.get(own, UNPROVEN_HALF)
         report.differences[found.dtype] = found
         if not found.worst <= bar:
             _fail(report, found.dtype, found.worst, bar)

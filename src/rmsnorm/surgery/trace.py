@@ -181,6 +181,10 @@ class _Tracer(TorchDispatchMode):
             self.graph.largest[name] = max(largest, self.graph.largest.get(name, largest))
 
 
+DEPTH = 9
+"""How many holders, one in the other, an output is looked for in: an object may hold itself."""
+
+
 def results(output: Any) -> dict[str, Tensor]:
     """What counts of a model's output: its floating-point tensors at the top. What lies deeper, or is the ``encoder_…``
     of a model with a decoder, are states on the way, which surgery may change; unless nothing lies at the top.
@@ -191,9 +195,11 @@ def results(output: Any) -> dict[str, Tensor]:
     if isinstance(output, Tensor):
         return {"output": output}
     level, found = [("", output)], dict[str, Tensor]()
-    while level and not found and level[0][0].count(".") < 8:  # an object may hold itself
+    for _ in range(DEPTH):
         level = [(f"{name}.{key}".lstrip("."), one) for name, holder in level for key, one in _held(holder)]
         found = {n: t for n, t in level if isinstance(t, Tensor) and t.is_floating_point() and n[:8] != "encoder_"}
+        if found:
+            break
     if not found:
         raise ValueError(f"nothing to compare: the model's {type(output).__name__} holds no floating-point tensors")
     return found
