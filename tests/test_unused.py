@@ -68,7 +68,7 @@ def modulated(x, r, gate, scale, shift, **more):
 
 
 ROWS, HEADS = [(3, 8), (3, 8)], [(2, 3, 8), (1, 3, 8)]
-# By name: ours, the steps, shapes of what learns (the infinity is in the second), constants behind it.
+# By name: ours, and the steps.
 FORMS = {
     "add": (lambda x, r, w, b: rmsnorm.add_rms_norm(x, r, 8, w, 1e-6), lambda x, r, w, b: add_steps(x, r, w, None)),
     "lean": (
@@ -93,6 +93,7 @@ FORMS = {
 
 
 def shapes_of(name):
+    """Of what learns (the infinity is in the second), and how many angles there are behind it."""
     if name.startswith("modulated"):
         return ROWS + [(3, 8)] * 3, 0
     return {"heads": (HEADS + [(8,)] * 2, 2), "rope": (HEADS, 2)}.get(name, (ROWS + [(8,)] * 2, 0))
