@@ -58,7 +58,8 @@ __attribute__((noinline, cold)) void general_rescue(const Backward& b, const Bac
   };
   const ScaledRow row = kept_or_scaled<T>(rows, r, [&] { return scale_row(x_at, b.counted, b.eps, false, b.divisor); });
   double mean = 0.0;
-  for (int64_t i = 0; i < b.columns; ++i) mean += h_at(i) / n * row.normalise(x_at(i));
+  // What doesn't arrive isn't zeros: 0 · x̂ of an infinity is NaN, and so would be the row.
+  for (int64_t i = 0; b.grad != Type::none && i < b.columns; ++i) mean += h_at(i) / n * row.normalise(x_at(i));
   if (rows.mean) mean += rows.mean[r] / n * (row.high * row.scale);
   if (row.floored) mean = 0.0;
   for (int64_t i = 0; i < b.columns; ++i) {

@@ -1,4 +1,5 @@
-"""The only file that calls ``rms_norm`` and differentiates it as tests do that compare both with the truth."""
+"""The only file that calls ``rms_norm`` and differentiates it as tests do that compare both with the truth; and what
+lets no gradient arrive."""
 
 from __future__ import annotations
 
@@ -26,3 +27,15 @@ def asked_for(x: Tensor, weight: Tensor, grad: Tensor, ask: tuple[bool, bool]) -
     leaves = [t.clone().requires_grad_(one) for t, one in zip((x, weight), ask, strict=True)]
     rms_norm(leaves[0], x.shape[-1], leaves[1], EPS).backward(grad)
     return [leaf.grad for leaf in leaves]
+
+
+class Silent(torch.autograd.Function):
+    """Its gradient is none at all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None

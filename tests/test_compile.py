@@ -130,3 +130,29 @@ def test_operators_keep_torchs_rules(case):
     name, *arguments = operator_samples()[case]
     result = torch.library.opcheck(getattr(_ops, name), tuple(arguments))
     assert set(result.values()) == {"SUCCESS"}
+
+
+ONE = torch.linspace(-1, 1, 16)[None]
+# Of rows x: what shares rows has as many as x, or one.
+SHARED = {
+    "gated add": lambda x: gated_add(x, x + 1, x.detach()),
+    "gated add, one row": lambda x: gated_add(x, x + 1, ONE),
+    "modulated": lambda x: modulated_norm(x, 16, None, 1e-6, scale=ONE, shift=ONE),
+    "modulated, both": lambda x: modulated_norm(x, 16, None, 1e-6, scale=x.detach(), shift=ONE),
+    "rope": lambda x: rope(x[None, None], x[None, None], x.detach(), x.detach())[0],
+    "heads": lambda x: heads_rms_norm_rope(x[None, None], x[None, None], ONE, x.detach(), eps=1e-6)[1],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_whose_number_data_decide(name, monkeypatch):
+    """As those of a mask, in one graph: torch's own steps broadcast there without asking whether a size is 1."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    torch.manual_seed(0)
+    x = torch.randn(5, 16, requires_grad=True)
+    ours = SHARED[name]
+    compiled = torch.compile(lambda x, mask: ours(x[mask]), fullgraph=True)
+    for mask in (torch.arange(5) % 2 == 0, torch.arange(5) > 9, torch.arange(5) == 3, torch.arange(5) < 9):
+        both = compiled(x, mask), ours(x[mask])
+        assert torch.equal(*both)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in both))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import Silent
 from oracle import DTYPES, EPS, LAYOUTS, gains, incoming, lay_out, same_bits, sample
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -152,18 +153,6 @@ def test_what_arrives_in_backward(either_way):
         rms_norm(tensors[0], 8, tensors[1], EPS).backward(grad)
         for t, need, one in zip(tensors, needs, alone, strict=True):
             assert same_bits(t.grad, one) if need else t.grad is None
-
-
-class Silent(torch.autograd.Function):
-    """Its gradient is none at all."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
 
 
 def test_no_gradient_arrives(either_way):

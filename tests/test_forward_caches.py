@@ -11,13 +11,13 @@ from itertools import product
 import pytest
 import torch
 from oracle import COLUMNS, DTYPES, EPS, MODES, same_bits, sample, weights
+from thinned import heavy_but
 
 from rmsnorm import _native, add_rms_norm, info, layer_norm, rms_norm
 
 NATIVE = bool(_native.cpu_targets())
 # The types that have ways of their own past a cache; the others repeat one of them.
-USUAL = (torch.float32, torch.bfloat16)
-LARGE = [pytest.param(dtype, marks=[] if dtype in USUAL else pytest.mark.heavy) for dtype in DTYPES]
+LARGE = heavy_but((torch.float32, torch.bfloat16), DTYPES)
 
 
 @pytest.mark.parametrize("dtype", LARGE, ids=str)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from general_oracle import COLUMNS, PARTS, WIDE, Formula, counted, leaves, near, rows
 from oracle import DTYPES, EPS, HALVES, exact, incoming, same_bits, sample
+from thinned import heavy_but
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, inverse_rms, l2_norm, rms_norm
@@ -81,7 +82,7 @@ def check_gradients_of_sums(dtype: torch.dtype, count: int, same: bool = True) -
 
 
 @pytest.mark.parametrize("more", ["nothing", "rstd", "bias", "partial"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", heavy_but([torch.bfloat16], HALVES), ids=str)
 def test_gradients_that_arrive_in_half(native_target, everything_is_large, second_cache, dtype, more):
     """Of fp32 with a half output: the bits of the norm, then a cast. Also where two rows are stored while the next two
     are summed, and past the caches; with a rescued row between others."""

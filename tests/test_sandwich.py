@@ -28,6 +28,7 @@ from oracle import (
     sample,
     ulp,
 )
+from thinned import heavy_but
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, rms_norm, rms_norm_add, sandwich_rms_norm
@@ -202,7 +203,7 @@ def test_rows_of_any_size(target, dtype):
     assert same_bits(total[-1:], alone[1])
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.heavy), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", heavy_but([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=str)
 def test_large_tensors(native_target, everything_is_large, dtype):
     """What goes past the caches, a sum through scratch: the same bits, aligned or not, on any number of threads."""
     everything_is_large()

@@ -29,6 +29,7 @@ TOOLS = ROOT / "build" / "docs" / "venv" / "bin" / "python"
 LANGUAGES = BUILD["LANGUAGES"]
 VOID = {"img", "link", "meta", "input", "br", "hr"}
 PARTS = ("h2", "h3", "li", "pre", "table", "td", "img")
+pytestmark = pytest.mark.xdist_group("browser")  # one process builds the site, 16 s, and has the browser
 
 
 class Html(HTMLParser):
@@ -180,7 +181,6 @@ def test_targets(page, link, language, wanted):
     assert BUILD["target"](page, link, language, set()) == wanted
 
 
-@pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize(
     ("language", "word", "title"), [("en", "overflow", "Usual mistakes"), ("zh", "溢出", "常见错误")], ids=LANGUAGES
 )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EPS, MODES, Truth, gains, same_bits, sample
+from oracle import DTYPES, EPS, MODES, Truth, gains, same_bits, sample
+from thinned import heavy_but
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,7 +137,7 @@ def test_aot_inductor_package(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # onnxscript's and torch's, about each other
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("options", "affine"), [({}, False), *((options, True) for options in OPTIONS)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", heavy_but(DTYPES[:2], DTYPES[:3]), ids=str)
 def test_onnx(dtype, options, affine, tmp_path):
     """The standard operator in the graph; onnxruntime, which has no bfloat16 on CPU, gives our results. Its float32
     arithmetic is allowed 4 ulp; a half type's rounding may then fall either way, rarely."""

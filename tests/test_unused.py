@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rmsnorm
+from rmsnorm.forms import general_ops
 
 # torch warns about its own code: inductor still uses TorchScript, and dynamo makes an autograd.Function.
 pytestmark = [
@@ -68,7 +69,7 @@ def modulated(x, r, gate, scale, shift, **more):
 
 
 ROWS, HEADS = [(3, 8), (3, 8)], [(2, 3, 8), (1, 3, 8)]
-# By name: ours, the steps, shapes of what learns (the infinity is in the second), constants behind it.
+# By name: ours, and the steps.
 FORMS = {
     "add": (lambda x, r, w, b: rmsnorm.add_rms_norm(x, r, 8, w, 1e-6), lambda x, r, w, b: add_steps(x, r, w, None)),
     "lean": (
@@ -93,6 +94,7 @@ FORMS = {
 
 
 def shapes_of(name):
+    """Of what learns (the infinity is in the second), and how many angles there are behind it."""
     if name.startswith("modulated"):
         return ROWS + [(3, 8)] * 3, 0
     return {"heads": (HEADS + [(8,)] * 2, 2), "rope": (HEADS, 2)}.get(name, (ROWS + [(8,)] * 2, 0))
@@ -140,16 +142,10 @@ def oracle(name, used, infinite):
     return torch.autograd.grad(loss(FORMS[name][1](*given, *angles), used), given, allow_unused=True)
 
 
-# A number per row of infinities: the kernel has NaN in the whole row, the steps where the infinity is.
-ODD = {("rstd", used) for used in ((2,), (1, 2))}
-
-
 @pytest.mark.parametrize(("name", "used"), CASES)
 @pytest.mark.parametrize("way", ["eager", "graph of the gradient", "batch", "vjp"])
 @pytest.mark.parametrize("infinite", [True, False])
 def test_each_subset_of_outputs(name, used, way, infinite):
-    if infinite and (name, used) in ODD:
-        pytest.skip("of an infinite row's rstd there is no derivative")
     given, angles = tensors_of(name, torch.float32, infinite)
     ours = FORMS[name][0]
     if way == "vjp":
@@ -221,3 +217,20 @@ def test_in_graphs(name):
     compiled = torch.compile(lambda *given: FORMS[name][0](*given, *angles)[used[0]], fullgraph=True)
     mine = torch.autograd.grad((compiled(*given) * (1 + used[0])).sum(), given, allow_unused=True)
     check(mine, oracle(name, used, True), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("eps", [1e-6, -1e-6])
+@pytest.mark.parametrize("counted", [-1, 5])
+def test_an_infinite_row_of_a_statistic_alone(dtype, eps, counted):
+    """Where nothing arrives at the norm itself: by the kernel and by the definition, which other devices have."""
+    x = torch.rand(3, 8).to(dtype)
+    x[1, 2], x[2, 1] = -INF, torch.nan
+    way = torch.ops.rmsnorm.general_rms_norm_backward.default, general_ops.GENERAL.defaults["_backward"]
+    _, r = torch.ops.rmsnorm.general_rms_norm(x, None, None, 1, eps, 0.0, False, counted, True, False, None)
+    for backward in way:
+        dx = backward(None, torch.ones_like(r), x, r, None, None, 1, eps, 0.0, counted, True, True, False, False)[0]
+        assert dx[1].isnan().nonzero().tolist() == [[2]]
+        assert not dx[1].nan_to_num().any()
+        assert dx[2, : counted if counted > 0 else None].isnan().all()
+        assert dx[0, 0]

@@ -217,12 +217,6 @@ def given(**options: tuple[Any, Any]) -> dict[str, Any]:
     return {k: v for k, v in asked.items() if isinstance(v, torch.fx.Proxy) or v != options[k][1]}
 
 
-def broadcasts(sizes: Iterable[int], whole: Iterable[int]) -> bool:
-    """Whether each size is the whole's or 1."""
-    # Not `size in (1, of)`: where `of` is symbolic and equal, dynamo says no.
-    return all(size == 1 or size == of for size, of in zip(sizes, whole, strict=False))  # noqa: PLR1714
-
-
 def are_objects(*values: object) -> bool:
     """Whether none is a class, which has ``__torch_function__``, too, and is nobody's argument."""
     return not any(isinstance(value, type) for value in values)

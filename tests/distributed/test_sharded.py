@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from forms import FORMS, error, gradient_ulps, output_ulps, problem, truth
 from oracle import same_bits
 from pool import Wire, mesh
+from thinned import heavy_but
 from torch import Tensor
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -145,7 +146,7 @@ USUAL = ("2 ranks", "3 ranks, uneven", "4 ranks, one without columns", "2 x 2 ra
 CASES = [(n, w) for n, w in product(FORMS, WEIGHTS) if FORMS[n].weights or w == WEIGHTS[0]]
 
 
-@pytest.mark.parametrize("layout", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.heavy) for n in COLUMNS])
+@pytest.mark.parametrize("layout", heavy_but(USUAL, COLUMNS))
 @pytest.mark.parametrize(("name", "weight"), CASES)
 def test_columns(ranks, name, weight, layout):
     """The truth, for an all-reduce of one number per row each way; of LayerNorm's two, in fp64. Nothing else."""

@@ -24,12 +24,13 @@ from offline import (
     launch_neighbours,
 )
 from oracle import GRADS, LAYOUTS, alike, lay_out, lay_out_grad
+from thinned import heavy_but
 
 from rmsnorm.gpu import backward, launch, neighbours
 
 # Types of which `make test` has one: half a minute for two.
-HALF = [pytest.param(dtype, marks=[] if dtype is torch.bfloat16 else pytest.mark.heavy) for dtype in DTYPES]
-SOME = [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
+ONE_TYPE = heavy_but([torch.bfloat16], DTYPES)
+SOME = heavy_but(["sm_90"], TARGETS)
 
 
 def share(one: Compiled, rows: int, itemsize: int) -> int:
@@ -52,7 +53,7 @@ def moved(one: Compiled, added: bool, itemsize: int) -> tuple[int, int, int]:
     return 4 if 8 * itemsize * block <= 2**17 else 2, 1, 1
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", ONE_TYPE, ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_the_floor(name, dtype, monkeypatch):
     """In bytes a thread, in pieces of 16 (up to 2048 half numbers may be 8 for each of AMD's threads), and 4 for the
@@ -111,10 +112,8 @@ def apart(assembly: str) -> str:
     return assembly
 
 
-@pytest.mark.parametrize("dtype", [*HALF, pytest.param(torch.float64, marks=pytest.mark.heavy)], ids=str)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.heavy) for name in TARGETS]
-)
+@pytest.mark.parametrize("dtype", heavy_but([torch.bfloat16], [*DTYPES, torch.float64]), ids=str)
+@pytest.mark.parametrize("name", SOME)
 def test_forms_compile(name, dtype, monkeypatch):
     """Those of the other forms: no spills but in fp64, rows read and written 16 bytes at a time; nothing contracted,
     nothing divided but by IEEE's rule."""
@@ -166,7 +165,7 @@ def test_neighbours_compile(name, dtype, columns, monkeypatch):
             assert max(one.loads) == 16, what
 
 
-@pytest.mark.parametrize("columns", [*(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 3, 1032)), 129, 4096])
+@pytest.mark.parametrize("columns", heavy_but((129, 4096), (1, 3, 129, 1032, 4096)))
 def test_layouts_share_one_code(columns, monkeypatch):
     """The compiler's vectors, and with them the order of a sum, follow from strides and addresses: whatever they are,
     each kernel has one code. Seen on an H200 before there was this test: other bits for a row whose neighbours were

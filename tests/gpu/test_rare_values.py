@@ -12,7 +12,7 @@ from calls import gradients
 from crossed import BOUNDS, TWO
 from oracle import DTYPES, EPS, Truth, gains, incoming, same_bits, sample
 
-from rmsnorm import rms_norm
+from rmsnorm import inverse_rms, rms_norm
 
 pytestmark = pytest.mark.usefixtures("on_triton", "never_the_definition")
 
@@ -95,6 +95,16 @@ def test_special_values_stay_in_their_row(form, dtype):
     y = rms_norm(poisoned, 129, weight, 0.0)
     assert y[30].isnan().all(), "0·(1/sqrt(0)) is NaN"
     assert same_bits(y[others], rms_norm(x, 129, weight, 0.0)[others])
+
+
+def test_an_infinity_of_which_the_statistic_alone_is_used(form):
+    """Nothing arrives at the norm itself, which isn't zeros: 0 · inf would be NaN in the whole row."""
+    x = sample(3, 129, torch.float32)
+    x[1, 7] = torch.inf
+    clean, leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(inverse_rms(leaf, 129, EPS).sum(), leaf)
+    steps = (clean.square().mean(-1) + EPS).rsqrt().sum()
+    torch.testing.assert_close(dx, torch.autograd.grad(steps, clean)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", TWO)

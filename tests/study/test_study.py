@@ -190,8 +190,8 @@ def test_a_missing_bible_is_one_line_if_it_was_asked_for(tmp_path: Path, monkeyp
     [
         (13, FIRST, 1, ("another configuration", "steps 13, not 12")),
         (12, plan.Run("rms", 0.001, 0), 1, ("another configuration", "rms-0.001-seed0")),
-        pytest.param(12, None, 1, ("damaged",), marks=pytest.mark.heavy),
-        pytest.param(12, None, 2, ("damaged",), marks=pytest.mark.heavy),  # a worker finds out, and says so
+        # With two jobs a worker finds out, and says so.
+        *(pytest.param(12, None, jobs, ("damaged",), marks=pytest.mark.heavy) for jobs in (1, 2)),
     ],
 )
 def test_a_checkpoint_of_something_else_is_one_line(

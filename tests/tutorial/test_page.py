@@ -29,6 +29,7 @@ from browser import (
 )
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from thinned import heavy_but
 
 from rmsnorm.tutorial import build
 
@@ -44,11 +45,7 @@ def keep(driver, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "width"),
-    [
-        pytest.param(*pair, marks=[] if pair in (("en", "wide"), ("zh", "phone")) else pytest.mark.heavy)
-        for pair in product(LANGUAGES, WIDTHS)
-    ],
+    ("language", "width"), heavy_but([("en", "wide"), ("zh", "phone")], product(LANGUAGES, WIDTHS))
 )
 def test_a_page_is_whole(chromium, built, language, width):
     """Every panel opened by a wrong guess: it is marked, nothing is cut off or overlaps, asked for or complained of.

@@ -7,10 +7,10 @@ it lie on several ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
+from torch import SymInt, Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_variadic
 
@@ -181,11 +181,35 @@ def spread(rows: Named, dims: int, shared: tuple[str, ...]) -> Named:
     input: Any = rows["input"]
     outer, own = input.dim() - dims, 0
     for d in range(outer):
-        if any(row.shape[d] != 1 for row in given):
+        if not all(is_one(row.shape[d]) for row in given):
             own = d + 1
     sizes = (*input.shape[:own], *[1] * (outer - own), *input.shape[outer:])
-    whole = {label: row for label, row in rows.items() if label in shared and row is not None and row.shape != sizes}
-    return rows | {label: row.expand(sizes) for label, row in whole.items()}
+    return rows | {
+        label: row.expand(sizes)
+        for label, row in rows.items()
+        if label in shared and row is not None and _is_short(row, sizes)
+    }
+
+
+def _is_short(row: Tensor, sizes: tuple[int, ...]) -> bool:
+    """Whether a row has a 1 where the sizes don't; not ``row.shape != sizes``, which of sizes that data decide torch
+    doesn't answer."""
+    return any(is_one(own) and not is_one(of) for own, of in zip(row.shape, sizes, strict=True))
+
+
+def is_one(size: int) -> bool:
+    """Whether a size is known to be 1. Of one that data decide, as of ``x[mask]``, torch says no, too, to broadcast."""
+    if is_dynamo_compiling() or isinstance(size, SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # not loaded with torch
+
+        return guard_or_false(size == 1)
+    return size == 1
+
+
+def broadcasts(sizes: Iterable[int], whole: Iterable[int]) -> bool:
+    """Whether each size is the whole's or 1."""
+    # Not `size in (1, of)`: where `of` is symbolic and equal, dynamo says no.
+    return all(is_one(size) or size == of for size, of in zip(sizes, whole, strict=False))
 
 
 def check_shared(name: str, label: str, row: Any, input: Any, dims: int) -> Tensor:
@@ -195,7 +219,7 @@ def check_shared(name: str, label: str, row: Any, input: Any, dims: int) -> Tens
     outer, whole = input.dim() - dims, tuple(input.shape)
     sizes = tuple(found.shape)
     fits = len(sizes) == len(whole) and sizes[outer:] == whole[outer:] and row.device == input.device
-    if not fits or not _arguments.broadcasts(sizes[:outer], whole[:outer]):
+    if not fits or not broadcasts(sizes[:outer], whole[:outer]):
         raise RuntimeError(
             f"{name}: {label} must have the first and the last sizes of input, or its sizes with 1 where rows share it "
             f"(of {list(whole)} on {input.device}, e.g. {list(whole[:1] + whole[max(outer, 1) :])}), but is "

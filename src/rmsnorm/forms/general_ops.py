@@ -134,11 +134,13 @@ def backward(
     for other in types:
         dtype = reference.promoted(dtype, reference.accumulation_dtype(other))
     wide = x.to(dtype)
+    arrives = grad is not None
     grad = torch.zeros_like(wide) if grad is None else grad.to(dtype)
     rstd, floored = _factor(wide, dims, eps, counted, mean)
     normalised = wide * rstd
     scaled = grad if weight is None else grad * reference.gain(weight, wide, offset)
-    total = _sum(scaled * normalised, dims)
+    # What doesn't arrive isn't zeros: 0 · x̂ of an infinity is NaN, and so would be the row.
+    total = _sum(scaled * normalised if arrives else scaled, dims)
     if grad_rstd is not None:
         total = total + grad_rstd.to(dtype) * rstd
     if floored is not None:

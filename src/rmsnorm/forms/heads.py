@@ -200,10 +200,10 @@ def _fits(name: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bo
     shape = *lead, tokens
     for label, angle in (("cos", cos), ("sin", sin)):
         sizes = angle.shape[:-1]
-        if len(sizes) > len(shape) or not _arguments.broadcasts(reversed(sizes), reversed(shape)):
+        if len(sizes) > len(shape) or not calls.broadcasts(reversed(sizes), reversed(shape)):
             remedy = (
                 f"it has no dimension of heads: index or squeeze that, e.g. {label}[:, 0]"
-                if len(sizes) >= len(shape) and _arguments.broadcasts(sizes[-1:], (tokens,))
+                if len(sizes) >= len(shape) and calls.broadcasts(sizes[-1:], (tokens,))
                 else f"pass the angles of these {tokens} tokens, a row each"
             )
             raise RuntimeError(

@@ -82,9 +82,9 @@ def add_rms_norm_(
             shape = input.shape[-1:] if weight is None else weight.shape
             dims = len(shape)
             frozen = input.is_inference() or residual.is_inference()
-            # torch 2.10 stops at its own assertion there, and frees the tensors once too often.
-            frozen = frozen or input.is_neg() or residual.is_neg()
-            if input.shape[input.dim() - dims :] == shape and not frozen:
+            # There torch 2.10 stops at its own assertion, and frees the tensors once too often.
+            negated = input.is_neg() or residual.is_neg()
+            if input.shape[input.dim() - dims :] == shape and not (frozen or negated):
                 if weight is not None and not offset and casting_mode == "torch":
                     _weighted(input, residual, weight, eps, round_sum)  # 0.4 µs less
                 else:

@@ -149,7 +149,8 @@ def _like(input: Tensor, residual: _Maybe, gate: _Maybe, *arguments: Any) -> tup
 
 def _sources(grads: Any, saved: Sequence[Any]) -> tuple[Any, ...]:
     input, gate, scale, shift, sum = saved
-    return input, sum if sum.shape == input.shape else None, gate, scale, shift
+    whole = sum.dim() == input.dim() and sum.shape == input.shape  # without a residual it is [0]
+    return input, sum if whole else None, gate, scale, shift
 
 
 MODULATED_NORM = _form.register(

@@ -132,7 +132,7 @@ def backward(
                         h = h * factor
                     if means is None:
                         sums = tl.sum(h, 1, keep_dims=True) if LAYER else h
-                        products = tl.sum(h * x_hat, 1, keep_dims=True)
+                        products = tl.sum(h if grad is None else h * x_hat, 1, keep_dims=True)  # 0 · inf is NaN
                         mean, other = _means(products, sums, r, more, row, inside, part, wide, FLOOR, LAYER)
                     if AGAIN:
                         h = tl.load(grad[0] + row * grad[1] + column, here, 0.0, eviction_policy="evict_first").to(wide)
@@ -181,7 +181,7 @@ def wide_means(
         h = _ungated(h, x_hat, gain, more, row, column, columns, here, wide, STORE, False)
         if gain is not None:
             h = h * gain
-        products += tl.sum(h * x_hat, 1, keep_dims=True).to(tl.float64)
+        products += tl.sum(h if grad is None else h * x_hat, 1, keep_dims=True).to(tl.float64)
         if LAYER:
             sums += tl.sum(h, 1, keep_dims=True).to(tl.float64)
     mean, other = _means(products, sums, r, more, row, row >= 0, part, wide, FLOOR, LAYER)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _arguments, _foreign
+from .. import _foreign
+from ..forms import calls
 from ..forms.modulated import gated_add, modulated_norm
 from . import classes, neighbours, rewrite
 from .binding import TYPES
@@ -109,4 +110,4 @@ def _serves(x: Any, *modulations: Any, like: Any = None) -> bool:
 def _is_beside(modulation: Tensor, x: Tensor) -> bool:
     if modulation.dim() != x.dim() or modulation.shape[-1] != x.shape[-1]:
         return False
-    return _arguments.broadcasts(modulation.shape, x.shape)
+    return calls.broadcasts(modulation.shape, x.shape)

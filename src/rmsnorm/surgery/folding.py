@@ -31,13 +31,38 @@ class Kept(Exception):
 
 def planned(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, *, untie: bool) -> Fates:
     """Plans the fold of every norm."""
-    fates: Fates = {}
-    for name, norm in found.items():
-        try:
-            fates[name] = fold(model, graph, norm, plan, untie=untie), ""
-        except Kept as reason:
-            fates[name] = "", str(reason)
-    return fates
+    kept: Fates = {}
+    while True:  # a norm that stays keeps what it shares, so the others with it stay, too
+        for one in (plan.steps, plan.biases, plan.untie):
+            one.clear()
+        fates: Fates = dict(kept)
+        for name, norm in found.items():
+            if name in kept:
+                continue
+            try:
+                fates[name] = fold(model, graph, norm, plan, untie=untie), ""
+            except Kept as reason:
+                fates[name] = "", str(reason)
+        folded = [norm for name, norm in found.items() if fates[name][0]]
+        torn = {norm.name: ("", reason) for norm in folded if (reason := _shares(model, graph, norm, folded))}
+        if not torn:
+            return fates
+        kept |= torn
+
+
+def _shares(model: nn.Module, graph: Graph, norm: Norm, folded: Iterable[Norm]) -> str:
+    """Who else needs the gain or the bias of a norm, other than those that lose the same: in words, if anybody."""
+    own = model.get_submodule(norm.name)
+    same = {one.name for one in folded if one.offset == norm.offset}
+    for attribute in filter(None, (norm.weight, norm.bias)):
+        shared = getattr(own, attribute)
+        for name, module in model.named_modules():
+            if name not in same and module is not own and any(one is shared for one in module._parameters.values()):
+                return f"its {attribute} is that of {name}, too, which keeps it"
+        names = [name for name, one in model.named_parameters(remove_duplicate=False) if one is shared]
+        if readers := {node.module for name in names for node in terminals(graph, name)}:
+            return f"its {attribute} is read by {min(readers) or 'the model'}, too"
+    return ""
 
 
 def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool, bias_only: bool = False) -> str:
@@ -54,6 +79,8 @@ def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool,
         raise Kept("it has no gain and no bias" if norm.weight is None else "its gain is 1 already")
     if norm.refused:
         raise Kept(norm.refused)
+    if bias_only and (reason := _shares(model, graph, norm, ())):
+        raise Kept(reason)
     try:
         followed = follow(model, graph, norm)
     except Untraceable as reason:
