@@ -251,3 +251,45 @@ def test_a_patched_model_folds(recwarn) -> None:
     report = rmsnorm.fold(model, inputs=small.inputs(model))
     assert len(report.done) == 5
     assert surgery.SurgeryReport.to_dict(report)["operation"] == "fold"
+
+
+class _Shares(nn.Module):
+    """Two norms with one gain and one bias, of which the model may read the gain, too."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, *, last: bool = False, read: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.up, self.down = first, second, nn.Linear(8, 8), nn.Linear(8, 8)
+        second.weight = first.weight
+        if getattr(first, "bias", None) is not None:
+            second.bias = first.bias
+        self.last, self.read = last, read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.up(self.a(x))
+        y = self.b(y) if self.last else y + self.down(self.b(y))
+        return y * self.a.weight if self.read else y
+
+
+SHARES = {
+    "one stays": (lambda: _Shares(nn.RMSNorm(8), nn.RMSNorm(8), last=True), "its weight is that of b, too"),
+    "one stays, LayerNorm": (lambda: _Shares(nn.LayerNorm(8), nn.LayerNorm(8), last=True), "its weight is that of b"),
+    "read by the model": (lambda: _Shares(nn.RMSNorm(8), nn.RMSNorm(8), read=True), "its weight is read by the model"),
+    "another offset": (lambda: _Shares(rmsnorm.RMSNorm(8, offset=1.0), nn.RMSNorm(8)), "its weight is that of b, too"),
+    "both are folded": (lambda: _Shares(nn.RMSNorm(8), nn.RMSNorm(8)), ""),
+    "both are folded, LayerNorm": (lambda: _Shares(nn.LayerNorm(8), nn.LayerNorm(8)), ""),
+}
+
+
+@pytest.mark.parametrize("operation", [rmsnorm.fold, rmsnorm.to_rms])
+@pytest.mark.parametrize("name", SHARES)
+def test_what_norms_share_is_lost_by_all_or_none(name, operation) -> None:
+    """Without a proof, too; the model in float64 says what it said, and weights of norms that stay are untouched."""
+    make, reason = SHARES[name]
+    model, x = small.randomised(make()).double(), torch.randn(5, 8, dtype=torch.float64)
+    said, before = model(x), small.bits(model)
+    report = operation(model, inputs=x, verify=False)
+    torch.testing.assert_close(model(x), said, rtol=1e-12, atol=1e-12)
+    if operation is rmsnorm.fold:
+        assert len(report.done) == (0 if reason else 2), report
+        assert reason in report.left[0].reason if reason else True
+        assert not reason or small.same(before, small.bits(model))

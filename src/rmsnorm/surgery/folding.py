@@ -44,13 +44,13 @@ def planned(model: nn.Module, graph: Graph, found: dict[str, Norm], plan: Plan, 
             except Kept as reason:
                 fates[name] = "", str(reason)
         folded = [norm for name, norm in found.items() if fates[name][0]]
-        torn = {norm.name: ("", reason) for norm in folded if (reason := _shares(model, graph, norm, folded))}
+        torn = {norm.name: ("", why) for norm in folded if (why := shares(model, graph, norm, folded))}
         if not torn:
             return fates
         kept |= torn
 
 
-def _shares(model: nn.Module, graph: Graph, norm: Norm, folded: Iterable[Norm]) -> str:
+def shares(model: nn.Module, graph: Graph, norm: Norm, folded: Iterable[Norm]) -> str:
     """Who else needs the gain or the bias of a norm, other than those that lose the same: in words, if anybody."""
     own = model.get_submodule(norm.name)
     same = {one.name for one in folded if one.offset == norm.offset}
@@ -79,8 +79,6 @@ def fold(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, *, untie: bool,
         raise Kept("it has no gain and no bias" if norm.weight is None else "its gain is 1 already")
     if norm.refused:
         raise Kept(norm.refused)
-    if bias_only and (reason := _shares(model, graph, norm, ())):
-        raise Kept(reason)
     try:
         followed = follow(model, graph, norm)
     except Untraceable as reason:

@@ -17,7 +17,7 @@ from ..module import RMSNorm
 from . import norms as table
 from . import stream as streams
 from .edits import Plan
-from .folding import Fates, Kept, fold, owners, refuse_unseen, refuse_unseen_twins, separate
+from .folding import Fates, Kept, fold, owners, refuse_unseen, refuse_unseen_twins, separate, shares
 from .graph import Graph, Node
 from .norms import Norm
 from .readers import follow
@@ -63,6 +63,8 @@ def _swapped(model: nn.Module, graph: Graph, norm: Norm, plan: Plan, words: str)
     if any("hooks" in name and value for name, value in vars(model.get_submodule(norm.name)).items()):
         return "", "it has a hook, which would see another norm's output; it stays a LayerNorm, which is right here"
     try:
+        if table.bias(model, norm) is not None and (shared := shares(model, graph, norm, ())):
+            raise Kept(shared)
         into = fold(model, graph, norm, plan, untie=False, bias_only=True)
     except Kept as reason:
         return "", f"its bias can't be moved: {reason}; it stays a LayerNorm, which is right on a centred stream"
